@@ -1,0 +1,165 @@
+#include "api/forward.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <sstream>
+#include <vector>
+
+#include "api/problem_of.h"
+#include "kernels/common/launch.h"
+#include "plan/plan.h"
+
+// Weak, because it lives in libtorch_cuda: the module then loads under a torch without CUDA too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace flash_attn {
+namespace {
+
+constexpr int64_t kVectorElements = 8;
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// The tensor itself where the kernels can read it, else a copy that they can: rows contiguous, 16-byte aligned, and
+// their length a multiple of 16 bytes.
+Tensor with_vector_rows(const Tensor& tensor) {
+  if (has_vector_rows(tensor)) return tensor;
+  const int64_t head_dim = tensor.size(tensor.dim() - 1);
+  const int64_t padded = round_up(head_dim, kVectorElements);
+  if (padded != head_dim) return torch::stable::pad(tensor, {0, padded - head_dim});
+  Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());
+  return torch::stable::copy_(copy, tensor);
+}
+
+// Where the kernel writes: `out`, unless its rows can't be written in pieces of 16 bytes.
+struct OutputTarget {
+  Tensor written;
+  Tensor returned;
+
+  void finish() {
+    if (written.get() == returned.get()) return;
+    const int64_t last = returned.dim() - 1;
+    torch::stable::copy_(returned, torch::stable::narrow(written, last, 0, returned.size(last)));
+  }
+};
+
+OutputTarget make_output(const ForwardArgs& args, const std::optional<Tensor>& out) {
+  std::vector<int64_t> shape(args.q.sizes().begin(), args.q.sizes().end());
+  const int64_t head_dim_v = args.v.size(args.v.dim() - 1);
+  shape.back() = head_dim_v;
+  Tensor returned = out ? *out : torch::stable::new_empty(args.q, shape);
+  if (out) {
+    check(out->scalar_type() == args.q.scalar_type(), "out must have q's dtype");
+    check(out->device() == args.q.device(), "out must be on q's device");
+    bool equal = out->dim() == static_cast<int64_t>(shape.size());
+    for (size_t dim = 0; equal && dim < shape.size(); ++dim) equal = out->size(dim) == shape[dim];
+    check(equal, "out must have q's shape with v's head_dim, got ", shape_of(*out));
+  }
+  if (has_vector_rows(returned)) return {returned, returned};
+  shape.back() = round_up(head_dim_v, kVectorElements);
+  return {torch::stable::new_empty(args.q, shape), returned};
+}
+
+Tensor make_lse(const ForwardArgs& args, const Problem& problem) {
+  std::vector<int64_t> shape;
+  if (problem.layout == Layout::kDense) shape.push_back(problem.batch);
+  shape.insert(shape.end(), {problem.num_heads, problem.rows_q});
+  return torch::stable::new_empty(args.q, shape, ScalarType::Float);
+}
+
+LseOperand lse_operand_of(const Tensor& lse) {
+  return {.ptr = static_cast<float*>(lse.mutable_data_ptr()),
+          .batch_stride = lse.dim() == 3 ? lse.stride(0) : 0,
+          .head_stride = lse.stride(lse.dim() - 2)};
+}
+
+const int* int_pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
+}
+
+SeqParams seq_params_of(const ForwardArgs& args, const Problem& problem) {
+  return {.batch = static_cast<int>(problem.batch),
+          .rows_q = static_cast<int>(problem.rows_q),
+          .rows_k = static_cast<int>(problem.rows_k),
+          .cu_seqlens_q = int_pointer(args.cu_seqlens_q),
+          .cu_seqlens_k = int_pointer(args.cu_seqlens_k)};
+}
+
+// The head dims are those of the padded rows: the zeros that padding adds to a row of Q and K add nothing to a score.
+HeadParams head_params_of(const Problem& problem) {
+  return {.num_heads = static_cast<int>(problem.num_heads),
+          .num_heads_per_kv = static_cast<int>(problem.num_heads / problem.num_heads_k),
+          .head_dim = static_cast<int>(round_up(problem.head_dim, kVectorElements)),
+          .head_dim_v = static_cast<int>(round_up(problem.head_dim_v, kVectorElements))};
+}
+
+Arch arch_of(const ForwardArgs& args) {
+  check(args.arch == 80 || args.arch == 90, "arch must be 80 or 90, got ", args.arch);
+  return static_cast<Arch>(args.arch);
+}
+
+}  // namespace
+
+ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& out) {
+  const Problem problem = make_problem(args);
+  const Plan plan = make_plan(problem, arch_of(args));
+  const ForwardLaunch launch = find_forward_kernel(plan.variant);
+  check(launch != nullptr, "the kernel for ", describe(plan), " was left out of this build by FLASH_ATTN_ARCHS, "
+        "FLASH_ATTN_HEAD_DIMS or FLASH_ATTN_DTYPES");
+
+  const torch::stable::accelerator::DeviceGuard guard(args.q.get_device_index());
+  OutputTarget output = make_output(args, out);
+  Tensor lse = make_lse(args, problem);
+  const Tensor q = with_vector_rows(args.q);
+  const Tensor k = with_vector_rows(args.k);
+  const Tensor v = with_vector_rows(args.v);
+  const ForwardParams params{.q = operand_of(q),
+                             .k = operand_of(k),
+                             .v = operand_of(v),
+                             .o = operand_of(output.written),
+                             .lse = lse_operand_of(lse),
+                             .heads = head_params_of(problem),
+                             .seq = seq_params_of(args, problem),
+                             .tiles_per_head = static_cast<int>(plan.tiles_per_head),
+                             .softmax_scale = static_cast<float>(args.softmax_scale)};
+  if (plan.num_blocks > 0) {
+    const cudaError_t error = launch(params, {static_cast<int>(plan.num_blocks), current_stream(args.q)});
+    check(error == cudaSuccess, "launching ", describe(plan), " failed: ", cudaGetErrorString(error));
+  }
+  output.finish();
+  return {output.returned, lse};
+}
+
+std::string explain_forward(const ForwardArgs& args) { return describe(make_plan(make_problem(args), arch_of(args))); }
+
+std::string built_kernels() {
+  std::ostringstream json;
+  json << "{\"buckets\": {\"80\": [";
+  const char* separator = "";
+  for (const TileRow& row : kForwardTilesSm80) {
+    json << separator << "[" << row.head_dim.qk << ", " << row.head_dim.v << "]";
+    separator = ", ";
+  }
+  json << "]}, \"forward\": [";
+  separator = "";
+  const ForwardKernels kernels = built_forward_kernels();
+  for (const ForwardKernel* kernel = kernels.begin; kernel != kernels.end; ++kernel) {
+    const Variant& variant = kernel->variant;
+    json << separator << "{\"arch\": " << static_cast<int>(variant.arch) << ", \"dtype\": \"" << name_of(variant.dtype)
+         << "\", \"head_dim\": [" << variant.head_dim.qk << ", " << variant.head_dim.v << "], \"mask\": \""
+         << name_of(variant.mask) << "\"}";
+    separator = ", ";
+  }
+  json << "]}";
+  return json.str();
+}
+
+}  // namespace flash_attn

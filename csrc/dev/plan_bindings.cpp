@@ -1,0 +1,54 @@
+// Exposes the planner to pytest, for development only: the wheel does not hold this module.
+#include <pybind11/pybind11.h>
+
+#include "plan/plan.h"
+#include "variant/varlen_tiles.h"
+
+namespace py = pybind11;
+using namespace flash_attn;
+
+PYBIND11_MODULE(flash_attn_plan, module) {
+  py::enum_<Arch>(module, "Arch").value("SM80", Arch::kSm80).value("SM90", Arch::kSm90);
+  py::enum_<Dtype>(module, "Dtype").value("FP16", Dtype::kFp16).value("BF16", Dtype::kBf16);
+  py::enum_<Mask>(module, "Mask").value("FULL", Mask::kFull).value("CAUSAL", Mask::kCausal);
+  py::enum_<Layout>(module, "Layout").value("DENSE", Layout::kDense).value("VARLEN", Layout::kVarlen);
+  py::register_exception<UnsupportedProblem>(module, "UnsupportedProblem");
+
+  py::class_<Problem>(module, "Problem")
+      .def(py::init([] { return Problem{}; }))
+      .def_readwrite("layout", &Problem::layout)
+      .def_readwrite("dtype", &Problem::dtype)
+      .def_readwrite("batch", &Problem::batch)
+      .def_readwrite("num_heads", &Problem::num_heads)
+      .def_readwrite("num_heads_k", &Problem::num_heads_k)
+      .def_readwrite("head_dim", &Problem::head_dim)
+      .def_readwrite("head_dim_v", &Problem::head_dim_v)
+      .def_readwrite("rows_q", &Problem::rows_q)
+      .def_readwrite("rows_k", &Problem::rows_k)
+      .def_readwrite("window_left", &Problem::window_left)
+      .def_readwrite("window_right", &Problem::window_right);
+
+  py::class_<Plan>(module, "Plan")
+      .def_property_readonly("head_dim", [](const Plan& plan) { return plan.variant.head_dim.qk; })
+      .def_property_readonly("head_dim_v", [](const Plan& plan) { return plan.variant.head_dim.v; })
+      .def_property_readonly("dtype", [](const Plan& plan) { return plan.variant.dtype; })
+      .def_property_readonly("mask", [](const Plan& plan) { return plan.variant.mask; })
+      .def_property_readonly("tile_m", [](const Plan& plan) { return plan.tile.m; })
+      .def_property_readonly("tile_n", [](const Plan& plan) { return plan.tile.n; })
+      .def_readonly("tiles_per_head", &Plan::tiles_per_head)
+      .def_readonly("num_blocks", &Plan::num_blocks)
+      .def_readonly("num_splits", &Plan::num_splits)
+      .def_readonly("num_threads", &Plan::num_threads)
+      .def_readonly("smem_bytes", &Plan::smem_bytes);
+
+  module.def("make_plan", &make_plan);
+  module.def("first_varlen_slot", &first_varlen_slot);
+  module.def("num_varlen_slots", &num_varlen_slots);
+  module.def("tile_rows", [] {
+    py::list rows;
+    for (const TileRow& row : kForwardTilesSm80) {
+      rows.append(py::make_tuple(row.head_dim.qk, row.head_dim.v, row.tile.m, row.tile.n, row.reason));
+    }
+    return rows;
+  });
+}

@@ -1,0 +1,80 @@
+// Softmax over tiles of keys as they come: one running maximum and sum per row (Milakov and Gimelshein, 2018).
+#pragma once
+
+#include <cute/tensor.hpp>
+
+namespace flash_attn {
+
+using namespace cute;
+
+template <int kNumRows>  // rows that a lane holds a part of; four lanes share a row
+class OnlineSoftmax {
+ public:
+  using RowTensor = decltype(make_tensor<float>(Shape<Int<kNumRows>>{}));
+
+  __device__ explicit OnlineSoftmax(float softmax_scale) : scale_log2_(softmax_scale * kLog2E) {
+    fill(row_max_, -INFINITY);
+    clear(row_sum_);
+  }
+
+  // Turns scores into exp(score - maximum), in place, and rescales the output accumulated so far to the new maximum.
+  template <class Scores, class Output>  // (rows, columns) views of accumulators
+  __device__ void update(Scores&& scores, Output&& output) {
+    CUTE_UNROLL
+    for (int row = 0; row < kNumRows; ++row) {
+      float new_max = row_max_(row);
+      CUTE_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) new_max = fmaxf(new_max, scores(row, col));
+      new_max = quad_max(new_max);
+      const float rescale = exp2f((row_max_(row) - finite(new_max)) * scale_log2_);
+      row_max_(row) = new_max;
+      row_sum_(row) *= rescale;
+      CUTE_UNROLL
+      for (int col = 0; col < size<1>(output); ++col) output(row, col) *= rescale;
+
+      const float max_log2 = finite(new_max) * scale_log2_;
+      CUTE_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) {
+        scores(row, col) = exp2f(fmaf(scores(row, col), scale_log2_, -max_log2));
+        row_sum_(row) += scores(row, col);
+      }
+    }
+  }
+
+  // Divides the output by the row sums and returns the log-sum-exp; a row that saw no key gets O = 0 and LSE = -inf.
+  template <class Output>
+  __device__ RowTensor finish(Output&& output) {
+    RowTensor lse;
+    CUTE_UNROLL
+    for (int row = 0; row < kNumRows; ++row) {
+      const float sum = quad_sum(row_sum_(row));
+      const float inverse = sum > 0.f ? 1.f / sum : 0.f;
+      CUTE_UNROLL
+      for (int col = 0; col < size<1>(output); ++col) output(row, col) *= inverse;
+      lse(row) = sum > 0.f ? row_max_(row) * (scale_log2_ * kLn2) + logf(sum) : -INFINITY;
+    }
+    return lse;
+  }
+
+ private:
+  static constexpr float kLog2E = 1.4426950408889634f;
+  static constexpr float kLn2 = 0.6931471805599453f;
+
+  // A row without a visible key so far has maximum -inf; subtracting it would make NaN.
+  static __device__ float finite(float maximum) { return maximum == -INFINITY ? 0.f : maximum; }
+
+  static __device__ float quad_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+  }
+  static __device__ float quad_sum(float value) {
+    value += __shfl_xor_sync(~0u, value, 1);
+    return value + __shfl_xor_sync(~0u, value, 2);
+  }
+
+  RowTensor row_max_;
+  RowTensor row_sum_;  // of this lane's columns; the quad's sums meet in finish()
+  float scale_log2_;
+};
+
+}  // namespace flash_attn

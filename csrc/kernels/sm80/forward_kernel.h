@@ -1,0 +1,120 @@
+// The SM80 forward kernel: one thread block computes one tile of query rows of one head.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "kernels/common/fragment_layout.h"
+#include "kernels/common/kv_range.h"
+#include "kernels/common/mask.h"
+#include "kernels/common/online_softmax.h"
+#include "kernels/common/params.h"
+#include "kernels/common/seq_info.h"
+#include "kernels/sm80/forward_epilogue.h"
+#include "kernels/sm80/forward_traits.h"
+#include "kernels/sm80/gemm.h"
+#include "kernels/sm80/tile_loader.h"
+
+namespace flash_attn::sm80 {
+
+using namespace cute;
+
+// First element of one head of one batch entry.
+template <class Element>
+CUTE_DEVICE Element* head_of(const Operand& operand, int batch_idx, int64_t row_begin, int head_idx) {
+  return static_cast<Element*>(operand.ptr) + batch_idx * operand.batch_stride + row_begin * operand.row_stride +
+         head_idx * operand.head_stride;
+}
+
+// Accumulates O over the tiles of keys, the last first. K and V have one stage each: V(n) arrives while S = Q K(n)' is
+// computed, K(n - 1) while O += P V(n) is.
+template <class Traits, class Softmax, class AccO>
+__device__ void forward_mainloop(const ForwardParams& params, const TileCoord& tile,
+                                 typename Traits::SharedStorage& smem, Softmax& softmax, AccO& tOrO) {
+  using Element = typename Traits::Element;
+  constexpr int kTileM = Traits::kTileM;
+  constexpr int kTileN = Traits::kTileN;
+  const SeqInfo& seq = tile.seq;
+  const KvRange range = kv_range<Traits::kMask, kTileM, kTileN>(seq, tile.m_begin);
+  if (range.is_empty()) return;
+
+  Tensor sQ = make_tensor(make_smem_ptr(smem.q_or_o), typename Traits::SmemLayoutQ{});
+  Tensor sK = make_tensor(make_smem_ptr(smem.k), typename Traits::SmemLayoutK{});
+  Tensor sV = make_tensor(make_smem_ptr(smem.v), typename Traits::SmemLayoutV{});
+  Tensor sVt = make_tensor(make_smem_ptr(smem.v), typename Traits::SmemLayoutVt{});
+
+  const int kv_head_idx = tile.head_idx / params.heads.num_heads_per_kv;
+  const TileLoader<Traits, kTileM, Traits::kHeadDim> load_q(
+      head_of<Element>(params.q, seq.batch_idx, seq.row_begin_q, tile.head_idx), params.q.row_stride, seq.seqlen_q,
+      params.heads.head_dim);
+  const TileLoader<Traits, kTileN, Traits::kHeadDim> load_k(
+      head_of<Element>(params.k, seq.batch_idx, seq.row_begin_k, kv_head_idx), params.k.row_stride, seq.seqlen_k,
+      params.heads.head_dim);
+  const TileLoader<Traits, kTileN, Traits::kHeadDimV> load_v(
+      head_of<Element>(params.v, seq.batch_idx, seq.row_begin_k, kv_head_idx), params.v.row_stride, seq.seqlen_k,
+      params.heads.head_dim_v);
+
+  typename Traits::TiledMma mma;
+  const auto thread_mma = mma.get_slice(threadIdx.x);
+  Tensor tSrQ = thread_mma.partition_fragment_A(sQ);   // (MMA, MMA_M, MMA_K)
+  Tensor tSrK = thread_mma.partition_fragment_B(sK);   // (MMA, MMA_N, MMA_K)
+  Tensor tOrV = thread_mma.partition_fragment_B(sVt);  // (MMA, MMA_K over head_dim_v, MMA_N)
+  const auto copy_q = make_tiled_copy_A(typename Traits::SmemCopyAtom{}, mma);
+  const auto copy_k = make_tiled_copy_B(typename Traits::SmemCopyAtom{}, mma);
+  const auto copy_v = make_tiled_copy_B(typename Traits::SmemCopyAtomTransposed{}, mma);
+  const Tensor tSsQ = copy_q.get_slice(threadIdx.x).partition_S(sQ);
+  const Tensor tSsK = copy_k.get_slice(threadIdx.x).partition_S(sK);
+  const Tensor tOsV = copy_v.get_slice(threadIdx.x).partition_S(sVt);
+  const Tensor coords = thread_mma.partition_C(make_identity_tensor(Shape<Int<kTileM>, Int<kTileN>>{}));
+  const Tensor score_coords = make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
+  Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
+
+  load_q.load(tile.m_begin, sQ);
+  load_k.load((range.end - 1) * kTileN, sK);
+  cp_async_fence();
+
+  for (int n = range.end - 1; n >= 0; --n) {
+    cp_async_wait<0>();
+    __syncthreads();  // K(n) has landed, and every warp is done with V(n + 1)
+    load_v.load(n * kTileN, sV);
+    cp_async_fence();
+
+    Tensor tSrS = partition_fragment_C(mma, Shape<Int<kTileM>, Int<kTileN>>{});  // (MMA, MMA_M, MMA_N)
+    clear(tSrS);
+    gemm_smem_smem(mma, tSrS, tSrQ, tSrK, tSsQ, tSsK, copy_q, copy_k);
+
+    Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
+    if (range.needs_mask(n)) apply_mask<Traits::kMask>(scores, score_coords, seq, tile.m_begin, n * kTileN);
+    softmax.update(scores, output);
+    Tensor tSrP = convert_to<Element>(tSrS);
+    const Tensor tOrP = make_tensor(tSrP.data(), as_a_operand(tSrP.layout()));
+
+    cp_async_wait<0>();
+    __syncthreads();  // V(n) has landed, and every warp is done with K(n)
+    if (n > 0) load_k.load((n - 1) * kTileN, sK);
+    cp_async_fence();
+
+    gemm_register_smem(mma, tOrO, tOrP, tOrV, tOsV, copy_v);
+  }
+  __syncthreads();  // O leaves through the shared memory of Q
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kNumThreads) forward_kernel(const __grid_constant__ ForwardParams params) {
+  extern __shared__ __align__(128) unsigned char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+
+  const TileCoord tile = locate_tile<Traits::kTileM>(params, blockIdx.x);
+  if (tile.m_begin >= tile.seq.seqlen_q) return;
+
+  typename Traits::TiledMma mma;
+  Tensor tOrO = partition_fragment_C(mma, Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{});
+  clear(tOrO);
+  OnlineSoftmax<Traits::kRowsPerLane> softmax(params.softmax_scale);
+  if (!tile.is_padding) forward_mainloop<Traits>(params, tile, smem, softmax, tOrO);
+
+  const auto lse = softmax.finish(make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout())));
+  store_lse<Traits>(params, tile, lse);
+  store_output<Traits>(params, tile, smem, tOrO);
+}
+
+}  // namespace flash_attn::sm80

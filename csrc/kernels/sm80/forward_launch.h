@@ -1,0 +1,20 @@
+// Starts an SM80 forward kernel. Each variant is instantiated in a file of its own, which variants.py generates.
+#pragma once
+
+#include "kernels/common/launch.h"
+#include "kernels/sm80/forward_kernel.h"
+
+namespace flash_attn::sm80 {
+
+template <Variant kVariant>
+cudaError_t launch_forward(const ForwardParams& params, const LaunchConfig& config) {
+  using Traits = ForwardTraits<kVariant>;
+  constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
+  const auto kernel = &forward_kernel<Traits>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<config.num_blocks, Traits::kNumThreads, kSmemBytes, config.stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace flash_attn::sm80

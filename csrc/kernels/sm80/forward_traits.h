@@ -1,0 +1,81 @@
+// Everything about an SM80 forward kernel that is known when it is compiled, derived once from its tile row.
+#pragma once
+
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
+#include <cute/algorithm/copy.hpp>
+#include <cute/tensor.hpp>
+#include <type_traits>
+
+#include "variant/tiles.h"
+
+namespace flash_attn::sm80 {
+
+using namespace cute;
+
+template <Variant kVariantValue>
+struct ForwardTraits {
+  static constexpr Variant kVariant = kVariantValue;
+  static constexpr Tile kTile = tile_for(kVariant);
+  static constexpr Mask kMask = kVariant.mask;
+  static constexpr int kTileM = kTile.m;
+  static constexpr int kTileN = kTile.n;
+  static constexpr int kHeadDim = kVariant.head_dim.qk;
+  static constexpr int kHeadDimV = kVariant.head_dim.v;
+  static constexpr int kNumWarps = kTile.num_warps;
+  static constexpr int kNumThreads = num_threads(kTile);
+
+  using Element = std::conditional_t<kVariant.dtype == Dtype::kFp16, cutlass::half_t, cutlass::bfloat16_t>;
+
+  // ---- matrix products: each warp owns 16 rows of every 16 * kNumWarps
+  using MmaAtom = std::conditional_t<kVariant.dtype == Dtype::kFp16, SM80_16x8x16_F32F16F16F32_TN,
+                                     SM80_16x8x16_F32BF16BF16F32_TN>;
+  using TiledMma = TiledMMA<MMA_Atom<MmaAtom>, Layout<Shape<Int<kNumWarps>, _1, _1>>,
+                            decltype(make_tile(Int<16 * kNumWarps>{}, _16{}, _16{}))>;
+  static constexpr int kRowsPerLane = 2 * kTileM / (16 * kNumWarps);
+  static_assert(kTileM % (16 * kNumWarps) == 0 && kTileN % 16 == 0);
+
+  // ---- shared memory: swizzled so that both 16-byte stores of a row and ldmatrix's column of rows miss no bank
+  static constexpr int kVectorElements = sizeof(uint128_t) / sizeof(Element);
+  template <int kCols>
+  using SmemAtom = std::conditional_t<
+      kCols % 64 == 0, decltype(composition(Swizzle<3, 3, 3>{}, Layout<Shape<_8, _64>, Stride<_64, _1>>{})),
+      decltype(composition(Swizzle<2, 3, 3>{}, Layout<Shape<_8, _32>, Stride<_32, _1>>{}))>;
+  template <int kRows, int kCols>
+  using SmemLayout = decltype(tile_to_shape(SmemAtom<kCols>{}, Shape<Int<kRows>, Int<kCols>>{}));
+
+  using SmemLayoutQ = SmemLayout<kTileM, kHeadDim>;
+  using SmemLayoutK = SmemLayout<kTileN, kHeadDim>;
+  using SmemLayoutV = SmemLayout<kTileN, kHeadDimV>;
+  using SmemLayoutO = SmemLayout<kTileM, kHeadDimV>;
+  // V seen as (head_dim_v, keys), which is how the second product reads it.
+  using SmemLayoutVt = decltype(composition(
+      SmemLayoutV{}, make_layout(Shape<Int<kHeadDimV>, Int<kTileN>>{}, Stride<Int<kTileN>, _1>{})));
+
+  struct SharedStorage {
+    alignas(128) Element q_or_o[cosize_v<SmemLayoutQ> > cosize_v<SmemLayoutO> ? cosize_v<SmemLayoutQ>
+                                                                              : cosize_v<SmemLayoutO>];
+    alignas(128) Element k[cosize_v<SmemLayoutK>];
+    alignas(128) Element v[cosize_v<SmemLayoutV>];
+  };
+  static_assert(sizeof(SharedStorage) == smem_bytes(kVariant), "the planner and the kernel disagree on shared memory");
+
+  using SmemCopyAtom = Copy_Atom<SM75_U32x4_LDSM_N, Element>;
+  using SmemCopyAtomTransposed = Copy_Atom<SM75_U16x8_LDSM_T, Element>;
+
+  // ---- global memory: neighbouring threads take neighbouring 16 bytes of a row
+  template <int kCols>
+  static constexpr int kThreadsPerRow = (kCols % 64 == 0 ? 64 : 32) / kVectorElements;
+  template <int kCols>
+  using ThreadLayout = Layout<Shape<Int<kNumThreads / kThreadsPerRow<kCols>>, Int<kThreadsPerRow<kCols>>>,
+                              Stride<Int<kThreadsPerRow<kCols>>, _1>>;
+  template <int kCols>
+  using TiledLoad = decltype(make_tiled_copy(Copy_Atom<SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>, Element>{},
+                                             ThreadLayout<kCols>{}, Layout<Shape<_1, Int<kVectorElements>>>{}));
+  template <int kCols>
+  using TiledStore = decltype(make_tiled_copy(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<128>, Element>{},
+                                              ThreadLayout<kCols>{}, Layout<Shape<_1, Int<kVectorElements>>>{}));
+};
+
+}  // namespace flash_attn::sm80

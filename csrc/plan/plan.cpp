@@ -1,0 +1,64 @@
+#include "plan/plan.h"
+
+#include <limits>
+#include <sstream>
+
+#include "variant/varlen_tiles.h"
+
+namespace flash_attn {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Mask mask_of(const Problem& problem) {
+  const bool all_left = problem.window_left < 0 || problem.window_left >= problem.rows_k;
+  if (all_left && problem.window_right < 0) return Mask::kFull;
+  if (all_left && problem.window_right == 0) return Mask::kCausal;
+  throw UnsupportedProblem("window_size: no kernel has a sliding window yet, got (" +
+                           std::to_string(problem.window_left) + ", " + std::to_string(problem.window_right) + ")");
+}
+
+int64_t count_tiles(const Problem& problem, int tile_m) {
+  if (problem.layout == Layout::kVarlen) return num_varlen_slots(problem.rows_q, problem.batch, tile_m);
+  return ceil_div(problem.rows_q, tile_m);
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, Arch arch) {
+  const TileRow* row = find_tile_row(arch, problem.head_dim, problem.head_dim_v);
+  if (row == nullptr) {
+    throw UnsupportedProblem("head_dim: no SM" + std::to_string(static_cast<int>(arch)) + " kernel for " +
+                             std::to_string(problem.head_dim) + "/" + std::to_string(problem.head_dim_v));
+  }
+  const Variant variant{arch, problem.dtype, row->head_dim, mask_of(problem)};
+  const int64_t tiles_per_head = count_tiles(problem, row->tile.m);
+  const int64_t num_blocks = tiles_per_head * problem.num_heads * problem.num_tile_runs();
+  if (num_blocks > std::numeric_limits<int32_t>::max()) {
+    throw UnsupportedProblem("q: a launch has at most 2147483647 tiles, got " + std::to_string(num_blocks));
+  }
+  return {.variant = variant,
+          .tile = row->tile,
+          .tiles_per_head = tiles_per_head,
+          .num_blocks = num_blocks,
+          .num_splits = 1,
+          .num_threads = num_threads(row->tile),
+          .smem_bytes = smem_bytes(variant)};
+}
+
+std::string describe(const Plan& plan) {
+  std::ostringstream json;
+  json << "{\"arch\": " << static_cast<int>(plan.variant.arch)                       //
+       << ", \"dtype\": \"" << name_of(plan.variant.dtype) << "\""                   //
+       << ", \"head_dim\": " << plan.variant.head_dim.qk                             //
+       << ", \"head_dim_v\": " << plan.variant.head_dim.v                            //
+       << ", \"mask\": \"" << name_of(plan.variant.mask) << "\""                     //
+       << ", \"tile_m\": " << plan.tile.m << ", \"tile_n\": " << plan.tile.n          //
+       << ", \"num_threads\": " << plan.num_threads                                  //
+       << ", \"smem_bytes\": " << plan.smem_bytes                                    //
+       << ", \"num_blocks\": " << plan.num_blocks                                    //
+       << ", \"num_splits\": " << plan.num_splits << "}";
+  return json.str();
+}
+
+}  // namespace flash_attn

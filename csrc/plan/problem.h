@@ -1,0 +1,30 @@
+// One validated attention call, in numbers alone: what the planner needs, for dense and variable-length batches alike.
+#pragma once
+
+#include <cstdint>
+
+#include "variant/variant.h"
+
+namespace flash_attn {
+
+enum class Layout { kDense, kVarlen };
+
+struct Problem {
+  Layout layout;
+  Dtype dtype;
+  int64_t batch;
+  int64_t num_heads;
+  int64_t num_heads_k;
+  int head_dim;
+  int head_dim_v;
+  int64_t rows_q;  // kDense: query length of each entry; kVarlen: query rows of all entries together
+  int64_t rows_k;
+  // Keys visible to the left and right of the diagonal; negative: all of them.
+  int64_t window_left;
+  int64_t window_right;
+
+  // A dense batch has its own tiles per entry; the entries of a varlen batch share one run of tile slots.
+  int64_t num_tile_runs() const { return layout == Layout::kDense ? batch : 1; }
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,58 @@
+// Tile shapes of the forward kernels, one row per head-dim bucket, each with the limit that chose it. The planner and the
+// kernels' traits are made from the same rows.
+#pragma once
+
+#include "variant/variant.h"
+
+namespace flash_attn {
+
+struct Tile {
+  int m;          // query rows per thread block
+  int n;          // keys per step
+  int num_warps;  // each warp owns m / num_warps rows
+};
+
+struct TileRow {
+  HeadDimBucket head_dim;
+  Tile tile;
+  const char* reason;
+};
+
+// Smallest bucket first: the first row that holds a call is the one it takes.
+inline constexpr TileRow kForwardTilesSm80[] = {
+    {{64, 64},
+     {128, 128, 4},
+     "registers: S (128) + O (64) of 255 per lane; shared memory 48 KB lets two blocks share an SM"},
+    {{128, 128},
+     {128, 64, 4},
+     "registers: S (64) + O (128) of 255 per lane, n = 128 would spill; shared memory 64 KB, two blocks on SM80 and "
+     "SM90, one on SM86"},
+};
+
+inline constexpr int kThreadsPerWarp = 32;
+inline constexpr int kElementBytes = 2;
+
+// Row of the forward tile table that a pair of head dims takes; nullptr if none holds it.
+constexpr const TileRow* find_tile_row(Arch arch, int head_dim, int head_dim_v) {
+  if (arch != Arch::kSm80) return nullptr;
+  for (const TileRow& row : kForwardTilesSm80) {
+    if (head_dim <= row.head_dim.qk && head_dim_v <= row.head_dim.v) return &row;
+  }
+  return nullptr;
+}
+
+constexpr Tile tile_for(const Variant& variant) {
+  return find_tile_row(variant.arch, variant.head_dim.qk, variant.head_dim.v)->tile;
+}
+
+constexpr int num_threads(const Tile& tile) { return tile.num_warps * kThreadsPerWarp; }
+
+// Q, one stage of K and one of V; O leaves through Q's space.
+constexpr int smem_bytes(const Variant& variant) {
+  const Tile tile = tile_for(variant);
+  const HeadDimBucket d = variant.head_dim;
+  const int q_or_o = tile.m * (d.qk > d.v ? d.qk : d.v);
+  return (q_or_o + tile.n * (d.qk + d.v)) * kElementBytes;
+}
+
+}  // namespace flash_attn

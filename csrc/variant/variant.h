@@ -1,0 +1,35 @@
+// The compile-time facts that tell one kernel from another. Host and device code share this header; it knows neither
+// torch nor a kernel.
+#pragma once
+
+namespace flash_attn {
+
+enum class Arch { kSm80 = 80, kSm90 = 90 };
+
+enum class Dtype { kFp16, kBf16 };
+
+// kFull sees every key; kCausal sees keys up to the diagonal that ends in the bottom-right corner.
+enum class Mask { kFull, kCausal };
+
+// A call runs in the smallest bucket that holds both of its head dims; columns past them are zero-filled.
+struct HeadDimBucket {
+  int qk;
+  int v;
+
+  friend constexpr bool operator==(const HeadDimBucket&, const HeadDimBucket&) = default;
+};
+
+// One forward kernel. A structural type, so that it is a template argument as well as a look-up key.
+struct Variant {
+  Arch arch;
+  Dtype dtype;
+  HeadDimBucket head_dim;
+  Mask mask;
+
+  friend constexpr bool operator==(const Variant&, const Variant&) = default;
+};
+
+constexpr const char* name_of(Dtype dtype) { return dtype == Dtype::kFp16 ? "fp16" : "bf16"; }
+constexpr const char* name_of(Mask mask) { return mask == Mask::kFull ? "full" : "causal"; }
+
+}  // namespace flash_attn

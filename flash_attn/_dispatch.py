@@ -1,0 +1,186 @@
+"""Which path serves a call, and why another does not: the one place where that is decided.
+
+A path is a family of implementations: the SM90 kernels, the SM80 kernels, the CPU path. A call is described
+by its tensors' device, dtype and head dims and by the set of features it uses; a path by those it serves.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from flash_attn import _extension
+
+# Every feature that a call may use, in the order of the support table.
+FEATURES = {
+    "dense": "dense batches",
+    "varlen": "variable lengths (cu_seqlens)",
+    "paged": "paged KV (block_table)",
+    "causal": "causal mask, bottom-right aligned",
+    "window": "sliding window",
+    "gqa": "grouped-query and multi-query heads",
+    "softcap": "softcap",
+    "alibi": "ALiBi slopes",
+    "sinks": "attention sinks (s_aux)",
+    "dropout": "dropout",
+    "seqused_q": "seqused_q",
+    "seqused_k": "seqused_k, cache_seqlens",
+    "leftpad": "leftpad_k, cache_leftpad",
+    "cache_batch_idx": "cache_batch_idx",
+    "append": "KV append in place",
+    "rotary": "rotary embedding on append",
+    "num_splits": "num_splits > 1",
+    "combine": "flash_attn_combine",
+    "attn_probs": "return_attn_probs with dropout",
+    "out": "out=",
+    "backward": "backward",
+}
+
+_DTYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+@dataclass(frozen=True)
+class PathSpec:
+    """What a path serves. `features` are keys of FEATURES; `dtypes` are names as FLASH_ATTN_DTYPES takes them."""
+
+    name: str
+    title: str
+    arch: int | None  # the kernels' architecture; None: plain PyTorch on any device
+    capability: tuple[tuple[int, int], tuple[int, int]] | None  # compute capabilities, first and last
+    dtypes: frozenset[str]
+    max_head_dim: int
+    features: frozenset[str]
+
+
+PATHS = {
+    "sm90": PathSpec(
+        name="sm90",
+        title="SM90 kernels (Hopper)",
+        arch=90,
+        capability=((9, 0), (9, 0)),
+        dtypes=frozenset({"fp16", "bf16"}),
+        max_head_dim=512,
+        features=frozenset(),
+    ),
+    "sm80": PathSpec(
+        name="sm80",
+        title="SM80 kernels (Ampere to Hopper)",
+        arch=80,
+        capability=((8, 0), (9, 0)),
+        dtypes=frozenset({"fp16", "bf16"}),
+        max_head_dim=128,
+        features=frozenset({"dense", "varlen", "causal", "gqa", "out"}),
+    ),
+    "cpu": PathSpec(
+        name="cpu",
+        title="CPU path (PyTorch, any device)",
+        arch=None,
+        capability=None,
+        dtypes=frozenset({"fp16", "bf16", "fp32", "fp64"}),
+        max_head_dim=512,
+        features=frozenset(FEATURES),
+    ),
+}
+
+_forced = threading.local()
+_capabilities: dict[int, tuple[int, int]] = {}
+
+
+@contextmanager
+def use_path(name: str) -> Iterator[None]:
+    """Runs every call of this thread inside the `with` block on one path, for tests and benchmarks.
+
+    Args:
+        name: "cpu" (plain PyTorch; it takes CUDA tensors too, and synchronises with the host there), "sm80" or
+            "sm90". A call that the path can't serve raises NotImplementedError instead of taking another.
+
+    Raises:
+        ValueError: if `name` is not a path.
+    """
+    if name not in PATHS:
+        raise ValueError(f"use_path: name must be one of {', '.join(map(repr, PATHS))}, got {name!r}")
+    before = getattr(_forced, "path", None)
+    _forced.path = name
+    try:
+        yield
+    finally:
+        _forced.path = before
+
+
+def choose_path(q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:
+    """The path for a validated call: the forced one, else the first that serves it.
+
+    Raises:
+        NotImplementedError: if no kernel serves the call; the message gives each path's reasons.
+    """
+    forced = getattr(_forced, "path", None)
+    if forced is None and not q.is_cuda:
+        return "cpu"
+    for name in (forced,) if forced is not None else ("sm90", "sm80"):
+        if not objections(name, q, head_dim_v, features):
+            return name
+    raise NotImplementedError(_refusal(forced, q, head_dim_v, features))
+
+
+def objections(name: str, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> list[str]:
+    """Why a path can't serve a call; an empty list if it can."""
+    path = PATHS[name]
+    reasons = _plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features)
+    if path.capability is None:
+        return reasons
+    return reasons + _device_objections(path, q)
+
+
+def _plan_objections(
+    path: PathSpec, dtype: torch.dtype, head_dim: int, head_dim_v: int, features: frozenset[str]
+) -> list[str]:
+    reasons = []
+    dtype_name = _DTYPE_NAMES[dtype]
+    if not path.features:
+        return [f"there are no {path.title} yet"]
+    if dtype_name not in path.dtypes:
+        reasons.append(f"dtype {dtype_name} (it takes {', '.join(sorted(path.dtypes))})")
+    if max(head_dim, head_dim_v) > path.max_head_dim:
+        reasons.append(f"head_dim {head_dim}/{head_dim_v} (it takes up to {path.max_head_dim})")
+    reasons += [FEATURES[key] for key in FEATURES if key in features and key not in path.features]
+    return reasons
+
+
+def _device_objections(path: PathSpec, q: torch.Tensor) -> list[str]:
+    if not q.is_cuda:
+        return [f"needs CUDA tensors, and q is on {q.device}"]
+    if not _extension.is_loaded():
+        return [str(_extension.load_error())]
+    first, last = path.capability
+    capability = _capability(q.device)
+    if not first <= capability <= last:
+        return [
+            f"needs compute capability {first[0]}.{first[1]} to {last[0]}.{last[1]}, "
+            f"and {q.device} has {capability[0]}.{capability[1]}"
+        ]
+    return []
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
+
+
+def _refusal(forced: str | None, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:
+    tried = (forced,) if forced is not None else ("sm90", "sm80")
+    lines = [f"{name}: {'; '.join(objections(name, q, head_dim_v, features))}" for name in tried]
+    hint = "" if forced == "cpu" else ". The CPU path runs it: with flash_attn.use_path('cpu'), or on CPU tensors"
+    return f"no kernel serves this call ({' | '.join(lines)}){hint}"
