@@ -1,0 +1,1 @@
+"""What setup.py and the Makefile call: nothing here is installed."""

@@ -1,0 +1,73 @@
+"""The build. pyproject.toml holds the metadata, which needs neither torch nor a CUDA toolkit; nor does importing this."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from build_support.decision import Kernels, PurePython, build_info, decide  # noqa: E402
+
+# Every other command (egg_info, dist_info, sdist, clean) reads or writes metadata only.
+BUILDING = {"bdist_wheel", "bdist_egg", "build", "build_ext", "build_py", "develop", "editable_wheel", "install"}
+
+
+def write_build_info(command, decision: Kernels | PurePython) -> None:
+    """Beside the modules that the command builds; in the source tree only where the install points there."""
+    in_place = getattr(command, "inplace", False) or getattr(command, "editable_mode", False)
+    package = (ROOT if in_place else Path(command.build_lib)) / "flash_attn"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build_info.json").write_text(build_info(decision, command.distribution.get_version()))
+
+
+def pure_commands(decision: PurePython) -> dict:
+    print(f"flash-attn: the CUDA kernels are not built: {decision.reason}", flush=True)
+
+    class BuildPackage(CleanBuildPy):
+        def run(self) -> None:
+            super().run()
+            write_build_info(self, decision)
+
+    return {"cmdclass": {"build_py": BuildPackage}}
+
+
+def kernel_commands(decision: Kernels) -> dict:
+    from build_support.kernels import BuildKernels, make_extension
+
+    class BuildExtensions(BuildKernels):
+        kernels = decision
+
+        def run(self) -> None:
+            super().run()
+            write_build_info(self, decision)
+
+    return {
+        "ext_modules": [make_extension(decision)],
+        "cmdclass": {"build_py": CleanBuildPy, "build_ext": BuildExtensions},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310", "build_number": decision.build_tag}},
+    }
+
+
+class CleanBuildPy(build_py):
+    """Starts from an empty folder: setuptools would ship whatever an earlier build left there."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+def build_arguments() -> dict:
+    if not BUILDING & set(sys.argv[1:]):
+        return {}
+    decision = decide()
+    return kernel_commands(decision) if isinstance(decision, Kernels) else pure_commands(decision)
+
+
+setup(license="BSD-3-Clause", **build_arguments())
