@@ -1,0 +1,85 @@
+"""Append new keys and values to a dense or paged cache, and combine split results."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._rotary import rotate, token_positions
+
+
+def _check_capacity(cache_seqlens: Tensor, positions: Tensor, capacity: int) -> None:
+    if cache_seqlens.device.type != "cpu":
+        return
+    if cache_seqlens.numel() and cache_seqlens.min() < 0:
+        raise ValueError(f"cache_seqlens must not be negative, got {cache_seqlens.min().item()}")
+    if positions.numel() and positions.max() >= capacity:
+        raise ValueError(
+            f"cache_seqlens plus the new tokens must fit the cache's {capacity} tokens, "
+            f"got {positions.max().item() + 1}"
+        )
+
+
+def _check_ids(name: str, rule: str, ids: Tensor, limit: int) -> None:
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = ids.min().item(), ids.max().item()
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} must be {rule} {limit}, got {low if low < 0 else high}")
+
+
+def append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: Tensor,
+    cu_seqlens_k_new: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+    rotary_interleaved: bool,
+) -> None:
+    """Write token t of entry b at cache position cache_seqlens[b] + t, with k rotated at that position."""
+    k, v = k.detach(), v.detach()
+    positions, end = token_positions(k, cache_seqlens, cu_seqlens_k_new, True)
+    entries = torch.arange(cache_seqlens.shape[0], device=k.device)
+    if cu_seqlens_k_new is None:
+        entries = entries[:, None].expand_as(positions)
+    else:
+        lengths = (cu_seqlens_k_new[1:] - cu_seqlens_k_new[:-1]).to(torch.int64)
+        entries = entries.repeat_interleave(lengths)
+        tokens = slice(end - positions.numel(), end)
+        k, v = k[tokens], v[tokens]
+    page_size = k_cache.shape[1]
+    capacity = page_size if block_table is None else block_table.shape[1] * page_size
+    _check_capacity(cache_seqlens, positions, capacity)
+    if rotary_cos is not None and rotary_sin is not None:
+        k = rotate(k, rotary_cos, rotary_sin, positions, rotary_interleaved)
+    rows = entries if cache_batch_idx is None else cache_batch_idx.to(torch.int64)[entries]
+    if block_table is not None:
+        rows = block_table[rows, positions // page_size].to(torch.int64)
+        positions = positions % page_size
+        _check_ids("block_table", "ids of used pages, at least 0 and below", rows, k_cache.shape[0])
+    else:
+        _check_ids("cache_batch_idx", "at least 0 and below the cache's batch size", rows, k_cache.shape[0])
+    k_cache[rows, positions] = k
+    v_cache[rows, positions] = v
+
+
+def combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Merge results over disjoint keys, split along dimension 0: out (…, H, D) and lse (…, H)."""
+    dtype = torch.promote_types(out_partial.dtype, torch.float32)
+    partial = lse_partial.to(torch.promote_types(lse_partial.dtype, torch.float32))
+    if partial.shape[0] == 0:
+        lse = partial.new_full(partial.shape[1:], -torch.inf)
+    else:
+        lse = torch.logsumexp(partial, dim=0)
+    out = torch.zeros(out_partial.shape[1:], dtype=dtype, device=out_partial.device)
+    for split_out, split_lse in zip(out_partial, partial, strict=True):
+        empty = split_lse == -torch.inf
+        weight = torch.where(empty, 0, torch.exp(split_lse - lse)).to(dtype).unsqueeze(-1)
+        # A split without keys may hold anything, NaN included.
+        out += torch.where(empty.unsqueeze(-1), 0, split_out.to(dtype)) * weight
+    return out.to(out_partial.dtype if out_dtype is None else out_dtype), lse

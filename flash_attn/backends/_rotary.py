@@ -1,0 +1,65 @@
+"""Rotary position embedding (Su et al., 'RoFormer', 2021), out of place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_positions(
+    x: Tensor, offsets: Tensor, cu_seqlens: Tensor | None, advance: bool
+) -> tuple[Tensor, int]:
+    """Position of every token of x, (B, S) or (T,), and the token at which a packed x's last entry ends."""
+    offsets = offsets.to(torch.int64)
+    if cu_seqlens is None:
+        steps = torch.arange(x.shape[1], device=x.device) if advance else torch.zeros_like(offsets[:1])
+        return (offsets[:, None] + steps).expand(x.shape[:2]), x.shape[1]
+    starts = cu_seqlens.tolist()
+    lengths = torch.tensor([b - a for a, b in zip(starts, starts[1:], strict=False)], device=x.device)
+    positions = offsets.repeat_interleave(lengths)
+    if advance:
+        first = torch.tensor(starts[:-1], device=x.device).repeat_interleave(lengths)
+        positions = positions + torch.arange(starts[0], starts[-1], device=x.device) - first
+    return positions, starts[-1]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """x (..., H, D) rotated at `positions` (...); computed in float32 or above, stored in x's dtype."""
+    if positions.numel() and positions.device.type == "cpu":
+        low, high = positions.min().item(), positions.max().item()
+        if low < 0 or high >= cos.shape[0]:
+            raise ValueError(
+                f"rotary_cos and rotary_sin must hold the positions {low} to {high}, got {cos.shape[0]} rows"
+            )
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    half = cos.shape[-1]
+    cos = cos[positions].to(dtype).unsqueeze(-2)
+    sin = sin[positions].to(dtype).unsqueeze(-2)
+    out = x.clone(memory_format=torch.contiguous_format)
+    if interleaved:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    else:
+        first, second = slice(0, half), slice(half, 2 * half)
+    a, b = x[..., first].to(dtype), x[..., second].to(dtype)
+    out[..., first] = a * cos - b * sin
+    out[..., second] = a * sin + b * cos
+    return out
+
+
+def rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: Tensor,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    advance: bool,
+) -> Tensor:
+    """Rotate token i of entry b at position offsets[b] + i, or offsets[b] if not `advance`."""
+    positions, end = token_positions(x, offsets, cu_seqlens, advance)
+    if cu_seqlens is None:
+        return rotate(x, cos, sin, positions, interleaved)
+    out = x.clone(memory_format=torch.contiguous_format)
+    tokens = slice(end - positions.numel(), end)
+    out[tokens] = rotate(x[tokens], cos, sin, positions, interleaved)
+    return out
