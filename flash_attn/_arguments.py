@@ -1,0 +1,228 @@
+"""Checks of single arguments. Each raises with the argument's public name, the rule and the value received."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 512
+MAX_SPLITS = 256
+# A window side of this size or more is infinite: no sequence is that long, and sums with it must not overflow.
+_INFINITE_WINDOW = 2**31 - 1
+_INF = float("inf")
+
+
+def require_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def require_device(name: str, tensor: torch.Tensor, device: torch.device, whose: str = "q's") -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {whose} device {device}, got {tensor.device}")
+
+
+def require_float_dtype(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def require_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype, whose: str = "") -> None:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must have {whose}dtype {dtype}, got {tensor.dtype}")
+
+
+def require_rank(name: str, tensor: torch.Tensor, layout: str) -> None:
+    """`layout` names the dimensions, as in "(batch, seqlen_q, num_heads, head_dim)"."""
+    if tensor.ndim != layout.count(",") + 1:
+        raise ValueError(f"{name} must have the shape {layout}, got {tuple(tensor.shape)}")
+
+
+def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], layout: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have the shape {layout} = {shape}, got {tuple(tensor.shape)}")
+
+
+def require_bool(name: str, value: Any) -> None:
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def as_int(name: str, value: Any) -> int:
+    """An int from anything that is one without a read from a device; bools and tensors are not."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, (bool, float, str, torch.Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return operator.index(value)
+
+
+def as_float(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        # NumPy's scalars of other widths convert without loss; a tensor would have to be read.
+        if isinstance(value, (bool, str, torch.Tensor)) or not hasattr(value, "__float__"):
+            raise TypeError(f"{name} must be a float, got {value!r}")
+        value = float(value)
+    if not -_INF < value < _INF:
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return value
+
+
+def int32_vector(
+    name: str, tensor: Any, device: torch.device, size: int | None, layout: str, whose: str = "q's"
+) -> None:
+    """Checks int32 metadata of one dimension, such as cu_seqlens. Its values are never read here."""
+    require_tensor(name, tensor)
+    require_device(name, tensor, device, whose)
+    require_dtype(name, tensor, torch.int32)
+    if tensor.ndim != 1 or (size is not None and tensor.shape[0] != size):
+        expected = layout if size is None else f"{layout} = ({size},)"
+        raise ValueError(f"{name} must have the shape {expected}, got {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got stride {tensor.stride()}")
+
+
+def block_table_of(block_table: Any, device: torch.device, batch: int | None) -> None:
+    require_tensor("block_table", block_table)
+    require_device("block_table", block_table, device)
+    require_dtype("block_table", block_table, torch.int32)
+    require_rank("block_table", block_table, "(batch, max_pages)")
+    if batch is not None and block_table.shape[0] != batch:
+        raise ValueError(
+            f"block_table must have one row for each of the {batch} batch entries, got {tuple(block_table.shape)}"
+        )
+    if block_table.shape[1] > 1 and block_table.stride(1) != 1:
+        raise ValueError(f"block_table must have rows of stride 1, got stride {block_table.stride()}")
+
+
+def scheduler_metadata_of(metadata: Any, device: torch.device, batch: int) -> None:
+    int32_vector("scheduler_metadata", metadata, device, None, "(num_elements,)")
+    if metadata.shape[0] < 1 + batch:
+        raise ValueError(
+            f"scheduler_metadata must have at least 1 + batch = {1 + batch} elements, got {metadata.shape[0]}"
+        )
+
+
+def window_of(window_size: Any, causal: Any) -> tuple[int, int]:
+    """(left, right) with -1 for an infinite side. Causal is right == 0, whatever right was given."""
+    require_bool("causal", causal)
+    if isinstance(window_size, torch.Tensor):
+        window_size = _window_values(window_size)
+    if not isinstance(window_size, (tuple, list)):
+        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
+    if len(window_size) != 2:
+        raise ValueError(f"window_size must have two elements (left, right), got {window_size!r}")
+    left, right = (_window_side(side) for side in window_size)
+    return left, 0 if causal else right
+
+
+def _window_side(side: Any) -> int:
+    if side is None:
+        return -1
+    side = as_int("window_size", side)
+    return side if 0 <= side < _INFINITE_WINDOW else -1
+
+
+def _window_values(window: torch.Tensor) -> list[int]:
+    if window.device.type != "cpu" or torch.compiler.is_compiling():
+        raise ValueError(
+            f"window_size must be a pair of ints, or a CPU tensor outside torch.compile "
+            f"(its values are needed on the host), got a tensor on {window.device}"
+        )
+    if window.dtype.is_floating_point or window.dtype.is_complex or window.dtype == torch.bool:
+        raise TypeError(f"window_size must have an integer dtype, got {window.dtype}")
+    if tuple(window.shape) != (2,):
+        raise ValueError(f"window_size must have two elements (left, right), got shape {tuple(window.shape)}")
+    return window.tolist()
+
+
+def max_seqlen_of(name: str, value: Any) -> int:
+    """The longest sequence as the host knows it; 0 when it does not, so that no tensor is waited for."""
+    if value is None:
+        return 0
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.dtype.is_floating_point or value.dtype.is_complex:
+            raise ValueError(
+                f"{name} must be an int, None or an integer tensor of one element, "
+                f"got shape {tuple(value.shape)}, dtype {value.dtype}"
+            )
+        if torch.compiler.is_compiling() or type(value) is not torch.Tensor or value.device.type != "cpu":
+            return 0
+        value = value.item()
+    value = as_int(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
+
+
+def softmax_scale_of(softmax_scale: Any, head_dim: int) -> float:
+    return head_dim**-0.5 if softmax_scale is None else as_float("softmax_scale", softmax_scale)
+
+
+def softcap_of(softcap: Any) -> float:
+    softcap = as_float("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap must be at least 0 (0 switches it off), got {softcap}")
+    return softcap
+
+
+def dropout_of(dropout_p: Any, softcap: float) -> float:
+    dropout_p = as_float("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p > 0 and softcap > 0:
+        raise NotImplementedError(f"softcap must be 0 when dropout_p > 0, got {softcap} and {dropout_p}")
+    return dropout_p
+
+
+def num_splits_of(num_splits: Any) -> int:
+    num_splits = as_int("num_splits", num_splits)
+    if not 0 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits must be in [0, {MAX_SPLITS}] (0 chooses), got {num_splits}")
+    return num_splits
+
+
+def pack_gqa_of(pack_gqa: Any) -> bool | None:
+    if pack_gqa is not None and pack_gqa is not True and pack_gqa is not False:
+        raise TypeError(f"pack_gqa must be None, True or False, got {pack_gqa!r}")
+    return pack_gqa
+
+
+def alibi_slopes_of(slopes: Any, device: torch.device, batch: int, num_heads: int) -> None:
+    require_tensor("alibi_slopes", slopes)
+    require_device("alibi_slopes", slopes, device)
+    require_dtype("alibi_slopes", slopes, torch.float32)
+    if tuple(slopes.shape) not in ((num_heads,), (batch, num_heads)):
+        raise ValueError(
+            f"alibi_slopes must have the shape (num_heads,) = ({num_heads},) or "
+            f"(batch, num_heads) = ({batch}, {num_heads}), got {tuple(slopes.shape)}"
+        )
+    if slopes.ndim and slopes.shape[-1] > 1 and slopes.stride(-1) != 1:
+        raise ValueError(f"alibi_slopes must have stride 1 in its last dimension, got {slopes.stride()}")
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("alibi_slopes must not require grad (it has no gradient), got requires_grad=True")
+
+
+def s_aux_of(s_aux: Any, device: torch.device, num_heads: int) -> None:
+    require_tensor("s_aux", s_aux)
+    require_device("s_aux", s_aux, device)
+    require_float_dtype("s_aux", s_aux)
+    require_shape("s_aux", s_aux, (num_heads,), "(num_heads,)")
+
+
+def out_of(out: Any, q: torch.Tensor, head_dim_v: int, needs_grad: bool) -> None:
+    """`out` is written in place, so nothing that it depends on may be waiting for a gradient."""
+    require_tensor("out", out)
+    require_device("out", out, q.device)
+    require_dtype("out", out, q.dtype, "q's ")
+    require_shape("out", out, (*q.shape[:-1], head_dim_v), "q's with head_dim_v")
+    strides = out.stride()
+    if head_dim_v > 1 and strides[-1] != 1:
+        raise ValueError(f"out must have stride 1 in its last dimension, got stride {strides}")
+    if any(stride == 0 and size > 1 for stride, size in zip(strides, out.shape, strict=True)):
+        raise ValueError(f"out must not overlap itself, got stride {strides} for shape {tuple(out.shape)}")
+    if needs_grad or (out.requires_grad and torch.is_grad_enabled()):
+        raise ValueError("out must not be given when a gradient is needed; got tensors with requires_grad=True")

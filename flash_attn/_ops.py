@@ -1,0 +1,300 @@
+"""The torch ops: schemas, implementations, fakes and gradients, and the functions that call them.
+
+The Python ops (cpu_*) run backends/cpu.py on any device. The CUDA op `flash_attn::forward`, which the extension
+defines, takes the same arguments and the architecture; it gets its fake and its autograd formula here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attn import _dispatch, _extension
+from flash_attn._checks import ForwardCall
+from flash_attn.backends import cpu
+
+_Outputs = tuple[Tensor, Tensor]
+
+_LIB = torch.library.Library("flash_attn", "FRAGMENT")
+
+_LENGTHS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
+_PLACES = "Tensor? leftpad_k, Tensor? block_table, Tensor? cache_batch_idx"
+_SCORE = (
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, SymInt window_left, SymInt window_right, "
+    "float softcap, float dropout_p"
+)
+_FORWARD = (
+    f"Tensor q, Tensor k, Tensor v, Tensor? s_aux, Tensor? alibi_slopes, Tensor? rng_state, {_LENGTHS}, "
+    f"{_PLACES}, Tensor? scheduler_metadata, {_SCORE}, SymInt num_splits, bool? pack_gqa"
+)
+_SCHEMAS = {
+    "cpu_forward": f"({_FORWARD}) -> (Tensor out, Tensor lse)",
+    "cpu_forward_out": f"({_FORWARD}, Tensor(a!) out) -> Tensor lse",
+    "cpu_backward": (
+        "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? s_aux, "
+        f"Tensor? alibi_slopes, Tensor? rng_state, {_LENGTHS}, {_SCORE}, bool deterministic) "
+        "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds_aux)"
+    ),
+    "cpu_attn_probs": (
+        f"(Tensor q, Tensor k, Tensor lse, Tensor? alibi_slopes, Tensor? rng_state, {_LENGTHS}, {_PLACES}, "
+        f"{_SCORE}) -> Tensor"
+    ),
+    "cpu_append_kv": (
+        "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor? rotary_cos, Tensor? rotary_sin, "
+        "Tensor cache_seqlens, Tensor? cu_seqlens_k_new, Tensor? cache_batch_idx, Tensor? block_table, "
+        "bool rotary_interleaved) -> ()"
+    ),
+    "cpu_rotary": (
+        "(Tensor x, Tensor cos, Tensor sin, Tensor offsets, Tensor? cu_seqlens, bool interleaved, bool advance) "
+        "-> Tensor"
+    ),
+    "cpu_combine": "(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype) -> (Tensor out, Tensor lse)",
+}
+# The op's inputs that have a gradient come first but for s_aux, which is the fourth: one per op argument.
+_NUM_FORWARD_ARGUMENTS = _FORWARD.count(",") + 1
+
+
+# ---- Implementations -------------------------------------------------------------------------------------------
+
+
+def _forward_out(*arguments: Any) -> Tensor:
+    result, lse = cpu.forward(*arguments[:-1])
+    arguments[-1].copy_(result)
+    return lse
+
+
+# ---- Fakes: shapes, dtypes and strides without a computation ----------------------------------------------------
+
+
+def _fake_lse(q: Tensor) -> Tensor:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty(shape, dtype=dtype)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> _Outputs:
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), _fake_lse(q)
+
+
+def _fake_forward_out(q: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _fake_lse(q)
+
+
+def _fake_backward(
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    s_aux: Tensor | None, *_: Any, **__: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ds_aux = q.new_empty((0,), dtype=torch.float32) if s_aux is None else s_aux.new_empty(s_aux.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ds_aux
+
+
+def _fake_attn_probs(
+    q: Tensor, k: Tensor, lse: Tensor, alibi_slopes: Tensor | None, rng_state: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seqused_q: Tensor | None, seqused_k: Tensor | None,
+    leftpad_k: Tensor | None, block_table: Tensor | None, cache_batch_idx: Tensor | None,
+    max_seqlen_q: int, max_seqlen_k: int, *_: Any,
+) -> Tensor:  # fmt: skip
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    rows = max_seqlen_q if cu_seqlens_q is not None else q.shape[1]
+    columns = max_seqlen_k if cu_seqlens_k is not None or block_table is not None else k.shape[1]
+    return q.new_empty((batch, q.shape[-2], (rows + 127) // 128 * 128, (columns + 127) // 128 * 128))
+
+
+def _fake_append_kv(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _fake_rotary(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> _Outputs:
+    out = out_partial.new_empty(out_partial.shape[1:], dtype=out_dtype or out_partial.dtype)
+    return out, lse_partial.new_empty(lse_partial.shape[1:])
+
+
+# ---- Gradients -------------------------------------------------------------------------------------------------
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
+    call = inputs[:_NUM_FORWARD_ARGUMENTS]
+    (q, k, v, s_aux, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+     leftpad_k, block_table, cache_batch_idx, _, *score) = call[:-2]  # fmt: skip
+    ctx.set_materialize_grads(False)
+    places = {"leftpad_k": leftpad_k, "block_table": block_table, "cache_batch_idx": cache_batch_idx}
+    ctx.without_backward = [name for name, value in places.items() if value is not None]
+    if ctx.without_backward:
+        return
+    ctx.score = score
+    ctx.save_for_backward(
+        q, k, v, *output, s_aux, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    )
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.without_backward:
+        raise NotImplementedError(f"there is no backward through {', '.join(ctx.without_backward)}")
+    no_grads = (None,) * _NUM_FORWARD_ARGUMENTS
+    if dout is None and dlse is None:
+        return no_grads
+    saved = ctx.saved_tensors
+    # A second differentiation has to meet the op, which refuses it.
+    direct = not torch.is_grad_enabled() and _is_plain(*saved[:3])
+    backward = cpu.backward if direct else torch.ops.flash_attn.cpu_backward
+    # The CPU path adds in a fixed order, so it is deterministic whether asked or not.
+    grads = backward(dout, dlse, *saved, *ctx.score, True)
+    needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[:4], strict=True))
+    return (*needed, *no_grads[4:])
+
+
+class _EagerForward(torch.autograd.Function):
+    """cpu_forward and its gradient without the dispatcher, whose Python kernels cost more than a small call."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> _Outputs:
+        output = cpu.forward(*arguments)
+        _setup_backward(ctx, arguments, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _refuse_backward(what: str) -> Any:
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(what)
+
+    return backward
+
+
+def _refuse_vmap(name: str) -> Any:
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
+        raise NotImplementedError(f"flash_attn::{name} has no batching rule for torch.vmap; pass a batch dimension")
+
+    return vmap
+
+
+# ---- Registration ----------------------------------------------------------------------------------------------
+
+
+def _in_place(name: str, mutated: tuple[int, ...]) -> Any:
+    """The ADInplaceOrView kernel of an op that writes arguments: autograd has to learn that they changed."""
+    op = getattr(torch.ops.flash_attn, name).default
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        for index in mutated:
+            torch.autograd.graph.increment_version(arguments[index])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    return kernel
+
+
+def _register(name: str, implementation: Any, fake: Any) -> None:
+    _LIB.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+    _LIB.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flash_attn::{name}", fake, lib=_LIB)
+
+
+def _register_python_ops() -> None:
+    _register("cpu_forward", cpu.forward, _fake_forward)
+    _register("cpu_forward_out", _forward_out, _fake_forward_out)
+    _register("cpu_backward", cpu.backward, _fake_backward)
+    _register("cpu_attn_probs", cpu.attn_probs, _fake_attn_probs)
+    _register("cpu_append_kv", cpu.append_kv, _fake_append_kv)
+    _register("cpu_rotary", cpu.rotary, _fake_rotary)
+    _register("cpu_combine", cpu.combine, _fake_combine)
+    _register_autograd("cpu_forward", _backward, _setup_backward)
+    for name, what in (
+        ("cpu_backward", "attention has no second derivative"),
+        ("cpu_attn_probs", "S_dmask of return_attn_probs has no gradient"),
+        ("cpu_rotary", "there is no backward through the rotary embedding of flash_attn_with_kvcache"),
+        ("cpu_combine", "there is no backward through flash_attn_combine"),
+    ):
+        _register_autograd(name, _refuse_backward(what))
+    for name in ("cpu_forward", "cpu_backward", "cpu_attn_probs", "cpu_rotary", "cpu_combine"):
+        torch.library.register_vmap(f"flash_attn::{name}", _refuse_vmap(name), lib=_LIB)
+    _LIB.impl("cpu_forward_out", _in_place("cpu_forward_out", (-1,)), "ADInplaceOrView", with_keyset=True)
+    _LIB.impl("cpu_append_kv", _in_place("cpu_append_kv", (0, 1)), "ADInplaceOrView", with_keyset=True)
+
+
+def _register_cuda_ops() -> None:
+    torch.library.register_fake("flash_attn::forward", _fake_forward, lib=_LIB)
+    torch.library.register_fake("flash_attn::forward_out", _fake_forward_out, lib=_LIB)
+    what = "the CUDA kernels have no backward kernel yet; run under flash_attn.use_path('cpu')"
+    _register_autograd("forward", _refuse_backward(what))
+    torch.library.register_vmap("flash_attn::forward", _refuse_vmap("forward"), lib=_LIB)
+
+
+def _register_autograd(name: str, backward: Any, setup_context: Any = None) -> None:
+    torch.library.register_autograd(f"flash_attn::{name}", backward, setup_context=setup_context, lib=_LIB)
+
+
+_register_python_ops()
+if _extension.is_loaded():
+    _register_cuda_ops()
+
+
+# ---- Calls -----------------------------------------------------------------------------------------------------
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd would watch an op with these tensors: no tracer, mode, subclass or transform."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+
+
+def forward(path: str, call: ForwardCall) -> _Outputs:
+    """(out, lse) of a checked call on the path chosen for it."""
+    arguments = call.op_arguments
+    ops = torch.ops.flash_attn
+    if path != "cpu":
+        arch = _dispatch.PATHS[path].arch
+        if call.out is None:
+            return ops.forward(*arguments, arch)
+        return call.out, ops.forward_out(*arguments, arch, call.out)
+    if call.out is not None:
+        return call.out, ops.cpu_forward_out(*arguments, call.out)
+    if not _is_plain(call.q, call.k, call.v):
+        return ops.cpu_forward(*arguments)
+    return _EagerForward.apply(*arguments) if call.needs_grad else cpu.forward(*arguments)
+
+
+def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:
+    """S_dmask of a call that has run; it has no gradient."""
+    _require_cpu(path, "return_attn_probs")
+    a = call
+    return torch.ops.flash_attn.cpu_attn_probs(
+        a.q.detach(), a.k.detach(), lse.detach(), a.alibi_slopes, a.rng_state, a.cu_seqlens_q, a.cu_seqlens_k,
+        a.seqused_q, a.seqused_k, a.leftpad_k, a.block_table, a.cache_batch_idx, a.max_seqlen_q, a.max_seqlen_k,
+        a.softmax_scale, a.window_left, a.window_right, a.softcap, a.dropout_p,
+    )  # fmt: skip
+
+
+def append_kv(path: str, arguments: tuple[Any, ...]) -> None:
+    """Writes new keys and values into the caches."""
+    _require_cpu(path, "k and v of flash_attn_with_kvcache")
+    direct = _is_plain(*arguments[:4])
+    (cpu.append_kv if direct else torch.ops.flash_attn.cpu_append_kv)(*arguments)
+
+
+def rotary(path: str, arguments: tuple[Any, ...]) -> Tensor:
+    """The rotated queries."""
+    _require_cpu(path, "rotary_cos")
+    x = arguments[0]
+    direct = _is_plain(x) and not (x.requires_grad and torch.is_grad_enabled())
+    return (cpu.rotary if direct else torch.ops.flash_attn.cpu_rotary)(*arguments)
+
+
+def combine(path: str, out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> _Outputs:
+    _require_cpu(path, "flash_attn_combine")
+    return torch.ops.flash_attn.cpu_combine(out_partial, lse_partial, out_dtype)
+
+
+def _require_cpu(path: str, what: str) -> None:
+    if path != "cpu":
+        raise NotImplementedError(f"{what} has no kernel on the path {path}; run under flash_attn.use_path('cpu')")

@@ -1,0 +1,47 @@
+"""Runs checked calls: chooses the path, once, and calls the ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_attn import _dispatch, _ops
+from flash_attn._checks import ForwardCall
+from flash_attn._checks_kvcache import KvCacheCall
+
+Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+
+
+def run(call: ForwardCall) -> Result:
+    """out, or (out, lse), or (out, lse, S_dmask): what the public functions return."""
+    path = _dispatch.choose_path(call.q, call.head_dim_v, call.features)
+    if call.dropout_p > 0:
+        call = call._replace(rng_state=_draw_rng_state(call.q.device))
+    out, lse = _ops.forward(path, call)
+    if call.return_attn_probs:
+        probs = _ops.attn_probs(path, call, lse) if call.dropout_p > 0 else call.q.new_empty(0)
+        return out, lse, probs
+    return (out, lse) if call.return_softmax_lse else out
+
+
+def run_kvcache(call: KvCacheCall) -> Result:
+    """Appends, rotates q, attends: one path for all of it."""
+    forward = call.forward
+    path = _dispatch.choose_path(forward.q, forward.head_dim_v, forward.features)
+    if call.append is not None:
+        _ops.append_kv(path, call.append)
+    if call.rotate_q:
+        forward = forward._replace(q=_ops.rotary(path, call.rotary_arguments))
+    out, lse = _ops.forward(path, forward)
+    return (out, lse) if forward.return_softmax_lse else out
+
+
+def run_combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    path = _dispatch.choose_path(out_partial, out_partial.shape[-1], frozenset({"combine"}))
+    return _ops.combine(path, out_partial, lse_partial, out_dtype)
+
+
+def _draw_rng_state(device: torch.device) -> Tensor:
+    """A fresh dropout [seed, offset] from the device's default generator, so that torch's own means of repeating
+    random numbers (manual_seed, checkpointing, CUDA graphs) apply."""
+    return torch.randint(2**62, (2,), dtype=torch.int64, device=device)

@@ -1,0 +1,241 @@
+"""The public functions: signatures and documentation. Checks, ops and paths are in the modules named _*."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from flash_attn import _checks, _checks_packed
+from flash_attn._checks import ForwardCall, Window
+from flash_attn._checks_kvcache import kvcache_call
+from flash_attn._run import Result, run
+from flash_attn.interface_kvcache import flash_attn_combine, flash_attn_with_kvcache, get_scheduler_metadata
+from flash_attn.interface_varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+
+__all__ = [
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    out: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+) -> Result:
+    """Exact attention, softmax(q k^T * softmax_scale) v, in memory linear in the sequence length.
+
+    Query i and key j (from 0) of sequences of seqlen_q and seqlen_k tokens are aligned at their ends: with
+    d = i + seqlen_k - seqlen_q - j, the score is, in this order, s = softmax_scale * q_i . k_j, then
+    softcap * tanh(s / softcap) if softcap > 0, then s - slope * abs(d) with ALiBi, then -inf where masked.
+
+    Parameters
+    ----------
+    q : Tensor, (batch, seqlen_q, num_heads, head_dim)
+        float16, bfloat16, float32 or float64, of any strides; head_dim from 1 to 512.
+    k : Tensor, (batch, seqlen_k, num_heads_k, head_dim)
+        num_heads must be a multiple of num_heads_k; query head h attends to key head h // (num_heads // num_heads_k).
+    v : Tensor, (batch, seqlen_k, num_heads_k, head_dim_v)
+        head_dim_v from 1 to 512; it need not be head_dim.
+    dropout_p : float
+        Probability, in [0, 1), with which a softmax probability is dropped; the kept ones are divided by
+        1 - dropout_p. Pass 0.0 for evaluation. The random numbers are Philox-4x32-10, seeded from the default
+        generator of q's device. Not together with softcap.
+    softmax_scale : float, optional
+        Factor of the scores; head_dim ** -0.5 if None.
+    causal : bool
+        Allow only d >= 0. It replaces the right side of window_size by 0.
+    window_size : pair of int or None
+        (left, right): allow only -right <= d <= left, both included. A side that is negative, None or at least
+        2**31 - 1 is infinite. A CPU integer tensor of two elements is accepted outside torch.compile.
+    softcap : float
+        Bound of the scores, as in Gemma 2; 0.0 switches it off.
+    alibi_slopes : Tensor, (num_heads,) or (batch, num_heads), float32, optional
+        It has no gradient, so it must not require one.
+    deterministic : bool
+        Ask for a backward pass that gives the same bits in every run. The CPU path always does.
+    return_attn_probs : bool
+        Return (out, lse, S_dmask), for tests. S_dmask is an empty tensor if dropout_p is 0. Otherwise it is
+        (batch, num_heads, seqlen_q, seqlen_k), both lengths rounded up to 128, in q's dtype: the probabilities,
+        negative where dropped, 0 outside. It has no gradient.
+    s_aux : Tensor, (num_heads,), any of q's dtypes, optional
+        Attention sinks: a score per head that takes part in the softmax's denominator and has no value. It has a
+        gradient.
+    out : Tensor, (batch, seqlen_q, num_heads, head_dim_v), q's dtype, optional
+        Receives the result; stride 1 in its last dimension. Not when a gradient is needed.
+    return_softmax_lse : bool
+        Return (out, lse). lse has a gradient.
+    num_splits : int
+        Into how many parts, 0 to 256, the keys are split for parallelism: a hint that 0 leaves to a heuristic;
+        1 makes a row's result independent of the batch around it.
+    pack_gqa : bool, optional
+        Whether query heads of a key head share a tile: a hint that changes no result; None chooses.
+
+    Returns
+    -------
+    out : Tensor, (batch, seqlen_q, num_heads, head_dim_v), q's dtype
+    lse : Tensor, (batch, num_heads, seqlen_q), float32, float64 for float64 inputs
+        With return_softmax_lse or return_attn_probs: natural logarithm of the softmax's denominator, sink included.
+    S_dmask : Tensor
+        With return_attn_probs.
+
+    A row with no allowed key gets out 0, lse -inf (the sink's score, if there is one), and gradients of 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type or breaks one of the rules above.
+    NotImplementedError
+        If no path serves this call; the message says why (see flash_attn.explain).
+
+    References
+    ----------
+    FlashAttention (Dao et al. 2022, arXiv:2205.14135) and FlashAttention-2 (Dao 2023, arXiv:2307.08691), on online
+    softmax (Milakov and Gimelshein 2018, arXiv:1805.02867); grouped-query attention (Ainslie et al. 2023,
+    arXiv:2305.13245); ALiBi (Press et al. 2021, arXiv:2108.12409); softcap (Gemma 2, arXiv:2408.00118); sinks (Xiao
+    et al. 2023, arXiv:2309.17453); Philox (Salmon et al., SC'11).
+    """
+    call = _checks.dense_call(
+        q, k, v, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
+        softcap=softcap, alibi_slopes=alibi_slopes, deterministic=deterministic, return_attn_probs=return_attn_probs,
+        s_aux=s_aux, out=out, return_softmax_lse=return_softmax_lse, num_splits=num_splits, pack_gqa=pack_gqa,
+    )  # fmt: skip
+    return run(call)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    out: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+) -> Result:
+    """`flash_attn_func` on views of one tensor; its gradient is one tensor too.
+
+    Parameters
+    ----------
+    qkv : Tensor, (batch, seqlen, 3, num_heads, head_dim)
+        q, k and v, stacked in this order.
+    dropout_p, softmax_scale, causal, ...
+        The others are `flash_attn_func`'s.
+
+    Returns
+    -------
+    As `flash_attn_func`; out is (batch, seqlen, num_heads, head_dim).
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As in `flash_attn_func`.
+    """
+    call = _checks_packed.qkvpacked_call(
+        qkv, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
+        window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, deterministic=deterministic,
+        return_attn_probs=return_attn_probs, s_aux=s_aux, out=out, return_softmax_lse=return_softmax_lse,
+        num_splits=num_splits, pack_gqa=pack_gqa,
+    )  # fmt: skip
+    return run(call)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    out: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+) -> Result:
+    """`flash_attn_func` with k and v as views of one tensor; its gradient is one tensor too.
+
+    Parameters
+    ----------
+    q : Tensor, (batch, seqlen_q, num_heads, head_dim)
+    kv : Tensor, (batch, seqlen_k, 2, num_heads_k, head_dim)
+        k and v, stacked in this order.
+    dropout_p, softmax_scale, causal, ...
+        The others are `flash_attn_func`'s.
+
+    Returns
+    -------
+    As `flash_attn_func`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As in `flash_attn_func`.
+    """
+    call = _checks_packed.kvpacked_call(
+        q, kv, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
+        window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, deterministic=deterministic,
+        return_attn_probs=return_attn_probs, s_aux=s_aux, out=out, return_softmax_lse=return_softmax_lse,
+        num_splits=num_splits, pack_gqa=pack_gqa,
+    )  # fmt: skip
+    return run(call)
+
+
+_CALLS: dict[Callable[..., Any], Callable[..., ForwardCall]] = {
+    flash_attn_func: _checks.dense_call,
+    flash_attn_qkvpacked_func: _checks_packed.qkvpacked_call,
+    flash_attn_kvpacked_func: _checks_packed.kvpacked_call,
+    flash_attn_varlen_func: _checks.varlen_call,
+    flash_attn_varlen_qkvpacked_func: _checks_packed.varlen_qkvpacked_call,
+    flash_attn_varlen_kvpacked_func: _checks_packed.varlen_kvpacked_call,
+    flash_attn_with_kvcache: lambda **arguments: kvcache_call(**arguments).forward,
+}
+
+
+def build_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> ForwardCall:
+    """The call that a public function would run with these arguments; nothing runs."""
+    if function not in _CALLS:
+        raise ValueError(f"function must be an attention function of flash_attn, got {function!r}")
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return _CALLS[function](**bound.arguments)
