@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -57,9 +58,17 @@ def decide(environ: Mapping[str, str] = os.environ) -> Kernels | PurePython:
     cuda_home, looked_in = find_cuda_home(environ)
     if cuda_home is None:
         return PurePython(options, "no CUDA toolkit was found at build time; looked in " + ", ".join(looked_in))
+    _require_tools(environ)
+    return Kernels(options, cuda_home, cuda_release(cuda_home), str(torch.__version__))
+
+
+def _require_tools(environ: Mapping[str, str]) -> None:
     if find_spec("ninja") is None and shutil.which("ninja") is None:
         raise SystemExit(f"flash-attn: ninja is needed to build the kernels: {HOW_TO_INSTALL}.")
-    return Kernels(options, cuda_home, cuda_release(cuda_home), str(torch.__version__))
+    if shutil.which(environ.get("CXX", "c++").split()[-1]) is None:
+        raise SystemExit("flash-attn: a C++ compiler is needed to build the kernels: install g++, or set CXX.")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise SystemExit("flash-attn: Python.h is needed to build the kernels: install python3-dev.")
 
 
 def _import_torch() -> ModuleType:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
-from types import ModuleType
 
 import torch.utils.cpp_extension as cpp_extension
 from setuptools import Extension
 
 from build_support.decision import Kernels
 from build_support.jobs import choose_jobs
+from build_support.options import load_variants
 from build_support.toolkit import find_cutlass
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,12 +27,16 @@ GENCODES = {
 }
 EVERY_GPU = GENCODES["_sm80"]
 
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-Wall"]
 NVCC_FLAGS = [
     "-O3",
     "-std=c++20",
     "--expt-relaxed-constexpr",
-    "-Xcompiler=-fvisibility=hidden",
+    # torch forbids arithmetic on half and bfloat16 by default; CUTLASS uses it.
+    "-U__CUDA_NO_HALF_OPERATORS__",
+    "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-U__CUDA_NO_HALF2_OPERATORS__",
+    "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
     # CUTLASS and CuTe declare functions that one translation unit doesn't use.
     "-diag-suppress=177",
 ]
@@ -49,7 +51,7 @@ def make_extension(kernels: Kernels) -> Extension:
         include_dirs=[str(ROOT / "csrc"), str(find_cutlass(ROOT, os.environ))],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None)],
         extra_compile_args={"cxx": list(CXX_FLAGS), "nvcc": list(NVCC_FLAGS)},
-        extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-s"],
+        extra_link_args=[f"-Wl,--version-script={Path(__file__).with_name('exports.map')}", "-Wl,--gc-sections", "-s"],
         py_limited_api=True,
     )
     # The CUDA runtime is linked statically, and none of torch's CUDA libraries is named: the module then loads beside
@@ -69,29 +71,6 @@ def _fixed_sources() -> list[Path]:
     )
 
 
-def load_variants() -> ModuleType:
-    """csrc/variant/variants.py, the table of what is compiled."""
-    spec = importlib.util.spec_from_file_location("variants", ROOT / "csrc" / "variant" / "variants.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def generate_sources(kernels: Kernels, folder: Path) -> list[Path]:
-    """Writes the instantiations into `folder`; files that would not change keep their time, so ninja skips them."""
-    options = kernels.options
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
-        made = load_variants().generate(Path(fresh), options.archs, options.head_dims, options.dtypes)
-        names = sorted(Path(file).relative_to(fresh) for file in made)
-        for name in names:
-            old, new = folder / name, Path(fresh) / name
-            if not old.exists() or old.read_bytes() != new.read_bytes():
-                old.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(new, old)
-    return [folder / name for name in names]
-
-
 class BuildKernels(cpp_extension.BuildExtension):
     """BuildExtension with flags for each kernel family: one ninja run a family, through torch's own rules."""
 
@@ -106,7 +85,9 @@ class BuildKernels(cpp_extension.BuildExtension):
         generated = Path(self.build_temp) / "generated"
         (extension,) = self.extensions
         extension.include_dirs.append(str(generated.absolute()))
-        extension.sources += [str(file) for file in generate_sources(self.kernels, generated)]
+        options = self.kernels.options
+        made = load_variants().generate(generated, options.archs, options.head_dims, options.dtypes)
+        extension.sources += [str(file) for file in made]
         self._choose_parallelism(len(extension.sources))
         super().build_extensions()
 

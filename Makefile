@@ -1,0 +1,99 @@
+# `make demo` and `make test`, each alone, set up everything that they need in .venv. `make help` lists the rest.
+
+PYTHON3 ?= python3
+VENV ?= .venv
+PYTHON = $(VENV)/bin/python
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PYTHONUNBUFFERED = 1
+
+PIP_INSTALL = $(PYTHON) -m pip install --progress-bar off
+CLANG_FORMAT = $(VENV)/bin/clang-format
+CPP_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+BUILD_FILES = setup.py pyproject.toml MANIFEST.in $(wildcard build_support/*.*)
+SOURCES = $(shell find csrc -type f -not -name '*.pyc') flash_attn/version.py
+INSTALLED = $(VENV)/installed
+TIMES = build/times
+
+# $(call timed,PART,COMMAND): shows and runs the command, and notes the seconds under the part of the work.
+timed = @mkdir -p $(TIMES); start=$$(date +%s); set -x; $(2) && { set +x; } 2>/dev/null && \
+	echo $$(( $$(date +%s) - start )) >> $(TIMES)/$(1)
+
+.PHONY: help demo test run-tests install wheel test-gpu test-abi bench format lint clean options
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(INSTALLED)/flash_attn  ## train and run a small language model on this package (the main job)
+	$(PYTHON) demo/demo.py $(DEMO_ARGS)
+
+test:  ## set up, build, and run every test
+	@rm -rf $(TIMES)
+	@$(MAKE) --no-print-directory run-tests; status=$$?; \
+	for part in set-up build tests; do \
+		echo "$$part: $$(cat $(TIMES)/$$part 2>/dev/null | awk '{ s += $$1 } END { print s + 0 }') s"; \
+	done; exit $$status
+
+run-tests: $(INSTALLED)/flash_attn $(INSTALLED)/test
+	$(call timed,tests,$(PYTHON) -m pytest $(PYTEST_ARGS))
+
+install: $(INSTALLED)/build  ## install the package into .venv
+	$(PYTHON) -m pip install --no-build-isolation --no-deps --verbose .
+	@rm -f $(INSTALLED)/flash_attn
+
+wheel: $(INSTALLED)/build  ## build a wheel into dist/
+	$(PYTHON) -m pip wheel --no-build-isolation --no-deps --verbose --wheel-dir dist .
+
+# A GPU machine may have no network: this sets nothing up.
+test-gpu: PYTHON = $(PYTHON3)
+test-gpu:  ## run the tests with the python3 (or PYTHON=...) and the flash_attn that are installed
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-abi: wheel  ## try the wheel under three torch versions (slow; downloads each)
+	$(PYTHON) tests/abi/run.py dist
+
+bench: $(INSTALLED)/flash_attn  ## time and memory of the CPU path beside torch's own
+	$(PYTHON) benchmarks/cpu_path.py
+
+format: $(INSTALLED)/lint  ## format every file
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(CLANG_FORMAT) -i $(CPP_FILES)
+
+lint: $(INSTALLED)/lint  ## check format and lint
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES)
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info flash_attn/_build_info.json flash_attn/*.so $(INSTALLED)/flash_attn
+
+# Set-up: each file under $(INSTALLED) says that what it is named after is installed there, and is remade when that changes.
+
+$(INSTALLED)/pip: build_support/make_venv.py
+	$(call timed,set-up,$(PYTHON3) build_support/make_venv.py $(VENV))
+	@mkdir -p $(INSTALLED); touch $@
+
+$(INSTALLED)/build: requirements/build.txt requirements/cutlass.txt $(INSTALLED)/pip
+	$(call timed,set-up,$(PIP_INSTALL) -r requirements/build.txt && $(PIP_INSTALL) --no-deps -r requirements/cutlass.txt)
+	@touch $@
+
+$(INSTALLED)/test: requirements/test.txt $(INSTALLED)/build
+	$(call timed,set-up,$(PIP_INSTALL) -r requirements/test.txt)
+	@touch $@
+
+$(INSTALLED)/lint: requirements/lint.txt $(INSTALLED)/pip
+	$(call timed,set-up,$(PIP_INSTALL) -r requirements/lint.txt)
+	@touch $@
+
+# An editable install: Python changes need no rebuild, and ninja compiles only the C++ files that changed.
+$(INSTALLED)/flash_attn: $(INSTALLED)/build $(BUILD_FILES) $(SOURCES) build/options
+	$(call timed,build,$(PYTHON) -m pip install --no-build-isolation --no-deps --verbose --editable .)
+	@touch $@
+
+# Holds the variables that choose what is built, so that another choice is a rebuild.
+build/options: options
+	@mkdir -p build; env | grep '^FLASH_ATTN_' | sort > $@.now; cmp -s $@.now $@ || cp $@.now $@
