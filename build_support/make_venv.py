@@ -30,10 +30,9 @@ def main() -> None:
     if sys.version_info < MIN_PYTHON:
         found, needed = ".".join(map(str, sys.version_info[:2])), ".".join(map(str, MIN_PYTHON))
         sys.exit(f"flash-attn needs Python {needed} or newer; python3 here is {found}: set PYTHON3 to a newer one")
-    if importlib.util.find_spec("ensurepip") is not None:
-        venv.create(folder, with_pip=True, clear=True)
-    else:
-        venv.create(folder, with_pip=False, clear=True)
+    has_ensurepip = importlib.util.find_spec("ensurepip") is not None
+    venv.create(folder, with_pip=has_ensurepip, clear=True)
+    if not has_ensurepip:
         install_pip(folder / "bin" / "python")
     subprocess.run(
         [folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"pip=={PIP_VERSION}"], check=True
