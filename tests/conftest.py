@@ -1,0 +1,43 @@
+"""Fixtures and profiles that every test module shares."""
+
+import faulthandler
+import os
+import signal
+
+import pytest
+import torch
+from harness import GPU_PATHS
+from hypothesis import HealthCheck, settings
+
+_COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("ci", max_examples=30, derandomize=True, database=None, **_COMMON)
+settings.register_profile("long", max_examples=500, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(params=("cpu", *GPU_PATHS))
+def path(request):
+    """Each path that a call can take. What a path has no kernel for, harness.on_path checks."""
+    if request.param in GPU_PATHS:
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        capability = torch.cuda.get_device_capability()
+        if capability < ((9, 0) if request.param == "sm90" else (8, 0)):
+            pytest.skip(f"a device of compute capability {capability} can't run {request.param}")
+    return request.param
+
+
+@pytest.fixture
+def watchdog():
+    """Fail a test that takes over 30 s, and end the process if it hangs where Python can't interrupt it."""
+
+    def on_alarm(signum, frame):
+        raise TimeoutError("the test ran for over 30 s")
+
+    previous = signal.signal(signal.SIGALRM, on_alarm)
+    signal.alarm(30)
+    faulthandler.dump_traceback_later(60, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)

@@ -1,0 +1,347 @@
+"""From a declared case to inputs, a call of the public function, and a comparison with the oracle."""
+
+import math
+import zlib
+from dataclasses import dataclass, field, replace
+
+import pytest
+import reference
+import torch
+from cases import Case
+from tolerance import assert_close, assert_same_bits, lse_allowance
+
+import flash_attn
+
+GPU_PATHS = ("sm80", "sm90")
+_SPARE_PAGES = 3
+
+
+def device_of(path):
+    return "cuda" if path in GPU_PATHS else "cpu"
+
+
+def generator_for(case):
+    return torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
+
+
+def cumulative(lengths, device="cpu"):
+    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+
+def int32(values, device="cpu"):
+    return None if values is None else torch.tensor(values, dtype=torch.int32, device=device)
+
+
+@dataclass
+class Inputs:
+    """The arguments of one call. `score` and `layout` are keywords of reference.attention too."""
+
+    case: Case
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    score: dict
+    layout: dict
+    new_k: torch.Tensor | None = None
+    new_v: torch.Tensor | None = None
+    rotary: tuple = (None, None)
+    rng_state: torch.Tensor | None = None
+    extra: dict = field(default_factory=dict)
+
+    def leaves(self, dtype=None):
+        """The same inputs with gradients wanted, and the tensors to differentiate by, in `dtype` if given."""
+        score = dict(self.score)
+        wanted = {name: getattr(self, name) for name in "qkv"}
+        if score["s_aux"] is not None:
+            wanted["s_aux"] = score["s_aux"]
+        for name, tensor in wanted.items():
+            wanted[name] = tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_()
+        score["s_aux"] = wanted.get("s_aux")
+        return replace(self, q=wanted["q"], k=wanted["k"], v=wanted["v"], score=score), wanted
+
+    def call(self, **options):
+        """(out, lse) of the public function. With dropout, the generator will draw the right rng_state."""
+        case, score = self.case, self.score
+        options = dict(self.extra, return_softmax_lse=True) | options
+        options |= {name: score[name] for name in ("causal", "window_size", "softmax_scale", "softcap")}
+        options |= {"alibi_slopes": score["alibi_slopes"], "s_aux": score["s_aux"]}
+        if case.layout == "kvcache":
+            return self._call_kvcache(options)
+        options["dropout_p"] = case.dropout_p
+        if case.dropout_p > 0:
+            torch.manual_seed(zlib.crc32(case.id.encode()))
+        if case.layout == "dense":
+            return flash_attn.flash_attn_func(self.q, self.k, self.v, **options)
+        maxima = {"max_seqlen_q": max(case.lens_q), "max_seqlen_k": max(case.lens_k)}
+        return flash_attn.flash_attn_varlen_func(
+            self.q, self.k, self.v, **(maxima | {"cu_seqlens_k": None} | self.layout | options)
+        )
+
+    def _call_kvcache(self, options):
+        names = {"seqused_k": "cache_seqlens", "leftpad_k": "cache_leftpad"}
+        layout = {names.get(name, name): value for name, value in self.layout.items()}
+        if self.case.varlen_q:
+            layout["max_seqlen_q"] = max(self.case.lens_q)
+            if self.new_k is not None:
+                layout["cu_seqlens_k_new"] = cumulative(self.case.new, self.q.device)
+        if self.rotary[0] is not None:
+            layout["rotary_interleaved"] = self.case.rotary[1]
+        return flash_attn.flash_attn_with_kvcache(
+            self.q, self.k, self.v, self.new_k, self.new_v, *self.rotary, **(layout | options)
+        )
+
+    def expected(self, dtype=torch.float64):
+        q, k, v, layout = self.q, self.k, self.v, dict(self.layout)
+        if self.new_k is not None:
+            q, k, v, layout = self._after_append(dtype)
+        dropout = {"dropout_p": self.case.dropout_p, "rng_state": self.rng_state}
+        return reference.attention(q, k, v, dtype=dtype, **self.score, **layout, **dropout)
+
+    def where_cached(self):
+        return {name: self.layout[name] for name in ("block_table", "cache_batch_idx") if name in self.layout}
+
+    def _after_append(self, dtype):
+        """What attention sees after the append: rotated in float32 or better, stored in dtype."""
+        case, layout = self.case, dict(self.layout)
+        starts = layout["seqused_k"].tolist()
+        wide = dtype if dtype is torch.float64 else torch.float32
+        q, k, v = (x.cpu().to(wide) for x in (self.q, self.new_k, self.new_v))
+        q_rows = list(q.split(list(case.lens_q))) if case.varlen_q else list(q)
+        k_rows, v_rows = (list(x.split(list(case.new))) if case.varlen_q else list(x) for x in (k, v))
+        if case.rotary is not None:
+            advance = case.causal or any(side >= 0 for side in case.window)
+            tables = [table.cpu().to(wide) for table in self.rotary]
+            for b, start in enumerate(starts):
+                at_q = start + torch.arange(case.lens_q[b]) * int(advance)
+                at_k = start + torch.arange(case.new[b])
+                q_rows[b] = reference.rotate(q_rows[b], *tables, at_q, case.rotary[1])
+                k_rows[b] = reference.rotate(k_rows[b], *tables, at_k, case.rotary[1])
+        q = (torch.cat(q_rows) if case.varlen_q else torch.stack(q_rows)).to(dtype)
+        where = self.where_cached()
+        k = reference.append(self.k.cpu().to(dtype), k_rows, starts, **where)
+        v = reference.append(self.v.cpu().to(dtype), v_rows, starts, **where)
+        layout["seqused_k"] = layout["seqused_k"].cpu() + int32(case.new)
+        return q, k, v, layout
+
+
+def _paged(rows, used, page, device, garbage, generator):
+    """Scatter the entries' rows into a shuffled pool; the table's tail holds -1 and foreign ids."""
+    num_used = [-(-length // page) for length in used]
+    num_pages = sum(num_used) + _SPARE_PAGES
+    order = torch.randperm(num_pages, generator=generator).tolist()
+    width = max(num_used, default=0) + 2
+    stale = (-1, num_pages + 1000, order[-1], -(2**31), 2**31 - 1)
+    pools = [x[0].new_full((num_pages, page, *x[0].shape[1:]), garbage) for x in rows]
+    table = torch.empty(len(used), width, dtype=torch.int32)
+    for b, count in enumerate(num_used):
+        ids = [order.pop(0) for _ in range(count)]
+        table[b] = torch.tensor(ids + [stale[(b + t) % len(stale)] for t in range(width - count)])
+        for pool, entries in zip(pools, rows, strict=True):
+            for t, page_id in enumerate(ids):
+                piece = entries[b][t * page : (t + 1) * page]
+                pool[page_id, : piece.shape[0]] = piece
+    return (*(pool.to(device) for pool in pools), table.to(device))
+
+
+def _score(case, device, generator):
+    num_heads = case.heads[0]
+    slopes = None
+    if case.alibi is not None:
+        shape = (num_heads,) if case.alibi == "heads" else (len(case.lens_q), num_heads)
+        slopes = (torch.rand(shape, generator=generator) * 0.3).to(device)
+    sinks = None
+    if case.sinks is not None:
+        sinks = torch.randn(num_heads, generator=generator).to(case.sinks).to(device)
+    return {
+        "causal": case.causal, "window_size": case.window, "softmax_scale": case.scale, "softcap":
+        case.softcap, "alibi_slopes": slopes, "s_aux": sinks,
+    }  # fmt: skip
+
+
+def _keys(case, draw, garbage):
+    """Per entry k and v over the whole slot, with garbage wherever the call must not look."""
+    k, v, used = [], [], []
+    for b, length in enumerate(case.lens_k):
+        last = length if case.seqused_k is None else case.seqused_k[b]
+        first = 0 if case.leftpad is None else case.leftpad[b]
+        used.append(last + (0 if case.new is None else case.new[b]))
+        for rows, dim in ((k, case.dims[0]), (v, case.dims[1])):
+            drawn = draw(length, case.heads[1], dim)
+            drawn[:first] = garbage
+            drawn[last:] = garbage
+            rows.append(drawn)
+    return k, v, used
+
+
+def build(case, device="cpu", garbage=math.nan):
+    """Inputs of a case, the same on every device. Memory that the call must not use holds `garbage`."""
+    generator = generator_for(case)
+    num_heads, dim = case.heads[0], case.dims[0]
+
+    def draw(*shape):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * case.loudness).to(case.dtype)
+
+    q_rows = [draw(length, num_heads, dim) for length in case.lens_q]
+    for b, length in enumerate(case.seqused_q or ()):
+        q_rows[b][length:] = garbage
+    k_rows, v_rows, used = _keys(case, draw, garbage)
+    layout = {"seqused_q": int32(case.seqused_q, device), "seqused_k": int32(case.seqused_k, device)}
+    layout |= {"leftpad_k": int32(case.leftpad, device)}
+    is_varlen_q = case.layout == "varlen" or case.varlen_q
+    if is_varlen_q:
+        q = torch.cat(q_rows)
+        layout["cu_seqlens_q"] = cumulative(case.lens_q, device)
+    else:
+        q = torch.stack(q_rows) if q_rows else draw(0, 4, num_heads, dim)
+    if case.page is not None:
+        k, v, layout["block_table"] = _paged((k_rows, v_rows), used, case.page, device, garbage, generator)
+        if case.lengths_by_cu_seqlens_k:
+            layout["cu_seqlens_k"] = cumulative(case.lens_k, device)
+    elif case.layout == "varlen":
+        layout["cu_seqlens_k"] = cumulative(case.lens_k, device)
+        if case.seqused_k is not None:  # rows past the last sequence
+            k_rows, v_rows = ([*rows, torch.full_like(rows[0][:3], garbage)] for rows in (k_rows, v_rows))
+        k, v = torch.cat(k_rows), torch.cat(v_rows)
+    elif case.cache_rows is not None:
+        layout["cache_batch_idx"] = int32(case.cache_rows, device)
+        unused = torch.full_like(k_rows[0], garbage), torch.full_like(v_rows[0], garbage)
+        k, v = (torch.stack([one] * (max(case.cache_rows) + 2)) for one in unused)
+        k[list(case.cache_rows)], v[list(case.cache_rows)] = torch.stack(k_rows), torch.stack(v_rows)
+    elif k_rows:
+        k, v = torch.stack(k_rows), torch.stack(v_rows)
+    else:
+        k, v = (draw(0, 4, case.heads[1], d) for d in case.dims)
+    layout = {name: value for name, value in layout.items() if value is not None}
+    inputs = Inputs(case, q.to(device), k.to(device), v.to(device), _score(case, device, generator), layout)
+    if case.new is not None:
+        lead = (sum(case.new),) if case.varlen_q else (len(case.new), case.new[0])
+        inputs.new_k, inputs.new_v = (draw(*lead, case.heads[1], d).to(device) for d in case.dims)
+    if case.rotary is not None:
+        angle = torch.rand(case.lens_k[0] + 8, case.rotary[0] // 2, generator=generator) * 2 * math.pi
+        inputs.rotary = tuple(table.to(case.dtype).to(device) for table in (angle.cos(), angle.sin()))
+    if case.dropout_p > 0:
+        inputs.rng_state = drawn_rng_state(zlib.crc32(case.id.encode()), device)
+    return inputs
+
+
+def drawn_rng_state(seed, device="cpu"):
+    """What the interface will draw from the device's default generator after torch.manual_seed(seed)."""
+    torch.manual_seed(seed)
+    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
+
+
+def on_path(path, features, inputs, call):
+    """`call()` with the path forced. Where the path has no kernel for it, the refusal is checked and None
+    returned.
+
+    Nothing is skipped in silence: the call itself must raise NotImplementedError, which has to name the way
+    out, and the dispatcher's own answer for these features must agree with what the call did.
+    """
+    with flash_attn.use_path(path):
+        try:
+            flash_attn._dispatch.choose_path(inputs.q, inputs.v.shape[-1], frozenset(features))
+            supported = True
+        except NotImplementedError:
+            supported = False
+        assert supported or path != "cpu", "the CPU path has every feature"
+        if supported:
+            return call()
+        with pytest.raises(NotImplementedError, match=r"use_path\(.cpu.\)"):
+            call()
+    return None
+
+
+def needs(path, case):
+    """Leave out what this machine can't or shouldn't run."""
+    if case.large and path == "cpu":
+        pytest.skip("large cases are for the GPU paths")
+
+
+def naive(inputs, dtype=None):
+    """The computation at the inputs' precision; LSE, which is float32 for 16-bit inputs, at float32."""
+    dtype = inputs.case.dtype if dtype is None else dtype
+    low = inputs.expected(dtype)
+    return low if dtype.itemsize > 2 else low._replace(lse=inputs.expected(torch.float32).lse)
+
+
+def check_forward(path, case):
+    """One forward case: values against the oracle, then the same with a poisoned `out=`."""
+    needs(path, case)
+    device = device_of(path)
+    inputs = build(case, device)
+    exact, low = inputs.expected(), naive(inputs)
+    before = {name: getattr(inputs, name).clone() for name in "kv"}
+    result = on_path(path, case.features, inputs, inputs.call)
+    if result is None:
+        return
+    out, lse = result
+    assert out.dtype == case.dtype
+    assert lse.dtype == (torch.float64 if case.dtype is torch.float64 else torch.float32)
+    assert out.device.type == device and out.is_contiguous()
+    assert_close("out", out, exact.out, low.out)
+    assert_close("lse", lse, exact.lse, low.lse, allowance=lse_allowance(case.dtype))
+    if case.new is None:
+        for name, value in before.items():
+            assert_same_bits(name, getattr(inputs, name), value)
+    else:
+        check_cache(inputs, before)
+    again = build(case, device)
+    poisoned = torch.full_like(out, math.nan)
+    result = on_path(path, case.features | {"out"}, again, lambda: again.call(out=poisoned))
+    if result is not None:
+        assert result[0].data_ptr() == poisoned.data_ptr()
+        assert_same_bits("out=", poisoned, out)
+        assert_same_bits("lse with out=", result[1], lse)
+
+
+def check_cache(inputs, before):
+    """After an append: the new rows are right, and not one byte of any other row has changed."""
+    fresh = replace(inputs, k=before["k"], v=before["v"])
+    where = fresh.where_cached()
+    _, exact_k, exact_v, _ = fresh._after_append(torch.float64)
+    _, low_k, low_v, _ = fresh._after_append(inputs.case.dtype)
+    for name, exact, low in (("k", exact_k, low_k), ("v", exact_v, low_v)):
+        ours = getattr(inputs, name).cpu()
+        written = torch.zeros(ours.shape[:2], dtype=torch.bool)
+        for b, start in enumerate(inputs.layout["seqused_k"].tolist()):
+            for t in range(inputs.case.new[b]):
+                written[reference.cache_row(ours, b, start + t, **where)] = True
+        assert_close(f"appended {name}", ours[written], exact[written], low[written])
+        assert_same_bits(f"rest of {name} cache", ours[~written], before[name].cpu()[~written])
+
+
+def gradients(inputs, dout, dlse, attend, dtype=None):
+    """(out, {name: gradient}) of attend(inputs with leaves) -> (out, lse)."""
+    leafy, wanted = inputs.leaves(dtype)
+    out, lse = attend(leafy)[:2]
+    outputs, weights = [out], [dout.to(out.device, out.dtype)]
+    if dlse is not None:
+        outputs, weights = [out, lse], [*weights, dlse.to(lse.device, lse.dtype)]
+    found = torch.autograd.grad(outputs, list(wanted.values()), weights)
+    return out, dict(zip((f"d{name}" for name in wanted), found, strict=True))
+
+
+def check_backward(path, case):
+    """One case through autograd: dq, dk, dv and the sinks' gradient, against the oracle's."""
+    needs(path, case)
+    inputs = build(case, device_of(path))
+    generator = generator_for(case)
+    shape = (*inputs.q.shape[:-1], case.dims[1])
+    dout = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
+    dlse = None
+    if case.lse_grad:
+        dlse = torch.randn(inputs.q.shape[:-1], generator=generator).movedim(-1, -2).contiguous()
+    features = case.features | {"backward"}
+    result = on_path(path, features, inputs, lambda: gradients(inputs, dout, dlse, lambda x: x.call()))
+    if result is None:
+        return
+    out, ours = result
+    _, exact = gradients(inputs, dout, dlse, lambda x: x.expected(), torch.float64)
+    _, low = gradients(inputs, dout, dlse, lambda x: x.expected(case.dtype))
+    sizes = reference.gradient_magnitudes(
+        inputs.q, inputs.k, inputs.v, dout, dlse, **inputs.score, **inputs.layout
+    )
+    for name, gradient in ours.items():
+        leaf = inputs.score["s_aux"] if name == "ds_aux" else getattr(inputs, name[1:])
+        assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+        assert_close(name, gradient, exact[name], low[name], sizes.get(name))
