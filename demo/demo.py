@@ -1,0 +1,88 @@
+"""The main job, end to end: train a small language model with flash_attn, generate with it, check, compare.
+
+Run by `make demo`. Everything runs on the CUDA kernels where there is a GPU and they have the feature, else
+on the CPU path. Exits with 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import attention
+import stages
+import torch
+from model import UNLIMITED, Config, LanguageModel
+from report import Checks, title
+
+import flash_attn
+
+TEXT = Path(__file__).parent / "data" / "persuasion.txt"
+
+
+def main() -> int:
+    options = parse_options()
+    start = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    setup = stages.Setup(
+        device=device,
+        # The kernels take 16-bit inputs; the CPU path takes any.
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        context=options.context,
+        batch_size=options.batch_size,
+    )
+    text = torch.tensor(list(TEXT.read_bytes()), device=device)
+    split = len(text) - len(text) // 10
+    training_text, held_out = text[:split], text[split:]
+    model = LanguageModel(Config()).to(device)
+    checks = Checks()
+
+    title("What is here")
+    print_paths(setup, model.config)
+
+    title(f"Training on {TEXT.name}: {len(training_text):,} bytes")
+    stages.train(model, training_text, held_out, options.steps, setup, checks)
+
+    title("Attention against the plain formula in float64, on the trained model's activations")
+    stages.check_attention(model, held_out, setup, checks)
+
+    title("Greedy generation with a paged KV cache")
+    stages.check_generation(model, options.new_tokens, setup, checks)
+
+    title("Evaluation of the held-out text in bfloat16")
+    stages.check_evaluation(model, held_out, setup, checks)
+
+    title("Time, memory and error side by side (same model, same data)")
+    stages.compare(model, training_text, options.long_context, setup)
+    stages.compare_one_layer(model, training_text, options.long_context, setup)
+
+    if device.type == "cuda":
+        features = ", ".join(sorted(attention.WAITING_FOR))
+        print(f"\nWhat ran on the CPU path, because the kernels don't have it yet: {features}.")
+    print(f"\n{checks.passed} checks passed, {checks.failed} failed, in {time.perf_counter() - start:.0f} s")
+    return 1 if checks.failed else 0
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--context", type=int, default=256, help="tokens of a training sequence")
+    parser.add_argument("--new-tokens", type=int, default=160, help="tokens to generate for each prompt")
+    parser.add_argument("--long-context", type=int, default=4096, help="tokens of the memory comparison")
+    return parser.parse_args()
+
+
+def print_paths(setup: stages.Setup, config: Config) -> None:
+    print(flash_attn.info())
+    print("\nWhich path a layer without a window takes, in evaluation, and why:")
+    q = torch.zeros(1, setup.context, config.heads, config.head_dim, device=setup.device, dtype=setup.dtype)
+    kv = q[:, :, : config.kv_heads]
+    print(attention.explain(q, kv, kv, UNLIMITED))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
