@@ -6,12 +6,10 @@ by its tensors' device, dtype and head dims and by the set of features it uses; 
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -136,15 +134,16 @@ def choose_path(q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> s
 def objections(name: str, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> list[str]:
     """Why a path can't serve a call; an empty list if it can."""
     path = PATHS[name]
-    reasons = _plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features)
+    reasons = plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features)
     if path.capability is None:
         return reasons
     return reasons + _device_objections(path, q)
 
 
-def _plan_objections(
+def plan_objections(
     path: PathSpec, dtype: torch.dtype, head_dim: int, head_dim_v: int, features: frozenset[str]
 ) -> list[str]:
+    """Why a path's kernels can't serve a call on any device; an empty list if they can."""
     reasons = []
     dtype_name = _DTYPE_NAMES[dtype]
     if not path.features:
@@ -154,7 +153,27 @@ def _plan_objections(
     if max(head_dim, head_dim_v) > path.max_head_dim:
         reasons.append(f"head_dim {head_dim}/{head_dim_v} (it takes up to {path.max_head_dim})")
     reasons += [FEATURES[key] for key in FEATURES if key in features and key not in path.features]
+    if not reasons and path.arch is not None and _extension.is_loaded():
+        reasons += _build_objections(path.arch, dtype_name, head_dim, head_dim_v)
     return reasons
+
+
+def _build_objections(arch: int, dtype_name: str, head_dim: int, head_dim_v: int) -> list[str]:
+    """What FLASH_ATTN_ARCHS, FLASH_ATTN_HEAD_DIMS and FLASH_ATTN_DTYPES left out of this build."""
+    buckets = _extension.kernels.buckets[arch]
+    bucket = next(bucket for bucket in buckets if head_dim <= bucket[0] and head_dim_v <= bucket[1])
+    if (arch, dtype_name, bucket) in _extension.kernels.built:
+        return []
+    build = _extension.build_info
+    return [
+        f"this build has no SM{arch} kernel for {dtype_name} and head_dim {bucket[0]}/{bucket[1]}: it was made with "
+        f"FLASH_ATTN_ARCHS={_joined(build.archs)}, FLASH_ATTN_HEAD_DIMS={_joined(build.head_dims)}, "
+        f"FLASH_ATTN_DTYPES={_joined(build.dtypes)}"
+    ]
+
+
+def _joined(values: tuple[object, ...]) -> str:
+    return ",".join(map(str, values))
 
 
 def _device_objections(path: PathSpec, q: torch.Tensor) -> list[str]:
@@ -182,5 +201,26 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _refusal(forced: str | None, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:
     tried = (forced,) if forced is not None else ("sm90", "sm80")
     lines = [f"{name}: {'; '.join(objections(name, q, head_dim_v, features))}" for name in tried]
-    hint = "" if forced == "cpu" else ". The CPU path runs it: with flash_attn.use_path('cpu'), or on CPU tensors"
+    hint = (
+        ""
+        if forced == "cpu"
+        else ". The CPU path runs it: with flash_attn.use_path('cpu'), or on CPU tensors"
+    )
     return f"no kernel serves this call ({' | '.join(lines)}){hint}"
+
+
+def support_table() -> str:
+    """The table of paths and features that README.md holds, in Markdown."""
+    paths = [path for path in PATHS.values() if path.features]
+    rows = [
+        ["", *(path.title for path in paths)],
+        ["---", *(":---:" for _ in paths)],
+        [
+            "dtypes",
+            *(", ".join(name for name in _DTYPE_NAMES.values() if name in path.dtypes) for path in paths),
+        ],
+        ["head dims (q and v independent)", *(f"1 to {path.max_head_dim}" for path in paths)],
+    ]
+    for key, title in FEATURES.items():
+        rows.append([title, *("yes" if key in path.features else "–" for path in paths)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

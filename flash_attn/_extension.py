@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 
 @dataclass(frozen=True)
 class BuildInfo:
@@ -41,6 +43,24 @@ def _read_build_info() -> BuildInfo:
     )
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """What the loaded extension holds."""
+
+    buckets: dict[
+        int, tuple[tuple[int, int], ...]
+    ]  # arch -> (head_dim, head_dim_v) of its tile table, smallest first
+    built: frozenset[tuple[int, str, tuple[int, int]]]  # (arch, dtype, bucket)
+
+
+def _loaded_kernels() -> Kernels:
+    recorded = json.loads(torch.ops.flash_attn.built_kernels())
+    return Kernels(
+        buckets={int(arch): tuple(map(tuple, pairs)) for arch, pairs in recorded["buckets"].items()},
+        built=frozenset((row["arch"], row["dtype"], tuple(row["head_dim"])) for row in recorded["forward"]),
+    )
+
+
 def _load(build: BuildInfo) -> str | None:
     """Imports the extension, which registers its ops; returns the reason if that can't be done."""
     if not build.kernels_built:
@@ -54,6 +74,7 @@ def _load(build: BuildInfo) -> str | None:
 
 build_info = _read_build_info()
 _load_error = _load(build_info)
+kernels = _loaded_kernels() if _load_error is None else Kernels({}, frozenset())
 
 
 def load_error() -> str | None:

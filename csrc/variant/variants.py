@@ -57,7 +57,9 @@ class Group:
         """(variant, launch function) of each kernel, as C++ expressions."""
         qk, v = self.head_dim
         for mask in self.masks:
-            variant = f"Variant{{Arch::kSm{self.arch}, {_CPP_DTYPE[self.dtype]}, {{{qk}, {v}}}, {_CPP_MASK[mask]}}}"
+            variant = (
+                f"Variant{{Arch::kSm{self.arch}, {_CPP_DTYPE[self.dtype]}, {{{qk}, {v}}}, {_CPP_MASK[mask]}}}"
+            )
             yield variant, f"sm{self.arch}::launch_forward<{variant}>"
 
 
@@ -74,7 +76,8 @@ def forward_groups(archs: Iterable[int], head_dims: Iterable[int], dtypes: Itera
 def _instantiation(group: Group) -> str:
     lines = [_HEADER, f'#include "kernels/sm{group.arch}/forward_launch.h"\n\n', "namespace flash_attn {\n\n"]
     lines += [
-        f"template cudaError_t {launch}(const ForwardParams&, const LaunchConfig&);\n" for _, launch in group.launches
+        f"template cudaError_t {launch}(const ForwardParams&, const LaunchConfig&);\n"
+        for _, launch in group.launches
     ]
     return "".join([*lines, "\n}  // namespace flash_attn\n"])
 
@@ -83,7 +86,11 @@ def _table(groups: list[Group]) -> str:
     """The look-up table, which declares each launch function rather than include the kernels."""
     rows = [row for group in groups for row in group.launches]
     archs = sorted({group.arch for group in groups})
-    lines = [_HEADER, '#include <iterator>\n\n#include "kernels/common/launch.h"\n\n', "namespace flash_attn {\n"]
+    lines = [
+        _HEADER,
+        '#include <iterator>\n\n#include "kernels/common/launch.h"\n\n',
+        "namespace flash_attn {\n",
+    ]
     for arch in archs:
         lines.append(
             f"\nnamespace sm{arch} {{\n"
@@ -101,7 +108,9 @@ def _table(groups: list[Group]) -> str:
     return "".join([*lines, "}\n\n}  // namespace flash_attn\n"])
 
 
-def generate(out_dir: Path, archs: Iterable[int], head_dims: Iterable[int], dtypes: Iterable[str]) -> list[Path]:
+def generate(
+    out_dir: Path, archs: Iterable[int], head_dims: Iterable[int], dtypes: Iterable[str]
+) -> list[Path]:
     """Writes the files of the chosen subset into `out_dir` and returns their paths.
 
     A file whose text is unchanged is left alone, so that a rebuild compiles only what differs.

@@ -1,0 +1,85 @@
+"""python -m flash_attn info | explain | check | support"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+import flash_attn
+from flash_attn import _dispatch, _self_check
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flash_attn", description="Exact attention: what is installed."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, kernels that were built, GPUs")
+    commands.add_parser("support", help="the table of paths and features")
+    check = commands.add_parser(
+        "check", help="run attention on every path here and compare it with a float64 result"
+    )
+    check.add_argument(
+        "--path", choices=tuple(_dispatch.PATHS), help="one path only, which must then serve it"
+    )
+    explain = commands.add_parser("explain", help="which kernel a flash_attn_func call would run, and why")
+    explain.add_argument("--batch", type=int, default=1)
+    explain.add_argument("--seqlen-q", type=int, default=4096)
+    explain.add_argument("--seqlen-k", type=int, help="default: as --seqlen-q")
+    explain.add_argument("--heads", type=int, default=16)
+    explain.add_argument("--heads-k", type=int, help="default: as --heads")
+    explain.add_argument("--head-dim", type=int, default=128)
+    explain.add_argument("--head-dim-v", type=int, help="default: as --head-dim")
+    explain.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16")
+    explain.add_argument("--causal", action="store_true")
+    explain.add_argument("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEFT", "RIGHT"))
+    explain.add_argument("--softcap", type=float, default=0.0)
+    explain.add_argument("--dropout", type=float, default=0.0)
+    explain.add_argument("--backward", action="store_true", help="the inputs need gradients")
+    return parser
+
+
+def _explain(args: argparse.Namespace) -> None:
+    seqlen_k = args.seqlen_q if args.seqlen_k is None else args.seqlen_k
+    heads_k = args.heads if args.heads_k is None else args.heads_k
+    head_dim_v = args.head_dim if args.head_dim_v is None else args.head_dim_v
+    # Tensors without storage on the device that a call here would use.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.no_grad():
+        scalar = torch.empty(1, dtype=_DTYPES[args.dtype], device=device)
+    q = scalar.expand(args.batch, args.seqlen_q, args.heads, args.head_dim)
+    k = scalar.expand(args.batch, seqlen_k, heads_k, args.head_dim)
+    v = scalar.expand(args.batch, seqlen_k, heads_k, head_dim_v)
+    print(
+        flash_attn.explain(
+            flash_attn.flash_attn_func,
+            q.requires_grad_() if args.backward else q,
+            k,
+            v,
+            causal=args.causal,
+            window_size=tuple(args.window),
+            softcap=args.softcap,
+            dropout_p=args.dropout,
+        )
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    if args.command == "info":
+        print(flash_attn.info())
+    elif args.command == "support":
+        print(_dispatch.support_table())
+    elif args.command == "explain":
+        _explain(args)
+    elif args.command == "check":
+        return _self_check.run(args.path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""What this installation holds and what a call would run: info() and explain()."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from flash_attn import _dispatch, _extension, interface
+from flash_attn.version import __version__
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    name: str
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is installed, and which path a plain call would take on each device."""
+
+    version: str
+    torch: str
+    kernels: tuple[str, ...]  # architecture, dtype and head-dim bucket of each kernel family that was built
+    kernels_missing: str | None  # why there are none
+    build: _extension.BuildInfo
+    devices: tuple[DeviceInfo, ...]
+
+    def __str__(self) -> str:
+        lines = [f"flash_attn {self.version}, torch {self.torch}"]
+        if self.kernels_missing is None:
+            lines.append(f"kernels (CUDA {self.build.cuda}): {', '.join(self.kernels)}")
+        else:
+            lines.append(f"kernels: none, {self.kernels_missing}")
+        lines += [
+            f"cuda:{index}: {device.name}, compute capability {device.capability[0]}.{device.capability[1]}"
+            for index, device in enumerate(self.devices)
+        ]
+        if not self.devices:
+            lines.append("no GPU: calls run on the CPU path")
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Tells versions, the kernels that were built or why there are none, and the GPUs. Starts nothing on a GPU."""
+    count = torch.cuda.device_count()
+    return Info(
+        version=__version__,
+        torch=torch.__version__,
+        kernels=tuple(
+            f"sm{arch} {dtype} d{qk}/{v}" for arch, dtype, (qk, v) in sorted(_extension.kernels.built)
+        ),
+        kernels_missing=_extension.load_error(),
+        build=_extension.build_info,
+        devices=tuple(
+            DeviceInfo(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+            for index in range(count)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which path serves a call, why the others don't, and the plan of each set of kernels that has one."""
+
+    function: str
+    path: str | None  # None: no path serves the call as it stands
+    objections: dict[str, list[str]]  # path -> why it does not serve the call; empty if it would
+    plans: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.function}: {self.path or 'no path serves this call'}"]
+        for name, reasons in self.objections.items():
+            chosen = "  <- runs" if name == self.path else ""
+            lines.append(f"  {name}: {'; '.join(reasons) if reasons else 'serves it'}{chosen}")
+            if name in self.plans:
+                plan = self.plans[name]
+                lines.append(
+                    f"    variant {plan['dtype']} d{plan['head_dim']}/{plan['head_dim_v']} {plan['mask']}, "
+                    f"tile {plan['tile_m']} x {plan['tile_n']}, {plan['num_threads']} threads, "
+                    f"{plan['smem_bytes'] // 1024} KB of shared memory, {plan['num_blocks']} blocks, "
+                    f"{plan['num_splits']} split(s)"
+                )
+        return "\n".join(lines)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Says what a call of a public function would run, and why not something else. Runs nothing.
+
+    Args:
+        function: flash_attn_func or another public attention function.
+        *args, **kwargs: its arguments. Tensors on the CPU or on the meta device ask what other machines would do:
+            the plans of the kernels are made for them too, where the extension is built.
+
+    Raises:
+        TypeError, ValueError: as the call itself would.
+    """
+    call = interface.build_call(function, *args, **kwargs)
+    return explain_call(function.__name__, call)
+
+
+def explain_call(title: str, call: Any) -> Explanation:
+    objections = {
+        name: _dispatch.objections(name, call.q, call.head_dim_v, call.features) for name in _dispatch.PATHS
+    }
+    try:
+        path = _dispatch.choose_path(call.q, call.head_dim_v, call.features)
+    except NotImplementedError:
+        path = None
+    plans = {}
+    for spec in _dispatch.PATHS.values():
+        if spec.arch is None or not _extension.is_loaded():
+            continue
+        if not _dispatch.plan_objections(
+            spec, call.q.dtype, call.q.shape[-1], call.head_dim_v, call.features
+        ):
+            plan = torch.ops.flash_attn.explain_forward(*call.op_arguments, spec.arch)
+            plans[spec.name] = json.loads(plan)
+    return Explanation(title, path, objections, plans)
