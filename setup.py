@@ -1,4 +1,4 @@
-"""The build. pyproject.toml holds the metadata, which needs neither torch nor a CUDA toolkit; nor does importing this."""
+"""The build. The metadata, which is in pyproject.toml, needs neither torch nor a CUDA toolkit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from build_support.decision import Kernels, PurePython, build_info, decide  # noqa: E402
 
 # Every other command (egg_info, dist_info, sdist, clean) reads or writes metadata only.
-BUILDING = {"bdist_wheel", "bdist_egg", "build", "build_ext", "build_py", "develop", "editable_wheel", "install"}
+BUILDING = {"bdist_wheel", "build", "build_ext", "build_py", "develop", "editable_wheel", "install"}
 
 
 def write_build_info(command, decision: Kernels | PurePython) -> None:

@@ -57,7 +57,7 @@ def decide(environ: Mapping[str, str] = os.environ) -> Kernels | PurePython:
         return PurePython(options, f"the torch {torch.__version__} that it was built with has no CUDA")
     cuda_home, looked_in = find_cuda_home(environ)
     if cuda_home is None:
-        return PurePython(options, "no CUDA toolkit was found at build time; looked in " + ", ".join(looked_in))
+        return PurePython(options, "no CUDA toolkit was found; looked in " + ", ".join(looked_in))
     _require_tools(environ)
     return Kernels(options, cuda_home, cuda_release(cuda_home), str(torch.__version__))
 
@@ -66,7 +66,9 @@ def _require_tools(environ: Mapping[str, str]) -> None:
     if find_spec("ninja") is None and shutil.which("ninja") is None:
         raise SystemExit(f"flash-attn: ninja is needed to build the kernels: {HOW_TO_INSTALL}.")
     if shutil.which(environ.get("CXX", "c++").split()[-1]) is None:
-        raise SystemExit("flash-attn: a C++ compiler is needed to build the kernels: install g++, or set CXX.")
+        raise SystemExit(
+            "flash-attn: there is no C++ compiler to build the kernels: install g++, or set CXX."
+        )
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise SystemExit("flash-attn: Python.h is needed to build the kernels: install python3-dev.")
 
@@ -76,8 +78,8 @@ def _import_torch() -> ModuleType:
         return importlib.import_module("torch")
     except ImportError as error:
         raise SystemExit(
-            f"flash-attn: torch can't be imported here ({error}), and the kernels are compiled against the torch that "
-            f"is installed: {HOW_TO_INSTALL}."
+            f"flash-attn: torch can't be imported here ({error}), and the kernels are compiled against the "
+            f"torch that is installed: {HOW_TO_INSTALL}."
         ) from None
 
 

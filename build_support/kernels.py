@@ -15,12 +15,13 @@ from build_support.options import load_variants
 from build_support.toolkit import find_cutlass
 
 ROOT = Path(__file__).resolve().parents[1]
+EXPORTS = Path(__file__).resolve().with_name("exports.map")
 
 # libtorch's stable ABI of this release: the wheel loads with it and with every later one.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
-# Machine code for each kernel family, named by the end of its files' names. SM80 kernels also serve Hopper, for what
-# its own kernels lack.
+# Machine code for each kernel family, named by the end of its files' names. SM80 kernels also serve Hopper,
+# for what its own kernels lack.
 GENCODES = {
     "_sm80": ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90"),
     "_sm90": ("arch=compute_90a,code=sm_90a",),
@@ -51,11 +52,11 @@ def make_extension(kernels: Kernels) -> Extension:
         include_dirs=[str(ROOT / "csrc"), str(find_cutlass(ROOT, os.environ))],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None)],
         extra_compile_args={"cxx": list(CXX_FLAGS), "nvcc": list(NVCC_FLAGS)},
-        extra_link_args=[f"-Wl,--version-script={Path(__file__).with_name('exports.map')}", "-Wl,--gc-sections", "-s"],
+        extra_link_args=[f"-Wl,--version-script={EXPORTS}", "-Wl,--gc-sections", "-s"],
         py_limited_api=True,
     )
-    # The CUDA runtime is linked statically, and none of torch's CUDA libraries is named: the module then loads beside
-    # a torch of another CUDA release, or of none.
+    # The CUDA runtime is linked statically, and none of torch's CUDA libraries is named: the module then
+    # loads beside a torch of another CUDA release, or of none.
     extension.libraries = ["torch_cpu", "cudart_static", "dl", "rt", "pthread"]
     extension.depends = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "csrc").rglob("*.h"))]
     return extension
@@ -78,7 +79,8 @@ class BuildKernels(cpp_extension.BuildExtension):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        if self.editable_mode:  # setuptools picks a new folder each time, in which ninja would find nothing to reuse
+        if self.editable_mode:
+            # setuptools picks a new folder each time, in which ninja would find nothing to reuse.
             self.build_temp = os.path.join("build", "temp.editable")
 
     def build_extensions(self) -> None:

@@ -1,4 +1,4 @@
-"""Makes a virtual environment with pip, also where Python came without ensurepip and pip, as on a bare Debian.
+"""Makes a virtual environment with pip, also where Python came without ensurepip and pip (bare Debian).
 
 usage: python3 build_support/make_venv.py FOLDER
 """
@@ -29,7 +29,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     if sys.version_info < MIN_PYTHON:
         found, needed = ".".join(map(str, sys.version_info[:2])), ".".join(map(str, MIN_PYTHON))
-        sys.exit(f"flash-attn needs Python {needed} or newer; python3 here is {found}: set PYTHON3 to a newer one")
+        sys.exit(f"flash-attn needs Python {needed}, and python3 here is {found}: set PYTHON3 to a newer one")
     has_ensurepip = importlib.util.find_spec("ensurepip") is not None
     venv.create(folder, with_pip=has_ensurepip, clear=True)
     if not has_ensurepip:
@@ -49,7 +49,7 @@ def install_pip(python: Path) -> None:
                 install = [python, f"{wheel}/pip", "install", "--quiet", "--no-index", wheel]
                 subprocess.run(install, check=True)
                 return
-    sys.exit("neither ensurepip nor a pip wheel was found: install python3-venv (apt-get install python3-venv)")
+    sys.exit("neither ensurepip nor a pip wheel was found: apt-get install python3-venv")
 
 
 def wheel_on_this_machine(scratch: Path) -> Path | None:
@@ -84,8 +84,8 @@ def pip_setting(name: str) -> str | None:
     value = os.environ.get("PIP_" + name.upper().replace("-", "_"))
     if value:
         return value
-    files = [os.environ.get("PIP_CONFIG_FILE", ""), "~/.config/pip/pip.conf", "~/.pip/pip.conf", "/etc/pip.conf"]
-    for file in files:
+    user_files = ("~/.config/pip/pip.conf", "~/.pip/pip.conf")
+    for file in (os.environ.get("PIP_CONFIG_FILE", ""), *user_files, "/etc/pip.conf"):
         config = configparser.ConfigParser(interpolation=None)
         config.read(os.path.expanduser(file))
         value = config.get("global", name, fallback=None)
@@ -95,7 +95,7 @@ def pip_setting(name: str) -> str | None:
 
 
 def wheel_from_debian(scratch: Path) -> Path | None:
-    """From Debian's or Ubuntu's packages; fetching and unpacking one takes no root, refreshing their list does."""
+    """From Debian's or Ubuntu's packages; fetching one takes no root, refreshing their list does."""
     if shutil.which("apt-get") is None:
         return None
     fetch = ["apt-get", "download", "python3-pip-whl"]

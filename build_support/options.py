@@ -50,7 +50,8 @@ def _subset(environ: Mapping[str, str], name: str, allowed: tuple[_Item, ...]) -
         return allowed
     chosen = {item.strip() for item in value.replace(";", ",").split(",")}
     if not chosen <= {str(item) for item in allowed}:
-        raise ValueError(f"{name} must be a comma-separated list of {', '.join(map(str, allowed))}; got {value!r}")
+        choices = ", ".join(map(str, allowed))
+        raise ValueError(f"{name} must be a comma-separated list of {choices}; got {value!r}")
     return tuple(item for item in allowed if str(item) in chosen)
 
 

@@ -20,7 +20,7 @@ MODULE = ROOT / "build" / "dev" / ("flash_attn_plan" + sysconfig.get_config_var(
 
 
 def load_plan_module() -> ModuleType:
-    """The module, built first where it is missing or older than its sources; ImportError where it can't be built."""
+    """The module, rebuilt if it is older than its sources; ImportError where it can't be built."""
     if not _is_fresh():
         _build()
     spec = importlib.util.spec_from_file_location("flash_attn_plan", MODULE)

@@ -14,8 +14,8 @@ from pathlib import Path
 def find_cuda_home(environ: Mapping[str, str]) -> tuple[Path | None, list[str]]:
     """The toolkit's root, and where it was looked for.
 
-    A root is a folder with both the compiler and the runtime's headers: the folder above an `nvcc` on PATH need not be
-    one, since that may be a wrapper script far from the toolkit that it runs.
+    A root is a folder with both the compiler and the runtime's headers: the folder above an `nvcc` on PATH
+    need not be one, since that may be a wrapper script far from the toolkit that it runs.
     """
     candidates: list[tuple[str, Path]] = []
     for name in ("CUDA_HOME", "CUDA_PATH"):
@@ -75,5 +75,6 @@ def find_cutlass(root: Path, environ: Mapping[str, str]) -> Path:
         looked.append("CUTLASS_PATH (not set)")
     raise SystemExit(
         "flash-attn: the CUTLASS headers were not found: run `git submodule update --init` or "
-        "`pip install --no-deps nvidia-cutlass==4.2.0.0`, or set CUTLASS_PATH. Looked in: " + "; ".join(looked)
+        "`pip install --no-deps nvidia-cutlass==4.2.0.0`, or set CUTLASS_PATH. Looked in: "
+        + "; ".join(looked)
     )
