@@ -10,7 +10,8 @@ import torch
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 512
 MAX_SPLITS = 256
-# A window side of this size or more is infinite: no sequence is that long, and sums with it must not overflow.
+# A window side of this size or more is infinite: no sequence is that long, and sums with it must not
+# overflow.
 _INFINITE_WINDOW = 2**31 - 1
 _INF = float("inf")
 
@@ -53,6 +54,8 @@ def require_bool(name: str, value: Any) -> None:
 
 def as_int(name: str, value: Any) -> int:
     """An int from anything that is one without a read from a device; bools and tensors are not."""
+    if type(value) is int:
+        return value
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value
     if isinstance(value, (bool, float, str, torch.Tensor)) or not hasattr(value, "__index__"):
@@ -61,7 +64,9 @@ def as_int(name: str, value: Any) -> int:
 
 
 def as_float(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt))
+    ):
         # NumPy's scalars of other widths convert without loss; a tensor would have to be read.
         if isinstance(value, (bool, str, torch.Tensor)) or not hasattr(value, "__float__"):
             raise TypeError(f"{name} must be a float, got {value!r}")
@@ -115,7 +120,7 @@ def window_of(window_size: Any, causal: Any) -> tuple[int, int]:
         raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
     if len(window_size) != 2:
         raise ValueError(f"window_size must have two elements (left, right), got {window_size!r}")
-    left, right = (_window_side(side) for side in window_size)
+    left, right = _window_side(window_size[0]), _window_side(window_size[1])
     return left, 0 if causal else right
 
 

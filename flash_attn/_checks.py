@@ -1,7 +1,7 @@
 """Turns the arguments of a public function into one checked, canonical `ForwardCall`.
 
-Everything is checked once, here, in the order device, dtype, rank, shape, stride, meaning; the layers below rely
-on it. No value of a CUDA tensor is read, so that nothing waits for the device.
+Everything is checked once, here, in the order device, dtype, rank, shape, stride, meaning; the layers below
+rely on it. No value of a CUDA tensor is read, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from flash_attn import _arguments as check
 
 Window = tuple[int | None, int | None] | list[int | None] | Tensor
 
-_DENSE_Q = "(batch, seqlen_q, num_heads, head_dim)"
-_DENSE_KV = "(batch, seqlen_k, num_heads_k, head_dim)"
-_VARLEN_Q = "(total_q, num_heads, head_dim)"
-_VARLEN_KV = "(total_k, num_heads_k, head_dim)"
-_PAGED_KV = "(num_pages, page_size, num_heads_k, head_dim)"
+DENSE_Q = "(batch, seqlen_q, num_heads, head_dim)"
+DENSE_KV = "(batch, seqlen_k, num_heads_k, head_dim)"
+VARLEN_Q = "(total_q, num_heads, head_dim)"
+VARLEN_KV = "(total_k, num_heads_k, head_dim)"
+PAGED_KV = "(num_pages, page_size, num_heads_k, head_dim)"
+
+DENSE_CACHE = "(batch_cache, seqlen_cache, num_heads_k, head_dim)"
+_LAYOUTS = (DENSE_Q, DENSE_KV, VARLEN_Q, VARLEN_KV, PAGED_KV, DENSE_CACHE)
+_RANKS = {layout: layout.count(",") + 1 for layout in _LAYOUTS}
 
 
 class ForwardCall(NamedTuple):
@@ -86,6 +90,20 @@ class Sequences(NamedTuple):
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
 
+    def features(self) -> list[str]:
+        found = ["dense" if self.cu_seqlens_q is None else "varlen"]
+        if self.seqused_q is not None:
+            found.append("seqused_q")
+        if self.seqused_k is not None:
+            found.append("seqused_k")
+        if self.leftpad_k is not None:
+            found.append("leftpad")
+        if self.block_table is not None:
+            found.append("paged")
+        if self.cache_batch_idx is not None:
+            found.append("cache_batch_idx")
+        return found
+
 
 def dense_call(
     q: Tensor,
@@ -96,7 +114,7 @@ def dense_call(
     **options: Any,
 ) -> ForwardCall:
     """The call of flash_attn_func; `options` are its other arguments, all of them."""
-    check_qkv(q, k, v, names, _DENSE_Q, _DENSE_KV)
+    check_qkv(q, k, v, names, DENSE_Q, DENSE_KV)
     batch = q.shape[0]
     if k.shape[0] != batch:
         raise ValueError(f"{names[1]} must have q's batch size {batch}, got shape {tuple(k.shape)}")
@@ -123,7 +141,7 @@ def varlen_call(
     **options: Any,
 ) -> ForwardCall:
     """The call of flash_attn_varlen_func; `options` are the arguments that flash_attn_func has too."""
-    check_qkv(q, k, v, names, _VARLEN_Q, _VARLEN_KV if block_table is None else _PAGED_KV)
+    check_qkv(q, k, v, names, VARLEN_Q, VARLEN_KV if block_table is None else PAGED_KV)
     device = q.device
     check.int32_vector(cu_names[0], cu_seqlens_q, device, None, "(batch + 1,)")
     batch = cu_seqlens_q.shape[0] - 1
@@ -142,7 +160,8 @@ def varlen_call(
         raise ValueError(f"{cu_names[1]} must be given when seqused_k is not, got None for both")
     if block_table is not None:
         check.block_table_of(block_table, device, batch)
-        # Pages have no slots in a packed tensor: below this line their lengths are seqused_k, and nothing else.
+        # Pages have no slots in a packed tensor: below this line their lengths are seqused_k, and nothing
+        # else.
         if seqused_k is None:
             seqused_k = cu_seqlens_k.diff()
         cu_seqlens_k = None
@@ -162,33 +181,36 @@ def varlen_call(
     return finish_call(q, k, v, sequences, max_names=max_names, **options)
 
 
-def check_qkv(q: Any, k: Any, v: Any, names: tuple[str, str, str], layout_q: str, layout_k: str) -> None:
+def check_qkv(q: Any, k: Any, v: Any, names: tuple[str, str, str], layout_q: str, layout_kv: str) -> None:
     """What q, k and v have to agree on in every layout."""
     name_q, name_k, name_v = names
     check.require_tensor(name_q, q)
     check.require_tensor(name_k, k)
     check.require_tensor(name_v, v)
-    device, dtype = q.device, q.dtype
-    check.require_device(name_k, k, device)
-    check.require_device(name_v, v, device)
-    check.require_float_dtype(name_q, q)
-    check.require_dtype(name_k, k, dtype, "q's ")
-    check.require_dtype(name_v, v, dtype, "q's ")
-    check.require_rank(name_q, q, layout_q)
-    check.require_rank(name_k, k, layout_k)
-    check.require_rank(name_v, v, layout_k.replace("head_dim)", "head_dim_v)"))
-    num_heads, head_dim = q.shape[-2:]
-    num_heads_k = k.shape[-2]
+    device, dtype, shape_q, shape_k, shape_v = q.device, q.dtype, q.shape, k.shape, v.shape
+    if k.device != device or v.device != device:
+        check.require_device(name_k, k, device)
+        check.require_device(name_v, v, device)
+    if dtype not in check.DTYPES or k.dtype != dtype or v.dtype != dtype:
+        check.require_float_dtype(name_q, q)
+        check.require_dtype(name_k, k, dtype, "q's ")
+        check.require_dtype(name_v, v, dtype, "q's ")
+    rank_kv = _RANKS[layout_kv]
+    if len(shape_q) != _RANKS[layout_q] or len(shape_k) != rank_kv or len(shape_v) != rank_kv:
+        check.require_rank(name_q, q, layout_q)
+        check.require_rank(name_k, k, layout_kv)
+        check.require_rank(name_v, v, layout_kv.replace("head_dim)", "head_dim_v)"))
+    num_heads, head_dim = shape_q[-2:]
+    num_heads_k, head_dim_v = shape_k[-2], shape_v[-1]
     if not 1 <= head_dim <= check.MAX_HEAD_DIM:
         raise ValueError(f"{name_q} must have a head_dim from 1 to {check.MAX_HEAD_DIM}, got {head_dim}")
-    if k.shape[-1] != head_dim:
-        raise ValueError(f"{name_k} must have q's head_dim {head_dim}, got shape {tuple(k.shape)}")
-    if not 1 <= v.shape[-1] <= check.MAX_HEAD_DIM:
-        raise ValueError(f"{name_v} must have a head_dim_v from 1 to {check.MAX_HEAD_DIM}, got {v.shape[-1]}")
-    if v.shape[:-1] != k.shape[:-1]:
+    if shape_k[-1] != head_dim:
+        raise ValueError(f"{name_k} must have q's head_dim {head_dim}, got shape {tuple(shape_k)}")
+    if not 1 <= head_dim_v <= check.MAX_HEAD_DIM:
+        raise ValueError(f"{name_v} must have a head_dim_v from 1 to {check.MAX_HEAD_DIM}, got {head_dim_v}")
+    if shape_v[:-1] != shape_k[:-1]:
         raise ValueError(
-            f"{name_v} must have {name_k}'s shape {tuple(k.shape)} but for the last dimension, "
-            f"got {tuple(v.shape)}"
+            f"{name_v} must have {name_k}'s shape {tuple(shape_k)} but for the last dimension, got {tuple(shape_v)}"
         )
     if num_heads_k < 1 or num_heads < 1 or num_heads % num_heads_k:
         raise ValueError(
@@ -220,75 +242,57 @@ def finish_call(
     max_names: tuple[str, str] = ("max_seqlen_q", "max_seqlen_k"),
 ) -> ForwardCall:
     """Checks the arguments that every function has and puts the call together."""
-    device, num_heads = q.device, q.shape[-2]
+    batch, num_heads, head_dim = sequences.batch, q.shape[-2], q.shape[-1]
     if alibi_slopes is not None:
-        check.alibi_slopes_of(alibi_slopes, device, sequences.batch, num_heads)
+        check.alibi_slopes_of(alibi_slopes, q.device, batch, num_heads)
     if s_aux is not None:
-        check.s_aux_of(s_aux, device, num_heads)
+        check.s_aux_of(s_aux, q.device, num_heads)
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (s_aux is not None and s_aux.requires_grad)
     )
     if out is not None:
         check.out_of(out, q, v.shape[-1], needs_grad)
-    window_left, window_right = check.window_of(window_size, causal)
+    scale = head_dim**-0.5 if softmax_scale is None else check.as_float("softmax_scale", softmax_scale)
+    left, right = check.window_of(window_size, causal)
     softcap = check.softcap_of(softcap)
     dropout_p = check.dropout_of(dropout_p, softcap)
+    num_splits = check.num_splits_of(num_splits)
+    check.pack_gqa_of(pack_gqa)
     check.require_bool("deterministic", deterministic)
     check.require_bool("return_attn_probs", return_attn_probs)
     check.require_bool("return_softmax_lse", return_softmax_lse)
     if return_attn_probs and dropout_p > 0:
         sequences = _with_known_max_seqlens(q, k, sequences, max_names)
-    call = ForwardCall(
-        q,
-        k,
-        v,
-        s_aux,
-        alibi_slopes,
+        more_features += ("attn_probs",)
+    # Single tests, since building and reading a table of them takes longer than all other checks.
+    features = [*sequences.features(), *more_features]
+    if num_heads != k.shape[-2]:
+        features.append("gqa")
+    if right == 0:
+        features.append("causal")
+    if left >= 0 or right > 0:
+        features.append("window")
+    if softcap > 0:
+        features.append("softcap")
+    if dropout_p > 0:
+        features.append("dropout")
+    if num_splits > 1:
+        features.append("num_splits")
+    if alibi_slopes is not None:
+        features.append("alibi")
+    if s_aux is not None:
+        features.append("sinks")
+    if out is not None:
+        features.append("out")
+    if needs_grad:
+        features.append("backward")
+    return ForwardCall(
+        q, k, v, s_aux, alibi_slopes,
         None,  # rng_state is drawn when the call runs
         *sequences[1:],
-        check.softmax_scale_of(softmax_scale, q.shape[-1]),
-        window_left,
-        window_right,
-        softcap,
-        dropout_p,
-        check.num_splits_of(num_splits),
-        check.pack_gqa_of(pack_gqa),
-        frozenset(),
-        needs_grad,
-        out,
-        return_softmax_lse,
-        return_attn_probs,
-    )
-    return call._replace(features=_features(call, more_features))
-
-
-def _features(call: ForwardCall, more: tuple[str, ...]) -> frozenset[str]:
-    """The names that _dispatch.FEATURES explains."""
-    found = ["dense" if call.cu_seqlens_q is None else "varlen", *more]
-    if call.q.shape[-2] != call.k.shape[-2]:
-        found.append("gqa")
-    if call.window_right == 0:
-        found.append("causal")
-    if call.window_left >= 0 or call.window_right > 0:
-        found.append("window")
-    for name, used in (
-        ("softcap", call.softcap > 0),
-        ("dropout", call.dropout_p > 0),
-        ("attn_probs", call.return_attn_probs and call.dropout_p > 0),
-        ("num_splits", call.num_splits > 1),
-        ("alibi", call.alibi_slopes is not None),
-        ("sinks", call.s_aux is not None),
-        ("paged", call.block_table is not None),
-        ("seqused_q", call.seqused_q is not None),
-        ("seqused_k", call.seqused_k is not None),
-        ("leftpad", call.leftpad_k is not None),
-        ("cache_batch_idx", call.cache_batch_idx is not None),
-        ("out", call.out is not None),
-        ("backward", call.needs_grad),
-    ):
-        if used:
-            found.append(name)
-    return frozenset(found)
+        scale, left, right, softcap, dropout_p, num_splits, pack_gqa,
+        frozenset(features), needs_grad, out, return_softmax_lse, return_attn_probs,
+    )  # fmt: skip
 
 
 def _with_known_max_seqlens(q: Tensor, k: Tensor, sequences: Sequences, names: tuple[str, str]) -> Sequences:

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from flash_attn import _arguments as check
-from flash_attn._checks import ForwardCall, Sequences, check_qkv, finish_call
+from flash_attn._checks import (
+    DENSE_CACHE,
+    DENSE_Q,
+    PAGED_KV,
+    VARLEN_Q,
+    ForwardCall,
+    Sequences,
+    check_qkv,
+    finish_call,
+)
 
-_CACHE = "(batch_cache, seqlen_cache, num_heads_k, head_dim)"
-_PAGED_CACHE = "(num_pages, page_size, num_heads_k, head_dim)"
 _NAMES = ("q", "k_cache", "v_cache")
 
 
@@ -70,8 +77,8 @@ def kvcache_call(
     **options: Any,
 ) -> KvCacheCall:
     """The call of flash_attn_with_kvcache; `options` are the arguments that flash_attn_func has too."""
-    layout_q = "(batch, seqlen_q, num_heads, head_dim)" if cu_seqlens_q is None else "(total_q, num_heads, head_dim)"
-    check_qkv(q, k_cache, v_cache, _NAMES, layout_q, _CACHE if block_table is None else _PAGED_CACHE)
+    layout_q = DENSE_Q if cu_seqlens_q is None else VARLEN_Q
+    check_qkv(q, k_cache, v_cache, _NAMES, layout_q, DENSE_CACHE if block_table is None else PAGED_KV)
     batch = _batch(q, cu_seqlens_q)
     capacity = _check_places(q.device, batch, k_cache, cache_batch_idx, cache_leftpad, block_table)
     if scheduler_metadata is not None:

@@ -30,7 +30,13 @@ def varlen_qkvpacked_call(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: Any, **op
 
 
 def varlen_kvpacked_call(
-    q: Tensor, kv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: Any, max_seqlen_k: Any, **options: Any
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    **options: Any,
 ) -> ForwardCall:
     k, v = _unbind("kv", kv, 2, "(total_k, 2, num_heads_k, head_dim)")
     return varlen_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, names=_KV_NAMES, **options)

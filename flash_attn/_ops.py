@@ -1,7 +1,8 @@
 """The torch ops: schemas, implementations, fakes and gradients, and the functions that call them.
 
-The Python ops (cpu_*) run backends/cpu.py on any device. The CUDA op `flash_attn::forward`, which the extension
-defines, takes the same arguments and the architecture; it gets its fake and its autograd formula here.
+The Python ops (cpu_*) run backends/cpu.py on any device. The CUDA op `flash_attn::forward`, which the
+extension defines, takes the same arguments and the architecture; it gets its fake and its autograd formula
+here.
 """
 
 from __future__ import annotations
@@ -245,7 +246,10 @@ def _is_plain(*tensors: Tensor) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+    return True
 
 
 def forward(path: str, call: ForwardCall) -> _Outputs:

@@ -62,7 +62,8 @@ def flash_attn_func(
     q : Tensor, (batch, seqlen_q, num_heads, head_dim)
         float16, bfloat16, float32 or float64, of any strides; head_dim from 1 to 512.
     k : Tensor, (batch, seqlen_k, num_heads_k, head_dim)
-        num_heads must be a multiple of num_heads_k; query head h attends to key head h // (num_heads // num_heads_k).
+        num_heads must be a multiple of num_heads_k; query head h attends to key head h // (num_heads //
+        num_heads_k).
     v : Tensor, (batch, seqlen_k, num_heads_k, head_dim_v)
         head_dim_v from 1 to 512; it need not be head_dim.
     dropout_p : float
@@ -74,8 +75,8 @@ def flash_attn_func(
     causal : bool
         Allow only d >= 0. It replaces the right side of window_size by 0.
     window_size : pair of int or None
-        (left, right): allow only -right <= d <= left, both included. A side that is negative, None or at least
-        2**31 - 1 is infinite. A CPU integer tensor of two elements is accepted outside torch.compile.
+        (left, right): allow only -right <= d <= left, both included. A side that is negative, None or at
+        least 2**31 - 1 is infinite. A CPU integer tensor of two elements is accepted outside torch.compile.
     softcap : float
         Bound of the scores, as in Gemma 2; 0.0 switches it off.
     alibi_slopes : Tensor, (num_heads,) or (batch, num_heads), float32, optional
@@ -84,18 +85,18 @@ def flash_attn_func(
         Ask for a backward pass that gives the same bits in every run. The CPU path always does.
     return_attn_probs : bool
         Return (out, lse, S_dmask), for tests. S_dmask is an empty tensor if dropout_p is 0. Otherwise it is
-        (batch, num_heads, seqlen_q, seqlen_k), both lengths rounded up to 128, in q's dtype: the probabilities,
-        negative where dropped, 0 outside. It has no gradient.
+        (batch, num_heads, seqlen_q, seqlen_k), both lengths rounded up to 128, in q's dtype: the
+        probabilities, negative where dropped, 0 outside. It has no gradient.
     s_aux : Tensor, (num_heads,), any of q's dtypes, optional
-        Attention sinks: a score per head that takes part in the softmax's denominator and has no value. It has a
-        gradient.
+        Attention sinks: a score per head that takes part in the softmax's denominator and has no value. It
+        has a gradient.
     out : Tensor, (batch, seqlen_q, num_heads, head_dim_v), q's dtype, optional
         Receives the result; stride 1 in its last dimension. Not when a gradient is needed.
     return_softmax_lse : bool
         Return (out, lse). lse has a gradient.
     num_splits : int
-        Into how many parts, 0 to 256, the keys are split for parallelism: a hint that 0 leaves to a heuristic;
-        1 makes a row's result independent of the batch around it.
+        Into how many parts, 0 to 256, the keys are split for parallelism: a hint that 0 leaves to a
+        heuristic; 1 makes a row's result independent of the batch around it.
     pack_gqa : bool, optional
         Whether query heads of a key head share a tile: a hint that changes no result; None chooses.
 
@@ -103,7 +104,8 @@ def flash_attn_func(
     -------
     out : Tensor, (batch, seqlen_q, num_heads, head_dim_v), q's dtype
     lse : Tensor, (batch, num_heads, seqlen_q), float32, float64 for float64 inputs
-        With return_softmax_lse or return_attn_probs: natural logarithm of the softmax's denominator, sink included.
+        With return_softmax_lse or return_attn_probs: natural logarithm of the softmax's denominator, sink
+        included.
     S_dmask : Tensor
         With return_attn_probs.
 
@@ -118,10 +120,10 @@ def flash_attn_func(
 
     References
     ----------
-    FlashAttention (Dao et al. 2022, arXiv:2205.14135) and FlashAttention-2 (Dao 2023, arXiv:2307.08691), on online
-    softmax (Milakov and Gimelshein 2018, arXiv:1805.02867); grouped-query attention (Ainslie et al. 2023,
-    arXiv:2305.13245); ALiBi (Press et al. 2021, arXiv:2108.12409); softcap (Gemma 2, arXiv:2408.00118); sinks (Xiao
-    et al. 2023, arXiv:2309.17453); Philox (Salmon et al., SC'11).
+    FlashAttention (Dao et al. 2022, arXiv:2205.14135) and FlashAttention-2 (Dao 2023, arXiv:2307.08691), on
+    online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867); grouped-query attention (Ainslie et al.
+    2023, arXiv:2305.13245); ALiBi (Press et al. 2021, arXiv:2108.12409); softcap (Gemma 2, arXiv:2408.00118);
+    sinks (Xiao et al. 2023, arXiv:2309.17453); Philox (Salmon et al., SC'11).
     """
     call = _checks.dense_call(
         q, k, v, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal, window_size=window_size,

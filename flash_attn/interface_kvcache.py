@@ -41,33 +41,35 @@ def flash_attn_with_kvcache(
 ) -> Result:
     """Attention of new queries to a KV cache; first, if k and v are given, appends them to the cache in place.
 
-    Entry b then has the keys from cache_leftpad[b] up to cache_seqlens[b] plus its new tokens. Nothing waits for the
-    device, and the cache is never copied.
+    Entry b then has the keys from cache_leftpad[b] up to cache_seqlens[b] plus its new tokens. Nothing waits
+    for the device, and the cache is never copied.
 
     Parameters
     ----------
-    q : Tensor, (batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with cu_seqlens_q
-    k_cache : Tensor, (batch_cache, seqlen_cache, num_heads_k, head_dim), or (num_pages, page_size, num_heads_k,
-            head_dim) with block_table
-        Without cache_batch_idx and block_table, batch_cache is batch.
+    q : Tensor, (batch, seqlen_q, num_heads, head_dim)
+        (total_q, num_heads, head_dim) with cu_seqlens_q.
+    k_cache : Tensor, (batch_cache, seqlen_cache, num_heads_k, head_dim)
+        (num_pages, page_size, num_heads_k, head_dim) with block_table. Without either of cache_batch_idx and
+        block_table, batch_cache is batch.
     v_cache : Tensor, as k_cache, with head_dim_v
-    k, v : Tensor, (batch, seqlen_new, num_heads_k, head_dim or head_dim_v), or (total_k_new, num_heads_k, head_dim or
-            head_dim_v) with cu_seqlens_k_new, optional
+    k, v : Tensor, (batch, seqlen_new, num_heads_k, head_dim or head_dim_v), optional
+        (total_k_new, num_heads_k, head_dim or head_dim_v) with cu_seqlens_k_new.
         New tokens. Token t of entry b goes to position cache_seqlens[b] + t, which has to exist.
     rotary_cos, rotary_sin : Tensor, (seqlen_rotary, rotary_dim / 2), q's dtype, optional
-        Rotary embedding (RoPE) of k before it is stored and of q, with k and v only; rotary_dim is a multiple of 16
-        up to head_dim, and seqlen_rotary covers every position used. New key t of entry b is at position
-        cache_seqlens[b] + t; query i is at cache_seqlens[b] + i with a causal mask or a finite window, and at
-        cache_seqlens[b] otherwise. Computed in float32, rounded to the tensors' dtype.
+        Rotary embedding (RoPE) of k before it is stored and of q, with k and v only; rotary_dim is a multiple
+        of 16 up to head_dim, and seqlen_rotary covers every position used. New key t of entry b is at
+        position cache_seqlens[b] + t; query i is at cache_seqlens[b] + i with a causal mask or a finite
+        window, and at cache_seqlens[b] otherwise. Computed in float32, rounded to the tensors' dtype.
     cache_seqlens : int or Tensor, (batch,), int32, optional
-        Tokens in each entry's cache before the append, left padding included. None: the whole cache; needed with k.
+        Tokens in each entry's cache before the append, left padding included. None: the whole cache; needed
+        with k.
     cache_batch_idx : Tensor, (batch,), int32, optional
         The row of the cache, or of block_table, that each entry uses. With k, no row may occur twice.
     cache_leftpad : Tensor, (batch,), int32, optional
         How many tokens at the start of each entry's cache to leave out.
     block_table : Tensor, (batch, max_pages), int32, optional
-        Token t of entry b is row t % page_size of page block_table[b, t // page_size]. Entries past the last used
-        page are never read. Any page size from 1.
+        Token t of entry b is row t % page_size of page block_table[b, t // page_size]. Entries past the last
+        used page are never read. Any page size from 1.
     softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, num_splits, pack_gqa
         As in `flash_attn_func`; an entry's seqlen_k is the number of its keys.
     rotary_interleaved : bool
@@ -120,12 +122,14 @@ def flash_attn_combine(
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Merges attention results over disjoint sets of keys: lse = log(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) out_i.
+    """Merges attention results over disjoint sets of keys.
+
+    lse = log(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) * out_i.
 
     Parameters
     ----------
-    out_partial : Tensor, (num_splits, batch, seqlen, num_heads, head_dim) or (num_splits, total_q, num_heads, head_dim)
-        float16, bfloat16, float32 or float64.
+    out_partial : Tensor, (num_splits, batch, seqlen, num_heads, head_dim)
+        Or (num_splits, total_q, num_heads, head_dim); float16, bfloat16, float32 or float64.
     lse_partial : Tensor, out_partial's shape without head_dim, float32, float64 for a float64 out_partial
         Natural logarithms. -inf says that a part saw no key; its out_partial isn't used then.
     out : Tensor, out_partial's shape without num_splits, optional
@@ -181,7 +185,8 @@ def get_scheduler_metadata(
 ) -> Tensor:
     """A schedule that decode steps of the same shapes can share, as `scheduler_metadata` takes it.
 
-    It is a hint: no result depends on it, whatever it holds. It has a fixed size, so that a CUDA graph can keep it.
+    It is a hint: no result depends on it, whatever it holds. It has a fixed size, so that a CUDA graph can
+    keep it.
 
     Parameters
     ----------
@@ -206,8 +211,8 @@ def get_scheduler_metadata(
     Returns
     -------
     Tensor, (1 + 4 * batch_size rounded up to 4,), int32
-        Element 0 is a semaphore, 0 between calls; elements 1 to batch_size are the number of splits of each entry;
-        the others are 0.
+        Element 0 is a semaphore, 0 between calls; elements 1 to batch_size are the number of splits of each
+        entry; the others are 0.
 
     Raises
     ------

@@ -39,30 +39,32 @@ def flash_attn_varlen_func(
 ) -> Result:
     """Attention within each sequence of a packed batch, on packed or paged keys.
 
-    Sequence b has the queries from cu_seqlens_q[b] up to cu_seqlens_q[b + 1], and the keys likewise. Nothing waits
-    for the device: lengths stay where they are.
+    Sequence b has the queries from cu_seqlens_q[b] up to cu_seqlens_q[b + 1], and the keys likewise. Nothing
+    waits for the device: lengths stay where they are.
 
     Parameters
     ----------
     q : Tensor, (total_q, num_heads, head_dim)
-    k : Tensor, (total_k, num_heads_k, head_dim), or (num_pages, page_size, num_heads_k, head_dim) with block_table
+    k : Tensor, (total_k, num_heads_k, head_dim)
+        (num_pages, page_size, num_heads_k, head_dim) with block_table.
     v : Tensor, as k, with head_dim_v
     cu_seqlens_q : Tensor, (batch + 1,), int32
         Where each sequence starts in q; does not decrease, ends at or below total_q.
     cu_seqlens_k : Tensor, (batch + 1,), int32, optional
-        The same for k. With block_table it gives the lengths alone, and seqused_k, if given, replaces it: then it
-        may be None.
+        The same for k. With block_table it gives the lengths alone, and seqused_k, if given, replaces it:
+        then it may be None.
     max_seqlen_q, max_seqlen_k : int, integer Tensor of one element or None
         The longest sequences: hints, which change no result. None, a tensor on a device and, inside
-        torch.compile, any tensor stand for unknown. With return_attn_probs and dropout they are S_dmask's lengths.
+        torch.compile, any tensor stand for unknown. With return_attn_probs and dropout they are S_dmask's
+        lengths.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As in `flash_attn_func`, with each sequence's own lengths.
     block_table : Tensor, (batch, max_pages), int32, optional
-        Key t of sequence b is row t % page_size of page block_table[b, t // page_size]. Entries past a sequence's
-        last used page are never read.
+        Key t of sequence b is row t % page_size of page block_table[b, t // page_size]. Entries past a
+        sequence's last used page are never read.
     seqused_q, seqused_k : Tensor, (batch,), int32, optional
-        How many tokens of each sequence's slot are used, from its start. Unused memory may hold anything, and rows
-        of out past seqused_q are 0, with lse -inf.
+        How many tokens of each sequence's slot are used, from its start. Unused memory may hold anything, and
+        rows of out past seqused_q are 0, with lse -inf.
     leftpad_k : Tensor, (batch,), int32, optional
         How many keys at the start of each sequence to leave out. Its key 0 is the first one after them.
     s_aux, return_softmax_lse, num_splits, pack_gqa
@@ -194,7 +196,8 @@ def flash_attn_varlen_kvpacked_func(
         As in `flash_attn_func`.
     """
     call = _checks_packed.varlen_kvpacked_call(
-        q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
+        q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=dropout_p,
+        softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, deterministic=deterministic,
         return_attn_probs=return_attn_probs, s_aux=s_aux, out=out, return_softmax_lse=return_softmax_lse,
         num_splits=num_splits, pack_gqa=pack_gqa,
