@@ -21,13 +21,64 @@ def supports(q: Tensor, softcap: float, dropout_p: float) -> bool:
     return q.device.type == "cpu" and softcap == 0.0 and dropout_p == 0.0
 
 
+def _fits(x: Tensor, head_dim: int) -> bool:
+    return x.shape[-1] == head_dim and x.stride(-1) == 1 and x.stride(1) >= head_dim
+
+
 def _heads_first(x: Tensor, head_dim: int) -> Tensor:
     """(n, H, rows, head_dim) with strides the kernel can take, zero-padded to head_dim."""
     if x.shape[-1] < head_dim:
         x = F.pad(x, (0, head_dim - x.shape[-1]))
-    if x.stride(-1) != 1 or x.stride(1) < head_dim:
+    elif not _fits(x, head_dim):
         x = x.clone(memory_format=torch.contiguous_format)
     return x.transpose(1, 2)
+
+
+def _plain_mask(num_rows: int, num_keys: int, window_left: int, window_right: int) -> bool | None:
+    """The kernel's is_causal for this window, None where the window needs more than that flag."""
+    if 0 <= window_left < num_keys - 1 or num_rows == 0 or num_keys == 0:
+        return None
+    if not 0 <= window_right < num_rows - 1:
+        return False
+    return True if window_right == 0 and num_rows == num_keys else None
+
+
+def forward_dense(
+    q: Tensor, k: Tensor, v: Tensor, window_left: int, window_right: int, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """The short way for a call that the kernel takes as it is; None for any other."""
+    num_rows, head_dim = q.shape[1], q.shape[3]
+    causal = _plain_mask(num_rows, k.shape[1], window_left, window_right)
+    if causal is None or q.shape[0] == 0 or (num_rows == 1 and q.shape[2] > k.shape[2]):
+        return None
+    if not (_fits(q, head_dim) and _fits(k, head_dim) and _fits(v, head_dim)):
+        return None
+    out, lse = _kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale)
+    return out.transpose(1, 2), lse
+
+
+def backward_dense(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> tuple[Tensor, ...] | None:
+    """dq, dk, dv the short way, for a call that the kernel takes as it is; None for any other."""
+    head_dim = q.shape[3]
+    causal = _plain_mask(q.shape[1], k.shape[1], window_left, window_right)
+    # 16-bit inputs are widened first: see backward.
+    if causal is None or q.shape[0] == 0 or q.dtype not in (torch.float32, torch.float64):
+        return None
+    tensors = (dout, q, k, v, out)
+    if not all(_fits(x, head_dim) for x in tensors):
+        return None
+    grads = _kernel_backward(*(x.transpose(1, 2) for x in tensors), lse, 0.0, causal, scale=scale)
+    return tuple(grad.transpose(1, 2).contiguous() for grad in grads)
 
 
 def _reads_keys_once(q: Tensor, k: Tensor, keys: KeyRange) -> bool:
@@ -45,10 +96,8 @@ def forward(
     if slopes is None and keys.is_full and _reads_keys_once(q, k, keys):
         packed = q[:, 0].unflatten(1, (k.shape[2], -1)).transpose(1, 2)
         out, lse = _whole(packed, k, v, head_dim, False, scale)
-        return out.transpose(1, 2).reshape(q.shape[:3] + (head_dim,))[..., :head_dim_v], lse.reshape(
-            *lse.shape[:1], -1, 1
-        )
-    if slopes is None and (keys.is_full or keys.is_square_causal):
+        out, lse = out.transpose(1, 2).reshape(*q.shape[:3], head_dim), lse.reshape(*q.shape[:1], -1, 1)
+    elif slopes is None and (keys.is_full or keys.is_square_causal):
         out, lse = _whole(q, k, v, head_dim, not keys.is_full, scale)
     else:
         out, lse = _by_blocks(q, k, v, head_dim, keys, slopes, scale)

@@ -57,8 +57,7 @@ class KeyRange(NamedTuple):
     def sees_all(self, block: Block) -> bool:
         """Whether every row of the block sees every key of the block."""
         return (
-            block.i1 - 1 + self.offset - self.left <= block.j0
-            and block.i0 + self.offset + self.right >= block.j1 - 1
+            block.i1 - 1 + self.offset - self.left <= block.j0 and block.i0 + self.offset + self.right >= block.j1 - 1
         )
 
     def blocks(self, rows: int) -> Iterator[Block]:
@@ -103,9 +102,7 @@ class Bias:
     strides are +1, which torch can express, whereas rows that run forwards would need a stride of -1.
     """
 
-    def __init__(
-        self, keys: KeyRange, rows: int, slopes: Tensor | None, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, keys: KeyRange, rows: int, slopes: Tensor | None, dtype: torch.dtype, device: torch.device):
         self.keys = keys
         self.plain = slopes is None
         low = max(1 - keys.num_keys, 1 - keys.left - rows)

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def token_positions(
-    x: Tensor, offsets: Tensor, cu_seqlens: Tensor | None, advance: bool
-) -> tuple[Tensor, int]:
+def token_positions(x: Tensor, offsets: Tensor, cu_seqlens: Tensor | None, advance: bool) -> tuple[Tensor, int]:
     """Position of every token of x, (B, S) or (T,), and the token at which a packed x's last entry ends."""
     offsets = offsets.to(torch.int64)
     if cu_seqlens is None:

@@ -25,19 +25,21 @@ class Rows(NamedTuple):
 
     def of(self, tensor: Tensor, count: int) -> Tensor:
         """View (count, high - low, ...) of a (B, S, ...) or (T, ...) tensor."""
+        if self.packed and count == 1:
+            return tensor[self.start + self.low : self.start + self.high].unsqueeze(0)
         if self.packed:
-            tensor = tensor.narrow(0, self.start, count * self.slot).unflatten(0, (count, self.slot))
-        else:
+            tensor = tensor.narrow(0, self.start, count * self.slot).view(count, self.slot, *tensor.shape[1:])
+        elif count != tensor.shape[0]:
             tensor = tensor.narrow(0, self.start, count)
         return tensor.narrow(1, self.low, self.high - self.low)
 
     def of_lse(self, lse: Tensor, count: int) -> Tensor:
         """View (count, H, high - low) of a (B, H, S) or (H, T) tensor."""
+        if self.packed and count == 1:
+            return lse[:, self.start + self.low : self.start + self.high].unsqueeze(0)
         if self.packed:
-            lse = (
-                lse.narrow(1, self.start, count * self.slot).unflatten(1, (count, self.slot)).transpose(0, 1)
-            )
-        else:
+            lse = lse.narrow(1, self.start, count * self.slot).view(-1, count, self.slot).transpose(0, 1)
+        elif count != lse.shape[0]:
             lse = lse.narrow(0, self.start, count)
         return lse.narrow(2, self.low, self.high - self.low)
 
@@ -107,10 +109,10 @@ def _entry_rows(name, tensor, cu_seqlens, seqused, used_name, count=None, index=
         slots = [b - a for a, b in zip(starts, starts[1:], strict=False)]
     else:
         starts = list(range(tensor.shape[0] if count is None else count)) if index is None else index.tolist()
-        for position, start in enumerate(starts):
+        for pos, start in enumerate(starts):
             _check(
                 0 <= start < tensor.shape[0],
-                f"cache_batch_idx must be below the cache batch size {tensor.shape[0]}, got {start} at {position}",
+                f"cache_batch_idx must be below the cache's {tensor.shape[0]} rows, got {start} at {pos}",
             )
         slots = [tensor.shape[1]] * len(starts)
     used = _used(used_name, seqused, slots)
@@ -194,9 +196,7 @@ def split(
         page_size = k.shape[1]
         if cache_batch_idx is not None:
             block_table = block_table[cache_batch_idx.to(torch.int64)]
-        for batch, (rows, (length, ids)) in enumerate(
-            zip(q_rows, _paged_rows(k, block_table, seqused_k), strict=True)
-        ):
+        for batch, (rows, (length, ids)) in enumerate(zip(q_rows, _paged_rows(k, block_table, seqused_k), strict=True)):
             low = _left_pad(leftpad[batch], length, batch)
             first_key = low + trim(rows.high, length - low, window_left, window_right).skipped_keys
             first_page = first_key // page_size
@@ -204,9 +204,7 @@ def split(
             k_rows = PagedRows(pages, low, length, first_page)
             pieces += _pieces(batch, 1, rows, k_rows, window_left, window_right)
         return pieces
-    k_rows = _entry_rows(
-        "k", k, cu_seqlens_k, seqused_k, "seqused_k (cache_seqlens)", len(q_rows), cache_batch_idx
-    )
+    k_rows = _entry_rows("k", k, cu_seqlens_k, seqused_k, "seqused_k (cache_seqlens)", len(q_rows), cache_batch_idx)
     k_rows = [
         rows._replace(low=_left_pad(low, rows.high, index))
         for index, (rows, low) in enumerate(zip(k_rows, leftpad, strict=True))
@@ -215,9 +213,7 @@ def split(
     for batch in range(1, len(q_rows) + 1):
         if batch < len(q_rows):
             distance = batch - first
-            if _follows(q_rows[first], q_rows[batch], distance) and _follows(
-                k_rows[first], k_rows[batch], distance
-            ):
+            if _follows(q_rows[first], q_rows[batch], distance) and _follows(k_rows[first], k_rows[batch], distance):
                 continue
         pieces += _pieces(first, batch - first, q_rows[first], k_rows[first], window_left, window_right)
         first = batch
@@ -230,17 +226,7 @@ def _left_pad(low: int, length: int, index: int) -> int:
     return min(low, length)
 
 
-def covers(piece: Piece, q: Tensor) -> bool:
-    """Whether the piece computes every row of a dense or packed q."""
-    rows = piece.q_rows
-    if rows.low != 0 or rows.high != rows.slot or rows.start != 0:
-        return False
-    return piece.count * (rows.slot if rows.packed else 1) == q.shape[0]
-
-
-def covers_keys(piece: Piece, k: Tensor) -> bool:
-    """Whether the piece visits every row of a dense or packed k."""
-    rows = piece.k_rows
-    if rows.low != 0 or rows.high != rows.slot or rows.start != 0:
-        return False
-    return piece.count * (rows.slot if rows.packed else 1) == k.shape[0]
+def covers(rows: Rows, count: int, tensor: Tensor) -> bool:
+    """Whether these rows of `count` entries are all that a dense or packed tensor holds."""
+    whole_slots = rows.start == 0 and rows.low == 0 and rows.high == rows.slot
+    return whole_slots and count * (rows.slot if rows.packed else 1) == tensor.shape[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _flash, _math
 from ._cache import append_kv, combine
 from ._rotary import rotary
-from ._sequences import Piece, covers, covers_keys, split
+from ._sequences import Piece, covers, split
 
 __all__ = ["append_kv", "attn_probs", "backward", "combine", "forward", "rotary"]
 
@@ -44,20 +44,13 @@ def forward(
     pack_gqa: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """out with q's layout and dtype, lse (B, H, Sq) or (H, Tq). Hints and maximal lengths change nothing."""
-    pieces = split(
-        q,
-        k,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        leftpad_k,
-        block_table,
-        cache_batch_idx,
-        window_left,
-        window_right,
-    )
+    layout = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, block_table, cache_batch_idx)
     use_flash = _flash.supports(q, softcap, dropout_p)
+    if use_flash and alibi_slopes is None and _is_dense(layout):
+        result = _flash.forward_dense(q, k, v, window_left, window_right, softmax_scale)
+        if result is not None:
+            out, lse = result if s_aux is None else _with_sink(*result, s_aux)
+            return out.contiguous(), lse.contiguous()
 
     def compute(piece: Piece) -> tuple[Tensor, Tensor]:
         q_piece = piece.q_rows.of(q, piece.count)
@@ -70,8 +63,12 @@ def forward(
             out, lse = _math.forward(piece, score, q_piece, k_piece, v_piece)
         return (out, lse) if s_aux is None else _with_sink(out, lse, s_aux)
 
-    if len(pieces) == 1 and cu_seqlens_q is None and pieces[0].keys.num_rows and covers(pieces[0], q):
+    pieces = split(q, k, *layout, window_left, window_right)
+    if len(pieces) == 1 and pieces[0].keys.num_rows and covers(pieces[0].q_rows, pieces[0].count, q):
         out, lse = compute(pieces[0])
+        if cu_seqlens_q is not None:
+            out = out.flatten(0, 1)
+            lse = lse.transpose(0, 1).flatten(1)
         return out.contiguous(), lse.contiguous()
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     lse = _empty_lse(q, cu_seqlens_q is not None)
@@ -83,6 +80,10 @@ def forward(
         if s_aux is not None:
             piece.skipped_rows.of_lse(lse, piece.count).copy_(s_aux.to(lse.dtype)[:, None])
     return out, lse
+
+
+def _is_dense(layout: tuple[Tensor | None, ...]) -> bool:
+    return all(tensor is None for tensor in layout)
 
 
 def _empty_lse(q: Tensor, packed: bool) -> Tensor:
@@ -123,12 +124,15 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, ds_aux. Every sum has a fixed order, so the result is deterministic either way."""
-    pieces = split(
-        q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None, None, window_left, window_right
-    )
+    layout = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None, None)
     if dout is None:
         dout = torch.zeros_like(out)
+    ds_aux = q.new_empty(0, dtype=torch.float32) if s_aux is None else _sink_gradient(dout, dlse, out, lse, s_aux)
     use_flash = _flash.supports(q, softcap, dropout_p)
+    if use_flash and alibi_slopes is None and dlse is None and _is_dense(layout):
+        grads = _flash.backward_dense(dout, q, k, v, out, lse, window_left, window_right, softmax_scale)
+        if grads is not None:
+            return (*grads, ds_aux)
 
     def compute(piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
         count, rows = piece.count, piece.q_rows
@@ -140,18 +144,12 @@ def backward(
         tensors = (dout_piece, dlse_piece, q_piece, k_piece, v_piece, out_piece, lse_piece)
         if use_flash:
             return _flash.backward(*tensors, piece.keys, slopes, softmax_scale)
-        return _math.backward(
-            piece, _math.Score(softmax_scale, softcap, slopes, dropout_p, rng_state), *tensors
-        )
+        return _math.backward(piece, _math.Score(softmax_scale, softcap, slopes, dropout_p, rng_state), *tensors)
 
-    ds_aux = (
-        q.new_empty(0, dtype=torch.float32) if s_aux is None else _sink_gradient(dout, dlse, out, lse, s_aux)
-    )
-    if len(pieces) == 1 and pieces[0].keys.num_rows and covers(pieces[0], q) and covers_keys(pieces[0], k):
-        dq, dk, dv = (
-            grad.to(x.dtype).contiguous().view(x.shape)
-            for grad, x in zip(compute(pieces[0]), (q, k, v), strict=True)
-        )
+    pieces = split(q, k, *layout, window_left, window_right)
+    if len(pieces) == 1 and pieces[0].keys.num_rows and _covers_all(pieces[0], q, k):
+        grads = zip(compute(pieces[0]), (q, k, v), strict=True)
+        dq, dk, dv = (grad.to(x.dtype).contiguous().view(x.shape) for grad, x in grads)
         return dq, dk, dv, ds_aux
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for piece in pieces:
@@ -161,6 +159,10 @@ def backward(
             piece.k_rows.of(dk, piece.count).copy_(piece_dk)
             piece.k_rows.of(dv, piece.count).copy_(piece_dv)
     return dq, dk, dv, ds_aux
+
+
+def _covers_all(piece: Piece, q: Tensor, k: Tensor) -> bool:
+    return covers(piece.q_rows, piece.count, q) and covers(piece.k_rows, piece.count, k)
 
 
 def _sink_gradient(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, s_aux: Tensor) -> Tensor:
@@ -194,24 +196,11 @@ def attn_probs(
     dropout_p: float,
 ) -> Tensor:
     """exp(score - lse), negative where dropped, 0 outside: (B, H, rows, keys), both rounded up to 128."""
-    pieces = split(
-        q,
-        k,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        leftpad_k,
-        block_table,
-        cache_batch_idx,
-        window_left,
-        window_right,
-    )
+    layout = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, block_table, cache_batch_idx)
+    pieces = split(q, k, *layout, window_left, window_right)
     packed = cu_seqlens_q is not None
     batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
-    longest_q = max(
-        [max_seqlen_q if packed else q.shape[1]] + [p.first_row + p.keys.num_rows for p in pieces]
-    )
+    longest_q = max([max_seqlen_q if packed else q.shape[1]] + [p.first_row + p.keys.num_rows for p in pieces])
     longest_k = max([max_seqlen_k] + [p.first_key + p.keys.num_keys for p in pieces])
     if block_table is None and cu_seqlens_k is None:
         longest_k = k.shape[1]
