@@ -90,10 +90,11 @@ class Inputs:
             self.q, self.k, self.v, self.new_k, self.new_v, *self.rotary, **(layout | options)
         )
 
-    def expected(self, dtype=torch.float64):
+    def expected(self, dtype=torch.float64, stored=None):
+        """The oracle's answer, computed in `dtype`; what rotary and append store is rounded to `stored`."""
         q, k, v, layout = self.q, self.k, self.v, dict(self.layout)
         if self.new_k is not None:
-            q, k, v, layout = self._after_append(dtype)
+            q, k, v, layout = self._after_append(stored or dtype)
         dropout = {"dropout_p": self.case.dropout_p, "rng_state": self.rng_state}
         return reference.attention(q, k, v, dtype=dtype, **self.score, **layout, **dropout)
 
@@ -261,7 +262,7 @@ def naive(inputs, dtype=None):
     """The computation at the inputs' precision; LSE, which is float32 for 16-bit inputs, at float32."""
     dtype = inputs.case.dtype if dtype is None else dtype
     low = inputs.expected(dtype)
-    return low if dtype.itemsize > 2 else low._replace(lse=inputs.expected(torch.float32).lse)
+    return low if dtype.itemsize > 2 else low._replace(lse=inputs.expected(torch.float32, stored=dtype).lse)
 
 
 def check_forward(path, case):
@@ -338,9 +339,7 @@ def check_backward(path, case):
     out, ours = result
     _, exact = gradients(inputs, dout, dlse, lambda x: x.expected(), torch.float64)
     _, low = gradients(inputs, dout, dlse, lambda x: x.expected(case.dtype))
-    sizes = reference.gradient_magnitudes(
-        inputs.q, inputs.k, inputs.v, dout, dlse, **inputs.score, **inputs.layout
-    )
+    sizes = reference.gradient_magnitudes(inputs.q, inputs.k, inputs.v, dout, dlse, **inputs.score, **inputs.layout)
     for name, gradient in ours.items():
         leaf = inputs.score["s_aux"] if name == "ds_aux" else getattr(inputs, name[1:])
         assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape

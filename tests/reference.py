@@ -81,6 +81,14 @@ def allowed_mask(seqlen_q, seqlen_k, causal=False, window_size=(-1, -1)):
     return allowed
 
 
+def _matmul(a, b):
+    """a @ b, where 16-bit products are summed in float32 and rounded once, as on a GPU; in PyTorch's CPU kernels
+    that is slow."""
+    if a.dtype.itemsize > 2:
+        return a @ b
+    return (a.float() @ b.float()).to(a.dtype)
+
+
 def attend(q, k, v, *, allowed, scale, softcap=0.0, slopes=None, sinks=None, keep=None, dropout_p=0.0):
     """One sequence: q (sq, H, D), k (sk, Hk, D), v (sk, Hk, Dv).
 
@@ -92,7 +100,7 @@ def attend(q, k, v, *, allowed, scale, softcap=0.0, slopes=None, sinks=None, kee
     q = q.transpose(0, 1)
     k, v = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v))
     num_heads, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
-    scores = q @ k.transpose(1, 2) * scale
+    scores = _matmul(q, k.transpose(1, 2)) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if slopes is not None:
@@ -114,7 +122,7 @@ def attend(q, k, v, *, allowed, scale, softcap=0.0, slopes=None, sinks=None, kee
         lse = torch.logsumexp(scores, dim=-1).masked_fill(dead[..., 0], -math.inf)
     dropped = probs if keep is None else probs * keep.to(probs.dtype) / (1 - dropout_p)
     signed = probs if keep is None else torch.where(keep, probs, -probs)
-    return (dropped @ v).transpose(0, 1), lse, signed
+    return _matmul(dropped, v).transpose(0, 1), lse, signed
 
 
 def gather_pages(pool, table_row, length):
@@ -171,7 +179,8 @@ def attention(
     q, k, v = (x.cpu().to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     num_heads = q.shape[-2]
-    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    # The empty sums tie out to its inputs where no sequence uses them, so that gradients exist.
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1]) + sum(x[..., :0].sum() for x in (q, k, v))
     lse_shape = (q.shape[0], num_heads, q.shape[1]) if cu_seqlens_q is None else (num_heads, q.shape[0])
     lse = q.new_full(lse_shape, -math.inf)
     all_probs = []
