@@ -1,18 +1,14 @@
 #include "api/forward.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <sstream>
 #include <vector>
 
+#include "api/cuda_stream.h"
 #include "api/problem_of.h"
 #include "kernels/common/launch.h"
 #include "plan/plan.h"
-
-// Weak, because it lives in libtorch_cuda: the module then loads under a torch without CUDA too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
 
 namespace flash_attn {
 namespace {
@@ -20,13 +16,6 @@ namespace {
 constexpr int64_t kVectorElements = 8;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 // The tensor itself where the kernels can read it, else a copy that they can: rows contiguous, 16-byte aligned, and
 // their length a multiple of 16 bytes.
@@ -112,7 +101,8 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
   const Problem problem = make_problem(args);
   const Plan plan = make_plan(problem, arch_of(args));
   const ForwardLaunch launch = find_forward_kernel(plan.variant);
-  check(launch != nullptr, "the kernel for ", describe(plan), " was left out of this build by FLASH_ATTN_ARCHS, "
+  check(launch != nullptr, "the kernel for ", describe(plan),
+        " was left out of this build by FLASH_ATTN_ARCHS, "
         "FLASH_ATTN_HEAD_DIMS or FLASH_ATTN_DTYPES");
 
   const torch::stable::accelerator::DeviceGuard guard(args.q.get_device_index());

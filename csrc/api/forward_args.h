@@ -10,11 +10,11 @@
 namespace flash_attn {
 
 // flash_attn._ops has the same list for the CPU path; a test compares them.
-#define FLASH_ATTN_FORWARD_SCHEMA_ARGS                                                                       \
-  "Tensor q, Tensor k, Tensor v, Tensor? s_aux, Tensor? alibi_slopes, Tensor? rng_state, "                   \
-  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? leftpad_k, "    \
-  "Tensor? block_table, Tensor? cache_batch_idx, Tensor? scheduler_metadata, SymInt max_seqlen_q, "          \
-  "SymInt max_seqlen_k, float softmax_scale, SymInt window_left, SymInt window_right, float softcap, "       \
+#define FLASH_ATTN_FORWARD_SCHEMA_ARGS                                                                    \
+  "Tensor q, Tensor k, Tensor v, Tensor? s_aux, Tensor? alibi_slopes, Tensor? rng_state, "                \
+  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? leftpad_k, " \
+  "Tensor? block_table, Tensor? cache_batch_idx, Tensor? scheduler_metadata, SymInt max_seqlen_q, "       \
+  "SymInt max_seqlen_k, float softmax_scale, SymInt window_left, SymInt window_right, float softcap, "    \
   "float dropout_p, SymInt num_splits, bool? pack_gqa, int arch"
 
 struct ForwardArgs {

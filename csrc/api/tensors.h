@@ -18,8 +18,8 @@ namespace flash_attn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws what Python sees as a RuntimeError. The Python interface has checked its arguments before; these checks are the
-// last line in front of memory, for callers of torch.ops.flash_attn.
+// Throws what Python sees as a RuntimeError. The Python interface has checked its arguments before; these checks are
+// the last line in front of memory, for callers of torch.ops.flash_attn.
 template <class... Parts>
 void check(bool condition, const Parts&... parts) {
   if (condition) return;

@@ -48,15 +48,15 @@ Plan make_plan(const Problem& problem, Arch arch) {
 
 std::string describe(const Plan& plan) {
   std::ostringstream json;
-  json << "{\"arch\": " << static_cast<int>(plan.variant.arch)                       //
-       << ", \"dtype\": \"" << name_of(plan.variant.dtype) << "\""                   //
-       << ", \"head_dim\": " << plan.variant.head_dim.qk                             //
-       << ", \"head_dim_v\": " << plan.variant.head_dim.v                            //
-       << ", \"mask\": \"" << name_of(plan.variant.mask) << "\""                     //
-       << ", \"tile_m\": " << plan.tile.m << ", \"tile_n\": " << plan.tile.n          //
-       << ", \"num_threads\": " << plan.num_threads                                  //
-       << ", \"smem_bytes\": " << plan.smem_bytes                                    //
-       << ", \"num_blocks\": " << plan.num_blocks                                    //
+  json << "{\"arch\": " << static_cast<int>(plan.variant.arch)                //
+       << ", \"dtype\": \"" << name_of(plan.variant.dtype) << "\""            //
+       << ", \"head_dim\": " << plan.variant.head_dim.qk                      //
+       << ", \"head_dim_v\": " << plan.variant.head_dim.v                     //
+       << ", \"mask\": \"" << name_of(plan.variant.mask) << "\""              //
+       << ", \"tile_m\": " << plan.tile.m << ", \"tile_n\": " << plan.tile.n  //
+       << ", \"num_threads\": " << plan.num_threads                           //
+       << ", \"smem_bytes\": " << plan.smem_bytes                             //
+       << ", \"num_blocks\": " << plan.num_blocks                             //
        << ", \"num_splits\": " << plan.num_splits << "}";
   return json.str();
 }

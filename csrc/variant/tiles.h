@@ -1,5 +1,5 @@
-// Tile shapes of the forward kernels, one row per head-dim bucket, each with the limit that chose it. The planner and the
-// kernels' traits are made from the same rows.
+// Tile shapes of the forward kernels, one row per head-dim bucket, each with the limit that chose it. The planner and
+// the kernels' traits are made from the same rows.
 #pragma once
 
 #include "variant/variant.h"

@@ -1,8 +1,8 @@
 // How the query rows of a variable-length batch are cut into tiles without reading its lengths on the host.
 //
-// Entry b owns the tile slots [first_slot(b), first_slot(b + 1)) with first_slot(b) = cu_seqlens[b] / m + b: a closed form
-// that grows with b, holds at least ceil(length / m) slots for each entry, and lets a thread block find its entry by
-// bisection. Slots past the last entry cover rows that belong to no entry.
+// Entry b owns the tile slots [first_slot(b), first_slot(b + 1)) with first_slot(b) = cu_seqlens[b] / m + b: a closed
+// form that grows with b, holds at least ceil(length / m) slots for each entry, and lets a thread block find its entry
+// by bisection. Slots past the last entry cover rows that belong to no entry.
 #pragma once
 
 #include <cstdint>

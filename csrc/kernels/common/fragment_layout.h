@@ -9,7 +9,8 @@ namespace flash_attn {
 
 using namespace cute;
 
-// Accumulator ((2, 2), MMA_M, MMA_N) -> (rows, columns): a lane holds two rows of each 16 x 8 atom, two columns of each.
+// Accumulator ((2, 2), MMA_M, MMA_N) -> (rows, columns): a lane holds two rows of each 16 x 8 atom, two columns of
+// each.
 template <class Layout>
 CUTE_HOST_DEVICE constexpr auto as_rows_and_columns(Layout layout) {
   static_assert(decltype(rank(layout))::value == 3);

@@ -8,7 +8,7 @@ namespace flash_attn {
 
 // Offsets and lengths of one batch entry, whatever its layout.
 struct SeqInfo {
-  int batch_idx;      // 0 where the tensors have no batch dimension
+  int batch_idx;  // 0 where the tensors have no batch dimension
   int64_t row_begin_q;
   int64_t row_begin_k;
   int seqlen_q;
@@ -21,7 +21,7 @@ struct SeqInfo {
 struct TileCoord {
   SeqInfo seq;
   int head_idx;
-  int m_begin;     // first query row within the entry
+  int m_begin;      // first query row within the entry
   bool is_padding;  // rows that belong to no entry: O = 0, LSE = -inf
 };
 
@@ -65,8 +65,8 @@ __device__ inline TileCoord varlen_tile(const SeqParams& seq, int slot, int head
 
 }  // namespace detail
 
-// Decodes a block index. Blocks run through a head's tiles from the last row up, so that under a causal mask the longest
-// start first, then through heads, so that neighbours read the same K and V from L2.
+// Decodes a block index. Blocks run through a head's tiles from the last row up, so that under a causal mask the
+// longest start first, then through heads, so that neighbours read the same K and V from L2.
 template <int kTileM>
 __device__ TileCoord locate_tile(const ForwardParams& params, int block_idx) {
   const int tile_idx = params.tiles_per_head - 1 - block_idx % params.tiles_per_head;

@@ -31,15 +31,15 @@ __device__ void store_lse(const ForwardParams& params, const TileCoord& tile, co
 }
 
 template <class Traits, class AccO>
-__device__ void store_output(const ForwardParams& params, const TileCoord& tile,
-                             typename Traits::SharedStorage& smem, const AccO& tOrO) {
+__device__ void store_output(const ForwardParams& params, const TileCoord& tile, typename Traits::SharedStorage& smem,
+                             const AccO& tOrO) {
   using Element = typename Traits::Element;
   using TiledStore = typename Traits::template TiledStore<Traits::kHeadDimV>;
   const SeqInfo& seq = tile.seq;
   Tensor sO = make_tensor(make_smem_ptr(smem.q_or_o), typename Traits::SmemLayoutO{});
 
-  const auto to_smem = make_tiled_copy_C(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<32>, Element>{},
-                                         typename Traits::TiledMma{});
+  const auto to_smem =
+      make_tiled_copy_C(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<32>, Element>{}, typename Traits::TiledMma{});
   const auto thread_to_smem = to_smem.get_slice(threadIdx.x);
   Tensor rounded = convert_to<Element>(tOrO);
   copy(to_smem, thread_to_smem.retile_S(rounded), thread_to_smem.partition_D(sO));
@@ -49,8 +49,8 @@ __device__ void store_output(const ForwardParams& params, const TileCoord& tile,
   Element* head = static_cast<Element*>(params.o.ptr) + seq.batch_idx * params.o.batch_stride +
                   seq.row_begin_q * params.o.row_stride + tile.head_idx * params.o.head_stride;
   const Tensor source = thread_store.partition_S(sO);  // (CPY, CPY_M, CPY_K)
-  Tensor target = thread_store.partition_D(
-      gmem_tile<Traits::kTileM, Traits::kHeadDimV>(head, tile.m_begin, params.o.row_stride));
+  Tensor target =
+      thread_store.partition_D(gmem_tile<Traits::kTileM, Traits::kHeadDimV>(head, tile.m_begin, params.o.row_stride));
   const Tensor coords =
       thread_store.partition_D(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{}));
   CUTE_UNROLL

@@ -29,8 +29,8 @@ struct ForwardTraits {
   using Element = std::conditional_t<kVariant.dtype == Dtype::kFp16, cutlass::half_t, cutlass::bfloat16_t>;
 
   // ---- matrix products: each warp owns 16 rows of every 16 * kNumWarps
-  using MmaAtom = std::conditional_t<kVariant.dtype == Dtype::kFp16, SM80_16x8x16_F32F16F16F32_TN,
-                                     SM80_16x8x16_F32BF16BF16F32_TN>;
+  using MmaAtom =
+      std::conditional_t<kVariant.dtype == Dtype::kFp16, SM80_16x8x16_F32F16F16F32_TN, SM80_16x8x16_F32BF16BF16F32_TN>;
   using TiledMma = TiledMMA<MMA_Atom<MmaAtom>, Layout<Shape<Int<kNumWarps>, _1, _1>>,
                             decltype(make_tile(Int<16 * kNumWarps>{}, _16{}, _16{}))>;
   static constexpr int kRowsPerLane = 2 * kTileM / (16 * kNumWarps);
@@ -39,9 +39,10 @@ struct ForwardTraits {
   // ---- shared memory: swizzled so that both 16-byte stores of a row and ldmatrix's column of rows miss no bank
   static constexpr int kVectorElements = sizeof(uint128_t) / sizeof(Element);
   template <int kCols>
-  using SmemAtom = std::conditional_t<
-      kCols % 64 == 0, decltype(composition(Swizzle<3, 3, 3>{}, Layout<Shape<_8, _64>, Stride<_64, _1>>{})),
-      decltype(composition(Swizzle<2, 3, 3>{}, Layout<Shape<_8, _32>, Stride<_32, _1>>{}))>;
+  using SmemAtom =
+      std::conditional_t<kCols % 64 == 0,
+                         decltype(composition(Swizzle<3, 3, 3>{}, Layout<Shape<_8, _64>, Stride<_64, _1>>{})),
+                         decltype(composition(Swizzle<2, 3, 3>{}, Layout<Shape<_8, _32>, Stride<_32, _1>>{}))>;
   template <int kRows, int kCols>
   using SmemLayout = decltype(tile_to_shape(SmemAtom<kCols>{}, Shape<Int<kRows>, Int<kCols>>{}));
 
@@ -54,8 +55,8 @@ struct ForwardTraits {
       SmemLayoutV{}, make_layout(Shape<Int<kHeadDimV>, Int<kTileN>>{}, Stride<Int<kTileN>, _1>{})));
 
   struct SharedStorage {
-    alignas(128) Element q_or_o[cosize_v<SmemLayoutQ> > cosize_v<SmemLayoutO> ? cosize_v<SmemLayoutQ>
-                                                                              : cosize_v<SmemLayoutO>];
+    alignas(128)
+        Element q_or_o[cosize_v<SmemLayoutQ> > cosize_v<SmemLayoutO> ? cosize_v<SmemLayoutQ> : cosize_v<SmemLayoutO>];
     alignas(128) Element k[cosize_v<SmemLayoutK>];
     alignas(128) Element v[cosize_v<SmemLayoutV>];
   };

@@ -1,4 +1,5 @@
-// Warp-level matrix products whose operands come from shared memory through ldmatrix, one step ahead of the tensor cores.
+// Warp-level matrix products whose operands come from shared memory through ldmatrix, one step ahead of the tensor
+// cores.
 #pragma once
 
 #include <cute/tensor.hpp>
