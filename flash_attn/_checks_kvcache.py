@@ -258,7 +258,7 @@ def check_combine(out_partial: Any, lse_partial: Any, out: Any, out_dtype: Any) 
     check.require_tensor("out", out)
     check.require_device("out", out, device, "out_partial's")
     if out_dtype is not None:
-        check.require_dtype("out", out, out_dtype, "the given out_dtype: ")
+        check.require_dtype("out", out, out_dtype, "out_dtype's ")
     check.require_float_dtype("out", out)
     check.require_shape("out", out, tuple(out_partial.shape[1:]), "out_partial's without num_splits")
     if torch.is_grad_enabled() and (out.requires_grad or out_partial.requires_grad or lse_partial.requires_grad):

@@ -1,0 +1,94 @@
+"""bert_padding: moving tokens between padded and packed tensors."""
+
+import pytest
+import torch
+
+from flash_attn.bert_padding import index_first_axis, index_put_first_axis, pad_input, unpad_input
+
+MASK = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]])
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK.bool(), MASK.float()], ids=["int64", "bool", "float"])
+def test_unpad(mask):
+    x = torch.randn(3, 4, 2, 5)
+    packed, indices, cu_seqlens, longest, used = unpad_input(x, mask)
+    kept = mask != 0
+    torch.testing.assert_close(packed, x[kept], rtol=0, atol=0)
+    assert indices.tolist() == [0, 1, 8, 10, 11] and indices.dtype == torch.int64
+    assert cu_seqlens.tolist() == [0, 2, 2, 5] and cu_seqlens.dtype == torch.int32
+    assert longest == 3 and type(longest) is int
+    assert used.tolist() == [2, 0, 3] and used.dtype == torch.int32
+    back = pad_input(packed, indices, 3, 4)
+    torch.testing.assert_close(back, x * kept[:, :, None, None], rtol=0, atol=0)
+
+
+def test_unused_mask_is_packed_but_not_used():
+    unused = torch.tensor([[0, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    packed, indices, cu_seqlens, longest, used = unpad_input(torch.randn(3, 4, 7), MASK, unused)
+    assert packed.shape == (8, 7)
+    assert indices.tolist() == [0, 1, 2, 4, 5, 8, 10, 11]
+    assert cu_seqlens.tolist() == [0, 3, 5, 8] and longest == 3
+    assert used.tolist() == [2, 0, 3]
+
+
+@pytest.mark.parametrize("batch, seqlen", [(0, 4), (2, 0)])
+def test_empty(batch, seqlen):
+    packed, indices, cu_seqlens, longest, used = unpad_input(
+        torch.randn(batch, seqlen, 3), torch.ones(batch, seqlen, dtype=torch.int32)
+    )
+    assert packed.shape == (0, 3) and indices.shape == (0,) and longest == 0
+    assert cu_seqlens.tolist() == [0] * (batch + 1) and used.shape == (batch,)
+    assert pad_input(packed, indices, batch, seqlen).shape == (batch, seqlen, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64])
+def test_dtypes_and_strides(dtype):
+    x = torch.arange(3 * 4 * 6).reshape(3, 6, 4).to(dtype).transpose(1, 2)
+    packed, indices, *_ = unpad_input(x, MASK)
+    torch.testing.assert_close(packed, x[MASK != 0], rtol=0, atol=0)
+    assert packed.dtype == dtype
+    assert pad_input(packed, indices, 3, 4).dtype == dtype
+
+
+def test_gradients():
+    x = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    _, indices, *_ = unpad_input(x.detach(), MASK)
+    assert torch.autograd.gradcheck(lambda t: unpad_input(t, MASK)[0], x)
+    packed = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: pad_input(t, indices, 3, 4), packed)
+    assert torch.autograd.gradgradcheck(lambda t: pad_input(t, indices, 3, 4), packed)
+    rows = torch.tensor([0, 2, 2])
+    assert torch.autograd.gradcheck(lambda t: index_first_axis(t, rows), packed)
+
+
+def test_indexing():
+    x = torch.randn(6, 2, 3)
+    indices = torch.tensor([4, 0, 5], dtype=torch.int32)
+    rows = index_first_axis(x, indices)
+    torch.testing.assert_close(rows, x[[4, 0, 5]], rtol=0, atol=0)
+    placed = index_put_first_axis(rows, indices, 6)
+    torch.testing.assert_close(placed[[4, 0, 5]], rows, rtol=0, atol=0)
+    assert placed[[1, 2, 3]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: unpad_input(x[0, 0], MASK), r"hidden_states must have at least 2 dimensions, got shape \(5,\)"),
+        (lambda x: unpad_input(x, MASK[:2]), r"attention_mask must have the shape .* = \(3, 4\), got \(2, 4\)"),
+        (lambda x: unpad_input(x, MASK, MASK[0]), r"unused_mask must have at least 2 dimensions, got shape \(4,\)"),
+        (lambda x: unpad_input(x, MASK.to("meta")), r"attention_mask must be on .*cpu, got meta"),
+        (lambda x: index_first_axis(x, MASK), r"indices must have one dimension, got shape \(3, 4\)"),
+        (lambda x: index_first_axis(x, MASK[0].float()), r"indices must have dtype int32 or int64, got torch.float32"),
+        (lambda x: index_first_axis(x, MASK[0].to("meta")), r"indices must be on .*cpu, got meta"),
+        (lambda x: pad_input(x, MASK[0], 3, 4), r"indices must have one element per row of values 3, got 4"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(3, 4, 5))
+
+
+def test_error_of_type():
+    with pytest.raises(TypeError, match="hidden_states must be a torch.Tensor, got list"):
+        unpad_input([1.0], MASK)
