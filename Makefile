@@ -71,7 +71,7 @@ lint: $(INSTALLED)/lint  ## check format and lint
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info flash_attn/_build_info.json flash_attn/*.so $(INSTALLED)/flash_attn
 
-# Set-up: each file under $(INSTALLED) says that what it is named after is installed there, and is remade when that changes.
+# Set-up: a file under $(INSTALLED) says that what it is named after is installed, and is remade when that changes.
 
 $(INSTALLED)/pip: build_support/make_venv.py
 	$(call timed,set-up,$(PYTHON3) build_support/make_venv.py $(VENV))

@@ -66,9 +66,7 @@ def _require_tools(environ: Mapping[str, str]) -> None:
     if find_spec("ninja") is None and shutil.which("ninja") is None:
         raise SystemExit(f"flash-attn: ninja is needed to build the kernels: {HOW_TO_INSTALL}.")
     if shutil.which(environ.get("CXX", "c++").split()[-1]) is None:
-        raise SystemExit(
-            "flash-attn: there is no C++ compiler to build the kernels: install g++, or set CXX."
-        )
+        raise SystemExit("flash-attn: there is no C++ compiler to build the kernels: install g++, or set CXX.")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise SystemExit("flash-attn: Python.h is needed to build the kernels: install python3-dev.")
 

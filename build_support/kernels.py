@@ -65,10 +65,7 @@ def make_extension(kernels: Kernels) -> Extension:
 def _fixed_sources() -> list[Path]:
     folders = ("api", "plan", "variant", "kernels")
     return sorted(
-        file
-        for folder in folders
-        for file in (ROOT / "csrc" / folder).rglob("*")
-        if file.suffix in (".cpp", ".cu")
+        file for folder in folders for file in (ROOT / "csrc" / folder).rglob("*") if file.suffix in (".cpp", ".cu")
     )
 
 

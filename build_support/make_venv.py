@@ -34,9 +34,7 @@ def main() -> None:
     venv.create(folder, with_pip=has_ensurepip, clear=True)
     if not has_ensurepip:
         install_pip(folder / "bin" / "python")
-    subprocess.run(
-        [folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"pip=={PIP_VERSION}"], check=True
-    )
+    subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"pip=={PIP_VERSION}"], check=True)
 
 
 def install_pip(python: Path) -> None:

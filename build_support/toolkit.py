@@ -47,9 +47,7 @@ def _guess_cuda_homes(environ: Mapping[str, str]) -> list[tuple[str, Path]]:
 
 def cuda_release(cuda_home: Path) -> str:
     """The toolkit's version, as "13.0"."""
-    text = subprocess.run(
-        [cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True
-    ).stdout
+    text = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+\.\d+)", text)
     if release is None:
         raise RuntimeError(f"{cuda_home}/bin/nvcc --version names no release: {text!r}")
@@ -75,6 +73,5 @@ def find_cutlass(root: Path, environ: Mapping[str, str]) -> Path:
         looked.append("CUTLASS_PATH (not set)")
     raise SystemExit(
         "flash-attn: the CUTLASS headers were not found: run `git submodule update --init` or "
-        "`pip install --no-deps nvidia-cutlass==4.2.0.0`, or set CUTLASS_PATH. Looked in: "
-        + "; ".join(looked)
+        "`pip install --no-deps nvidia-cutlass==4.2.0.0`, or set CUTLASS_PATH. Looked in: " + "; ".join(looked)
     )
