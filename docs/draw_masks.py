@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 
 IMAGES = Path(__file__).parent / "images"
-CELL, GAP, TOP, LEFT = 18, 44, 62, 30  # pixels
+CELL, GAP, TOP, LEFT = 18, 44, 62, 44  # pixels
 SEEN, HIDDEN, EMPTY_ROW, INK, FAINT = "#2563a8", "#e8ebef", "#f6dada", "#1f2933", "#66727f"
 
 
@@ -76,7 +76,8 @@ def draw_masks(panels: tuple[Panel, ...]) -> str:
         shapes += draw_panel(panel, x)
         x += max(sum(panel.lengths_k) * CELL, round(6.6 * len(panel.caption))) + GAP
     legend_y = TOP + max(sum(panel.lengths_q) for panel in panels) * CELL + 18
-    for color, words, offset in LEGEND:
+    empty_rows = not all(any(row) for panel in panels for row in panel.sees())
+    for color, words, offset in LEGEND if empty_rows else LEGEND[:2]:
         shapes.append(rect(LEFT + offset, legend_y, color))
         shapes.append(label(LEFT + offset + CELL + 6, legend_y + 13, words, anchor="start"))
     return svg(x, legend_y + CELL + 14, shapes)
@@ -84,9 +85,7 @@ def draw_masks(panels: tuple[Panel, ...]) -> str:
 
 def draw_panel(panel: Panel, x: int) -> list[str]:
     shapes = [label(x, 20, panel.caption, anchor="start", color=INK, size=13)]
-    shapes += [
-        label(x + j * CELL + CELL // 2, TOP - 6, str(n)) for j, n in enumerate(counts(panel.lengths_k))
-    ]
+    shapes += [label(x + j * CELL + CELL // 2, TOP - 6, str(n)) for j, n in enumerate(counts(panel.lengths_k))]
     shapes.append(label(x, TOP - 22, "key j", anchor="start"))
     for i, (row, n) in enumerate(zip(panel.sees(), counts(panel.lengths_q), strict=True)):
         y = TOP + i * CELL
@@ -147,9 +146,7 @@ def label(x: int, y: int, text: str, anchor: str = "middle", color: str = FAINT,
 
 
 def svg(width: int, height: int, shapes: list[str]) -> str:
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">'
-    )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">'
     return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *shapes, "</svg>"]) + "\n"
 
 
