@@ -39,9 +39,7 @@ class Config:
         return (self.window - 1, 0) if layer_idx % 2 == 0 else UNLIMITED
 
 
-def rotary_tables(
-    length: int, head_dim: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(length: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles (RoFormer, arXiv:2104.09864), each (length, head_dim / 2)."""
     frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
     angles = torch.arange(length, device=device)[:, None] * frequencies

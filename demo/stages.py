@@ -40,14 +40,10 @@ class Setup:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def train(
-    model: LanguageModel, text: Tensor, held_out: Tensor, num_steps: int, setup: Setup, checks: Checks
-) -> None:
+def train(model: LanguageModel, text: Tensor, held_out: Tensor, num_steps: int, setup: Setup, checks: Checks) -> None:
     """AdamW on random pieces of the text, until the model beats counting pairs of bytes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=3e-3, total_steps=num_steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=num_steps, pct_start=0.1)
     progress = Progress("train", num_steps)
     for _ in range(num_steps):
         with setup.precision(), until_kernels_have("a backward"):
@@ -85,9 +81,7 @@ def bigram_loss(text: Tensor, held_out: Tensor, vocab: int) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: LanguageModel, held_out: Tensor, attend: Attend, setup: Setup, dtype: torch.dtype
-) -> float:
+def held_out_loss(model: LanguageModel, held_out: Tensor, attend: Attend, setup: Setup, dtype: torch.dtype) -> float:
     with setup.precision(dtype):
         return model.loss(whole_pieces(held_out, setup.context), attend).item()
 
@@ -149,7 +143,7 @@ class Errors:
     ) -> None:
         cells = []
         for truth, (ours, *others) in zip(exact, zip(*results, strict=True), strict=True):
-            # float32 is also the dtype of the sums, whose order differs; 16-bit dtypes have theirs in float32.
+            # float32 is the dtype of the sums too, whose order differs; 16-bit inputs are summed in float32.
             floor = torch.finfo(ours.dtype).eps * (8 if ours.dtype == torch.float32 else 1)
             error, *other_errors = [relative_error(x, truth) for x in (ours, *others)]
             self.ok &= error <= 2 * max(other_errors) + floor
@@ -159,7 +153,7 @@ class Errors:
     def report(self, checks: Checks) -> None:
         print(f"  Largest errors: {' / '.join(WAYS)}\n")
         table(("layer", "window", "path", *self.names), self.rows)
-        checks(self.ok, "flash_attn's errors are at most twice PyTorch's, beside rounding")
+        checks(self.ok, "each of flash_attn's errors is at most twice the larger of PyTorch's, beside rounding")
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
