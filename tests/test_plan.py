@@ -1,0 +1,94 @@
+"""The planner (csrc/plan), called through the development module that build_support/plan_module.py builds."""
+
+import pytest
+import repository  # noqa: F401  (makes build_support importable)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from build_support.plan_module import load_plan_module
+
+try:
+    planner = load_plan_module()
+except ImportError as reason:
+    pytest.skip(str(reason), allow_module_level=True)
+
+
+def problem(**changes):
+    values = {
+        "layout": planner.Layout.DENSE,
+        "dtype": planner.Dtype.BF16,
+        "batch": 2,
+        "num_heads": 8,
+        "num_heads_k": 2,
+        "head_dim": 64,
+        "head_dim_v": 64,
+        "rows_q": 1000,
+        "rows_k": 1000,
+        "window_left": -1,
+        "window_right": -1,
+    }
+    made = planner.Problem()
+    for name, value in {**values, **changes}.items():
+        setattr(made, name, value)
+    return made
+
+
+def plan(**changes):
+    return planner.make_plan(problem(**changes), planner.Arch.SM80)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "bucket"),
+    [(1, 1, 64), (64, 64, 64), (65, 64, 128), (64, 65, 128), (128, 8, 128), (128, 128, 128)],
+)
+def test_smallest_bucket_that_holds_both_head_dims(head_dim, head_dim_v, bucket):
+    made = plan(head_dim=head_dim, head_dim_v=head_dim_v)
+    assert (made.head_dim, made.head_dim_v) == (bucket, bucket)
+
+
+def test_no_bucket_names_the_head_dims():
+    with pytest.raises(planner.UnsupportedProblem, match="head_dim.*129/128"):
+        plan(head_dim=129, head_dim_v=128)
+
+
+def test_each_tile_row_has_a_reason():
+    rows = planner.tile_rows()
+    assert rows and all(reason for *_, reason in rows)
+    assert sorted(rows) == rows, "the planner takes the first row that holds a call"
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "mask"),
+    [(-1, -1, "FULL"), (-1, 0, "CAUSAL"), (1000, 0, "CAUSAL"), (5000, -1, "FULL")],
+)
+def test_window_that_hides_nothing_on_the_left_needs_no_window_kernel(left, right, mask):
+    assert plan(window_left=left, window_right=right).mask == getattr(planner.Mask, mask)
+
+
+@pytest.mark.parametrize(("left", "right"), [(10, 0), (10, 10), (-1, 5), (999, 0)])
+def test_window_without_a_kernel_names_the_argument(left, right):
+    with pytest.raises(planner.UnsupportedProblem, match="window_size"):
+        plan(window_left=left, window_right=right)
+
+
+def test_grid_covers_every_row_head_and_entry_once():
+    made = plan(batch=3, num_heads=4, num_heads_k=4, rows_q=1000)
+    assert made.tiles_per_head == -(-1000 // made.tile_m)
+    assert made.num_blocks == made.tiles_per_head * 4 * 3
+
+
+def test_too_large_a_grid_is_refused():
+    with pytest.raises(planner.UnsupportedProblem, match="at most 2147483647 tiles"):
+        plan(batch=2**20, num_heads=2**12, num_heads_k=2**12)
+
+
+@given(lengths=st.lists(st.integers(0, 700), min_size=1, max_size=20), tile_m=st.sampled_from([64, 128]))
+def test_varlen_slots_hold_every_entry(lengths, tile_m):
+    """The slots of an entry start where the last one's end and are enough for its rows, whatever the lengths."""
+    begin = 0
+    for entry, length in enumerate(lengths):
+        first = planner.first_varlen_slot(begin, entry, tile_m)
+        begin += length
+        end = planner.first_varlen_slot(begin, entry + 1, tile_m)
+        assert end - first >= -(-length // tile_m)
+    assert planner.num_varlen_slots(begin, len(lengths), tile_m) >= end
