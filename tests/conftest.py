@@ -1,5 +1,6 @@
 """Fixtures and profiles that every test module shares."""
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -29,15 +30,24 @@ def path(request):
 
 @pytest.fixture
 def watchdog():
-    """Fail a test that takes over 30 s, and end the process if it hangs where Python can't interrupt it."""
+    """Fail a test that takes over 30 s, and end the process if it hangs where Python can't interrupt it.
+
+    It is started and stopped by the test, so that the oracle's time does not count: `with watchdog(): ...`.
+    """
 
     def on_alarm(signum, frame):
         raise TimeoutError("the test ran for over 30 s")
 
-    previous = signal.signal(signal.SIGALRM, on_alarm)
-    signal.alarm(30)
-    faulthandler.dump_traceback_later(60, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
+    @contextlib.contextmanager
+    def guard():
+        previous = signal.signal(signal.SIGALRM, on_alarm)
+        signal.alarm(30)
+        faulthandler.dump_traceback_later(60, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, previous)
+
+    return guard

@@ -6,7 +6,8 @@ import cases
 import pytest
 import torch
 from cases import BF16, FP16, FP32, FP64, Case
-from harness import build, check_backward, device_of, on_path
+from checks import check_backward, gradients_of_a_loss
+from harness import build, device_of, on_path
 from tolerance import assert_same_bits
 
 import flash_attn
@@ -135,15 +136,12 @@ def test_backward_twice_is_bitwise_equal(path, deterministic):
     """Always true of the CPU path; of a GPU path where asked for."""
     if path != "cpu" and not deterministic:
         pytest.skip("a GPU path may add in any order unless deterministic=True")
-    inputs, leaves = _leaves(SMALL, path)
+    inputs = build(SMALL, device_of(path))
 
     def run():
-        def once():
-            out, _ = inputs.call(deterministic=deterministic)
-            return torch.autograd.grad(out.float().square().sum(), leaves)
-
-        for name, first, second in zip("qkv", once(), once(), strict=True):
-            assert_same_bits(f"d{name}", first, second)
+        first, second = (gradients_of_a_loss(inputs, deterministic=deterministic) for _ in range(2))
+        for name, gradient in first.items():
+            assert_same_bits(name, gradient, second[name])
         return True
 
     on_path(path, SMALL.features | {"backward"}, inputs, run)

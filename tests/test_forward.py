@@ -4,16 +4,15 @@ import cases
 import pytest
 import torch
 from cases import Case
-from harness import build, check_forward, device_of, on_path
+from checks import check_forward
+from harness import build, device_of, on_path
 from tolerance import assert_same_bits
 
 import flash_attn
 
 HINTS = [{"pack_gqa": True}, {"pack_gqa": False}, {"num_splits": 1}, {"deterministic": True}]
 SMALL = Case("small", "one call to vary", "dense", (17, 17), (33, 33), heads=(4, 2), causal=True)
-MULTIHEAD = Case(
-    "multihead", "equal heads, for packed forms", "dense", (33, 33), (33, 33), heads=(3, 3), causal=True
-)
+MULTIHEAD = Case("multihead", "equal heads, for packed forms", "dense", (33, 33), (33, 33), heads=(3, 3), causal=True)
 
 
 @pytest.mark.parametrize("case", cases.FORWARD, ids=lambda case: case.id)
@@ -74,9 +73,7 @@ def test_packed_forms_equal_plain(path):
     kv = torch.stack((inputs.k, inputs.v), dim=2)
     features = MULTIHEAD.features
     by_qkv = on_path(path, features, inputs, lambda: flash_attn.flash_attn_qkvpacked_func(qkv, causal=True))
-    by_kv = on_path(
-        path, features, inputs, lambda: flash_attn.flash_attn_kvpacked_func(inputs.q, kv, causal=True)
-    )
+    by_kv = on_path(path, features, inputs, lambda: flash_attn.flash_attn_kvpacked_func(inputs.q, kv, causal=True))
     if plain is not None:
         assert_same_bits("qkvpacked", by_qkv, plain)
         assert_same_bits("kvpacked", by_kv, plain)
@@ -111,9 +108,7 @@ def test_inputs_are_not_changed_and_out_is_new(path):
     for name, before in zip("qkv", copies, strict=True):
         assert_same_bits(name, getattr(inputs, name), before)
     if out is not None:
-        assert out.untyped_storage().data_ptr() not in [
-            x.untyped_storage().data_ptr() for x in (inputs.q, inputs.v)
-        ]
+        assert out.untyped_storage().data_ptr() not in [x.untyped_storage().data_ptr() for x in (inputs.q, inputs.v)]
 
 
 def test_out_may_be_strided(path):
@@ -121,9 +116,7 @@ def test_out_may_be_strided(path):
     inputs = build(SMALL, device_of(path))
     plain = on_path(path, SMALL.features, inputs, lambda: _dense(inputs, causal=True))
     buffer = torch.full((2, 17, 4, 3, 64), float("nan"), dtype=SMALL.dtype, device=device_of(path))
-    on_path(
-        path, SMALL.features | {"out"}, inputs, lambda: _dense(inputs, causal=True, out=buffer[..., 1, :])
-    )
+    on_path(path, SMALL.features | {"out"}, inputs, lambda: _dense(inputs, causal=True, out=buffer[..., 1, :]))
     if plain is not None:
         assert_same_bits("out", buffer[..., 1, :], plain)
         assert buffer[..., 0, :].isnan().all() and buffer[..., 2, :].isnan().all()

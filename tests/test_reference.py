@@ -59,9 +59,7 @@ def test_equals_torch_sdpa_with_gradients(causal):
     heads_first = [x.transpose(1, 2) for x in leaves]
     ours = reference.attention(*leaves, causal=causal).out
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        theirs = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(
-            1, 2
-        )
+        theirs = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     weight = _draw(*ours.shape, seed=9)
     for mine, its in zip(
@@ -151,9 +149,7 @@ def test_layouts_agree():
     paged = reference.attention(q, *pools, seqused_k=used, block_table=table, causal=True)
     assert torch.equal(paged.out, dense.out)
     padded = [torch.cat((x[:1].roll(1, 1)[:, :2] * math.nan, x[:1]), dim=1) for x in (k, v)]
-    leftpad = reference.attention(
-        q[:1], *padded, seqused_k=torch.tensor([9]), leftpad_k=torch.tensor([2]), causal=True
-    )
+    leftpad = reference.attention(q[:1], *padded, seqused_k=torch.tensor([9]), leftpad_k=torch.tensor([2]), causal=True)
     assert torch.equal(leftpad.out, dense.out[:1])
 
 

@@ -6,7 +6,8 @@ import cases
 import pytest
 import torch
 from cases import Case
-from harness import build, check_backward, check_forward, cumulative, device_of, on_path
+from checks import check_backward, check_forward, check_garbage
+from harness import build, cumulative, device_of, on_path
 from tolerance import assert_same_bits
 
 import flash_attn
@@ -45,26 +46,7 @@ def test_no_backward_through_pages_or_leftpad(path, case):
 @pytest.mark.parametrize("garbage", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("case", WITH_GARBAGE, ids=lambda case: case.id)
 def test_unused_memory_never_matters(path, case, garbage):
-    """Bitwise equal to the same call with zeros there, forward and backward."""
-    clean, dirty = (build(case, device_of(path), garbage=value) for value in (0.0, garbage))
-    expected = on_path(path, case.features, clean, clean.call)
-    ours = on_path(path, case.features, dirty, dirty.call)
-    if expected is not None:
-        assert_same_bits("out", ours[0], expected[0])
-        assert_same_bits("lse", ours[1], expected[1])
-    if not case.differentiable:
-        return
-
-    def gradients(inputs):
-        leafy, wanted = inputs.leaves()
-        return torch.autograd.grad(leafy.call()[0].float().square().sum(), list(wanted.values()))
-
-    features = case.features | {"backward"}
-    expected = on_path(path, features, clean, lambda: gradients(clean))
-    ours = on_path(path, features, dirty, lambda: gradients(dirty))
-    if expected is not None:
-        for name, one, other in zip(("dq", "dk", "dv", "ds_aux"), ours, expected, strict=False):
-            assert_same_bits(name, one, other)
+    check_garbage(path, case, garbage)
 
 
 @pytest.mark.parametrize("form", ["none", "larger", "tensor", "int32-tensor"])

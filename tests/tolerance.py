@@ -44,9 +44,7 @@ def assert_close(name, ours, ref64, ref_low, magnitude=None, allowance=0.0):
     assert num_nan == 0, f"{name}: {num_nan} of {ours.numel()} values are NaN"
     infinite = ref64.isinf()
     agree = torch.equal(ours.isinf(), infinite) and torch.equal(ours[infinite], ref64[infinite])
-    assert agree, (
-        f"{name}: infinities differ: {int(ours.isinf().sum())} here, {int(infinite.sum())} in the oracle"
-    )
+    assert agree, f"{name}: infinities differ: {int(ours.isinf().sum())} here, {int(infinite.sum())} in the oracle"
     zero = torch.zeros_like(ref64)
     error = torch.where(infinite, zero, ours - ref64).abs()
     naive_error = _largest(torch.where(infinite, zero, ref_low - ref64))
