@@ -90,6 +90,12 @@ HeadParams head_params_of(const Problem& problem) {
           .head_dim_v = static_cast<int>(round_up(problem.head_dim_v, kVectorElements))};
 }
 
+ScoreParams score_params_of(const ForwardArgs& args) {
+  const float scale = static_cast<float>(args.softmax_scale);
+  if (scale > 0.f) return {.factor = 1.f, .softmax_scale = scale};
+  return {.factor = scale, .softmax_scale = 1.f};
+}
+
 Arch arch_of(const ForwardArgs& args) {
   check(args.arch == 80 || args.arch == 90, "arch must be 80 or 90, got ", args.arch);
   return static_cast<Arch>(args.arch);
@@ -119,7 +125,7 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
                              .heads = head_params_of(problem),
                              .seq = seq_params_of(args, problem),
                              .tiles_per_head = static_cast<int>(plan.tiles_per_head),
-                             .softmax_scale = static_cast<float>(args.softmax_scale)};
+                             .score = score_params_of(args)};
   if (plan.num_blocks > 0) {
     const cudaError_t error = launch(params, {static_cast<int>(plan.num_blocks), current_stream(args.q)});
     check(error == cudaSuccess, "launching ", describe(plan), " failed: ", cudaGetErrorString(error));

@@ -69,8 +69,7 @@ Problem make_problem(const ForwardArgs& args) {
   check(head_dim >= 1 && head_dim_v >= 1, "head_dim must be at least 1, got ", head_dim, " and ", head_dim_v);
   constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
   check(q.size(row_dim) <= kMaxRows && rows_k <= kMaxRows, "a sequence has at most ", kMaxRows, " rows");
-  check(std::isfinite(args.softmax_scale) && args.softmax_scale > 0.0,
-        "softmax_scale: the kernels take a positive scale, got ", args.softmax_scale);
+  check(std::isfinite(args.softmax_scale), "softmax_scale must be finite, got ", args.softmax_scale);
   check_plain(args);
   return {.layout = layout,
           .dtype = dtype,

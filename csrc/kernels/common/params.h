@@ -37,6 +37,12 @@ struct SeqParams {
   const int* cu_seqlens_k;
 };
 
+// Scores are multiplied by `factor` first and by `softmax_scale`, which is positive, within the softmax.
+struct ScoreParams {
+  float factor;
+  float softmax_scale;
+};
+
 struct ForwardParams {
   Operand q;
   Operand k;
@@ -46,7 +52,7 @@ struct ForwardParams {
   HeadParams heads;
   SeqParams seq;
   int tiles_per_head;
-  float softmax_scale;
+  ScoreParams score;
 };
 
 }  // namespace flash_attn

@@ -23,6 +23,9 @@ struct TileCoord {
   int head_idx;
   int m_begin;      // first query row within the entry
   bool is_padding;  // rows that belong to no entry: O = 0, LSE = -inf
+
+  // A slot may lie past its entry's rows, or, where the first offset isn't 0, before them.
+  __device__ bool has_rows() const { return m_begin >= 0 && m_begin < seq.seqlen_q; }
 };
 
 namespace detail {

@@ -8,6 +8,7 @@
 #include "kernels/common/mask.h"
 #include "kernels/common/online_softmax.h"
 #include "kernels/common/params.h"
+#include "kernels/common/score.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/sm80/forward_epilogue.h"
 #include "kernels/sm80/forward_traits.h"
@@ -83,6 +84,7 @@ __device__ void forward_mainloop(const ForwardParams& params, const TileCoord& t
     gemm_smem_smem(mma, tSrS, tSrQ, tSrK, tSsQ, tSsK, copy_q, copy_k);
 
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
+    apply_score(scores, params.score);
     if (range.needs_mask(n)) apply_mask<Traits::kMask>(scores, score_coords, seq, tile.m_begin, n * kTileN);
     softmax.update(scores, output);
     Tensor tSrP = convert_to<Element>(tSrS);
@@ -104,12 +106,12 @@ __global__ void __launch_bounds__(Traits::kNumThreads) forward_kernel(const __gr
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
 
   const TileCoord tile = locate_tile<Traits::kTileM>(params, blockIdx.x);
-  if (tile.m_begin >= tile.seq.seqlen_q) return;
+  if (!tile.has_rows()) return;
 
   typename Traits::TiledMma mma;
   Tensor tOrO = partition_fragment_C(mma, Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{});
   clear(tOrO);
-  OnlineSoftmax<Traits::kRowsPerLane> softmax(params.softmax_scale);
+  OnlineSoftmax<Traits::kRowsPerLane> softmax(params.score.softmax_scale);
   if (!tile.is_padding) forward_mainloop<Traits>(params, tile, smem, softmax, tOrO);
 
   const auto lse = softmax.finish(make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout())));
