@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flash_attn import _dispatch, _extension
 from flash_attn._checks import ForwardCall
@@ -242,7 +243,7 @@ if _extension.is_loaded():
 
 def _is_plain(*tensors: Tensor) -> bool:
     """Whether nothing but autograd would watch an op with these tensors: no tracer, mode, subclass or transform."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
@@ -252,10 +253,26 @@ def _is_plain(*tensors: Tensor) -> bool:
     return True
 
 
+def _refuse_transforms() -> None:
+    """torch drops forward-mode tangents at a custom op, and fails on torch.func.grad in words about itself."""
+    if torch.compiler.is_compiling():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    unsupported = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    if forward_ad._current_level >= 0 or (transform is not None and transform.key() in unsupported):
+        raise NotImplementedError(
+            "attention has no rule for torch.func.grad, torch.func.jvp and forward-mode differentiation; "
+            "use torch.autograd"
+        )
+
+
 def forward(path: str, call: ForwardCall) -> _Outputs:
     """(out, lse) of a checked call on the path chosen for it."""
     arguments = call.op_arguments
     ops = torch.ops.flash_attn
+    if path == "cpu" and call.out is None and _is_plain(call.q, call.k, call.v):
+        return _EagerForward.apply(*arguments) if call.needs_grad else cpu.forward(*arguments)
+    _refuse_transforms()
     if path != "cpu":
         arch = _dispatch.PATHS[path].arch
         if call.out is None:
@@ -263,9 +280,7 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
         return call.out, ops.forward_out(*arguments, arch, call.out)
     if call.out is not None:
         return call.out, ops.cpu_forward_out(*arguments, call.out)
-    if not _is_plain(call.q, call.k, call.v):
-        return ops.cpu_forward(*arguments)
-    return _EagerForward.apply(*arguments) if call.needs_grad else cpu.forward(*arguments)
+    return ops.cpu_forward(*arguments)
 
 
 def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:

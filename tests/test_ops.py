@@ -1,0 +1,420 @@
+"""The torch ops: schemas, fakes, gradients, torch.compile, and what they refuse."""
+
+import pytest
+import torch
+from torch.library import opcheck
+from valid_calls import CU_K, CU_Q, TABLE, K, Q, V, grad, i32, rand
+
+from flash_attn import (
+    _ops,
+    flash_attn_combine,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
+
+ops = torch.ops.flash_attn
+RNG = torch.tensor([123, 456])
+SLOPES, SINKS = rand(4).abs(), rand(4)
+PAGES = rand(4, 3, 2, 32), rand(4, 3, 2, 8)
+
+
+def score(window=(-1, -1), softcap=0.0, dropout_p=0.0, longest=(0, 0)):
+    return (*longest, 0.25, *window, softcap, dropout_p)
+
+
+PLAIN = score()
+
+
+def forward_arguments(
+    q=Q, k=K, v=V, s_aux=None, slopes=None, rng=None, lengths=(None,) * 4, places=(None,) * 3, score=PLAIN
+):
+    return (q, k, v, s_aux, slopes, rng, *lengths, *places, None, *score, 0, None)
+
+
+# One call per layout and per way to compute; small, since opcheck traces each several times.
+FORWARD = {
+    "dense": forward_arguments(),
+    "everything": forward_arguments(
+        s_aux=SINKS, slopes=SLOPES, rng=RNG, score=score(window=(3, 0), dropout_p=0.5, longest=(5, 7))
+    ),
+    "softcap": forward_arguments(score=score(softcap=2.0)),
+    "float16": forward_arguments(Q.half(), K.half(), V.half()),
+    "float64": forward_arguments(Q.double(), K.double(), V.double()),
+    "strided": forward_arguments(Q.mT.contiguous().mT, K.transpose(1, 2).contiguous().transpose(1, 2)),
+    "one_row": forward_arguments(Q[:, :1], K, V, score=score(window=(-1, 0))),
+    "varlen": forward_arguments(Q[0], K[0], V[0], lengths=(CU_Q, CU_K, i32(1, 3), i32(0, 4))),
+    "paged": forward_arguments(Q[0], *PAGES, lengths=(CU_Q, None, None, i32(3, 6)), places=(i32(0, 1), TABLE, None)),
+    "cache": forward_arguments(lengths=(None, None, None, i32(3, 6)), places=(None, None, i32(1, 0))),
+}
+WITH_BACKWARD = [name for name in FORWARD if name not in ("paged", "cache")]
+
+
+def requiring_grad(arguments):
+    return tuple(
+        grad(x) if isinstance(x, torch.Tensor) and x.is_floating_point() and i < 4 else x
+        for i, x in enumerate(arguments)
+    )
+
+
+def backward_arguments(arguments):
+    out, lse = ops.cpu_forward(*arguments)
+    q, k, v, s_aux, slopes, rng, *lengths = arguments[:10]
+    return (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *arguments[3:10], *arguments[14:21], True)
+
+
+# ---- opcheck ----
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_opcheck_forward(name):
+    opcheck(ops.cpu_forward.default, FORWARD[name])
+
+
+@pytest.mark.parametrize("name", WITH_BACKWARD)
+def test_opcheck_forward_with_gradients(name):
+    opcheck(ops.cpu_forward.default, requiring_grad(FORWARD[name]))
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_opcheck_forward_out(name):
+    q, _, v = FORWARD[name][:3]
+    opcheck(ops.cpu_forward_out.default, (*FORWARD[name], q.new_empty(*q.shape[:-1], v.shape[-1])))
+
+
+@pytest.mark.parametrize("name", WITH_BACKWARD)
+def test_opcheck_backward(name):
+    opcheck(ops.cpu_backward.default, backward_arguments(FORWARD[name]))
+
+
+def test_opcheck_attn_probs():
+    for name in ("everything", "varlen", "paged"):
+        arguments = forward_arguments(*FORWARD[name][:5], RNG, FORWARD[name][6:10], FORWARD[name][10:13])
+        _, lse = ops.cpu_forward(*arguments)
+        q, k = arguments[:2]
+        opcheck(
+            ops.cpu_attn_probs.default,
+            (q, k, lse, *arguments[4:13], *score(dropout_p=0.5, longest=(5, 7))),
+        )
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("paged", [False, True])
+def test_opcheck_append_kv(rotary, paged):
+    caches = (rand(4, 8, 2, 32), rand(4, 8, 2, 8)) if paged else (rand(2, 16, 2, 32), rand(2, 16, 2, 8))
+    angles = (rand(16, 8), rand(16, 8)) if rotary else (None, None)
+    new = K[:, :3], V[:, :3]
+    opcheck(
+        ops.cpu_append_kv.default,
+        (*caches, *new, *angles, i32(4, 6), None, None, TABLE if paged else None, True),
+    )
+
+
+@pytest.mark.parametrize("cu_seqlens, x", [(None, Q), (CU_Q, Q[0])], ids=["dense", "varlen"])
+def test_opcheck_rotary(cu_seqlens, x):
+    for interleaved in (False, True):
+        for advance in (False, True):
+            opcheck(ops.cpu_rotary.default, (x, rand(16, 8), rand(16, 8), i32(4, 6), cu_seqlens, interleaved, advance))
+
+
+@pytest.mark.parametrize("out_dtype", [None, torch.float16])
+def test_opcheck_combine(out_dtype):
+    opcheck(ops.cpu_combine.default, (rand(3, 2, 5, 4, 8), rand(3, 2, 5, 4), out_dtype))
+
+
+# ---- The direct call, which eager code takes, is the op ----
+
+
+@pytest.mark.parametrize("name", WITH_BACKWARD)
+def test_direct_call_equals_the_op(name):
+    arguments = requiring_grad(FORWARD[name])
+    leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+    results = []
+    for forward in (ops.cpu_forward, _ops._EagerForward.apply):
+        out, lse = forward(*arguments)
+        grads = torch.autograd.grad((out, lse), leaves, (torch.ones_like(out), torch.ones_like(lse)))
+        results.append((out, lse, *grads))
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+def test_modes_see_the_op():
+    """Selective checkpointing, profilers of operations and tracers work through dispatch modes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Record():
+        out = flash_attn_func(grad(Q), K, V)
+        out.sum().backward()
+    assert "flash_attn.cpu_forward.default" in seen and "flash_attn.cpu_backward.default" in seen
+
+
+# ---- Gradients ----
+
+
+def test_only_needed_gradients_come_back():
+    q, s_aux = grad(Q), grad(SINKS)
+    flash_attn_func(q, K, V, s_aux=s_aux).sum().backward()
+    assert q.grad.shape == q.shape and s_aux.grad.shape == (4,)
+
+
+def test_gradient_of_the_lse_alone():
+    q, v = grad(Q), grad(V)
+    _, lse = flash_attn_func(q, K, v, return_softmax_lse=True)
+    lse.sum().backward()
+    assert q.grad.abs().sum() > 0 and v.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_second_derivative_raises(direct):
+    q = grad(Q)
+    out, _ = (_ops._EagerForward.apply if direct else ops.cpu_forward)(*forward_arguments(q))
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="attention has no second derivative"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "name, message", [("paged", "no backward through leftpad_k, block_table"), ("cache", "through cache_batch_idx")]
+)
+@pytest.mark.parametrize("direct", [True, False])
+def test_backward_that_does_not_exist_raises(name, message, direct):
+    out, _ = (_ops._EagerForward.apply if direct else ops.cpu_forward)(*requiring_grad(FORWARD[name]))
+    with pytest.raises(NotImplementedError, match=message):
+        out.sum().backward()
+
+
+def append_call(q):
+    caches = {"k_cache": torch.zeros(2, 16, 2, 32), "v_cache": torch.zeros(2, 16, 2, 8)}
+    return {"q": q, **caches, "k": K[:, :3], "v": V[:, :3], "cache_seqlens": i32(4, 6)}
+
+
+def test_query_gradient_through_an_append():
+    """The caches were written before the op saved them, so the gradient is that of attention to them."""
+    q, other = grad(Q), grad(Q)
+    call = append_call(q)
+    out = flash_attn_with_kvcache(**call)
+    out.sum().backward()
+    caches = {"k_cache": call["k_cache"], "v_cache": call["v_cache"]}
+    flash_attn_with_kvcache(other, **caches, cache_seqlens=i32(7, 9)).sum().backward()
+    torch.testing.assert_close(q.grad, other.grad, rtol=0, atol=0)
+
+
+def test_query_gradient_after_another_append_raises():
+    call = append_call(grad(Q))
+    out = flash_attn_with_kvcache(**call)
+    flash_attn_with_kvcache(**{**call, "q": Q, "cache_seqlens": i32(7, 9)})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_rotary_has_no_gradient():
+    out = flash_attn_with_kvcache(**append_call(grad(Q)), rotary_cos=rand(16, 8), rotary_sin=rand(16, 8))
+    with pytest.raises(NotImplementedError, match="no backward through the rotary embedding"):
+        out.sum().backward()
+
+
+def test_combine_has_no_gradient():
+    out, _ = flash_attn_combine(grad(rand(3, 2, 5, 4, 8)), rand(3, 2, 5, 4))
+    with pytest.raises(NotImplementedError, match="no backward through flash_attn_combine"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_written_tensors_change_their_version(direct):
+    """Autograd notices that a tensor which it saved was overwritten."""
+    out, cache = rand(2, 5, 4, 8), rand(2, 16, 2, 32)
+    versions = out._version, cache._version
+    ops.cpu_forward_out(*FORWARD["dense"], out)
+    arguments = (cache, rand(2, 16, 2, 8), K[:, :3], V[:, :3], None, None, i32(4, 6), None, None, None, True)
+    _ops.append_kv("cpu", arguments) if direct else ops.cpu_append_kv(*arguments)
+    assert out._version > versions[0] and cache._version > versions[1]
+
+
+def test_dropout_repeats_under_checkpointing_and_seeds():
+    q = grad(Q)
+
+    def attention(q):
+        return flash_attn_func(q, K, V, dropout_p=0.5)
+
+    torch.manual_seed(3)
+    plain = torch.autograd.grad(attention(q).square().sum(), q)
+    torch.manual_seed(3)
+    out = torch.utils.checkpoint.checkpoint(attention, q, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), q), plain, rtol=0, atol=0)
+    assert not torch.equal(attention(q), attention(q))
+
+
+# ---- Transforms ----
+
+
+def test_vmap_is_refused():
+    with pytest.raises(NotImplementedError, match="no batching rule for torch.vmap; pass a batch dimension"):
+        torch.vmap(lambda q: flash_attn_func(q, K, V))(torch.stack((Q, Q)))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda attention: torch.func.grad(lambda q: attention(q).sum())(Q),
+        lambda attention: torch.func.jvp(attention, (Q,), (Q,)),
+        lambda attention: torch.func.jacrev(attention)(Q),
+    ],
+    ids=["grad", "jvp", "jacrev"],
+)
+def test_other_transforms_are_refused(transform):
+    with pytest.raises(NotImplementedError, match="attention has no rule for torch.func.grad"):
+        transform(lambda q: flash_attn_func(q, K, V))
+
+
+def test_forward_mode_is_refused():
+    with torch.autograd.forward_ad.dual_level():
+        q = torch.autograd.forward_ad.make_dual(Q, Q)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            flash_attn_func(q, K, V)
+
+
+# ---- torch.compile ----
+
+
+def compiled(function, backend="aot_eager"):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+
+
+def dense_inputs(batch, length_q, length_k):
+    return [grad(rand(batch, length, heads, dim)) for length, heads, dim in
+            ((length_q, 4, 32), (length_k, 2, 32), (length_k, 2, 8))]  # fmt: skip
+
+
+def check_gradients(function, other, inputs):
+    """Outputs and gradients of two functions are the same bits."""
+    results = []
+    for run in (function, other):
+        outputs = run(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = torch.autograd.grad(sum(x.square().sum() for x in outputs), inputs)
+        results.append((*outputs, *grads))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_dense(backend):
+    def attention(q, k, v):
+        return flash_attn_func(q, k, v, causal=True, window_size=(4, 0), return_softmax_lse=True)
+
+    fast = compiled(attention, backend)
+    for sizes in ((3, 5, 7), (6, 9, 11)):
+        check_gradients(fast, attention, dense_inputs(*sizes))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compile_with_everything():
+    def attention(q, k, v, slopes, s_aux):
+        return flash_attn_func(q, k, v, softmax_scale=0.3, softcap=3.0, alibi_slopes=slopes, s_aux=s_aux)
+
+    q, k, v = dense_inputs(2, 5, 7)
+    check_gradients(
+        lambda *x: compiled(attention)(*x[:3], SLOPES, x[3]),
+        lambda *x: attention(*x[:3], SLOPES, x[3]),
+        [q, k, v, grad(SINKS)],
+    )
+
+
+def test_compile_qkvpacked():
+    fast = compiled(lambda qkv: flash_attn_qkvpacked_func(qkv, causal=True))
+    for batch, length in ((2, 5), (3, 9)):
+        check_gradients(
+            fast, lambda x: flash_attn_qkvpacked_func(x, causal=True), [grad(rand(batch, length, 3, 4, 16))]
+        )
+
+
+def test_compile_varlen():
+    def attention(q, k, v, cu_q, cu_k, longest):
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest, longest, causal=True)
+
+    fast = compiled(attention)
+    for lengths_q, lengths_k in (((2, 3), (3, 4)), ((4, 0, 2), (5, 1, 6)), ((1, 2, 3, 4), (4, 3, 2, 9))):
+        q, k, v = (x[0] for x in dense_inputs(1, sum(lengths_q), sum(lengths_k)))
+        inputs = [grad(x.detach()) for x in (q, k, v)]
+        cu_q, cu_k = i32(0, *lengths_q).cumsum(0).int(), i32(0, *lengths_k).cumsum(0).int()
+        for longest in (None, 10, torch.tensor(10, dtype=torch.int32)):
+            check_gradients(
+                lambda *x, a=(cu_q, cu_k, longest): fast(*x, *a),
+                lambda *x, a=(cu_q, cu_k, longest): attention(*x, *a),
+                inputs,
+            )
+
+
+def test_compile_dropout_uses_the_same_random_numbers():
+    def attention(q, k, v):
+        return flash_attn_func(q, k, v, dropout_p=0.4)
+
+    fast, inputs, results = compiled(attention), dense_inputs(2, 5, 7), []
+    for function in (fast, attention):
+        torch.manual_seed(11)
+        out = function(*inputs)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_compile_kvcache(rotary):
+    angles = {"rotary_cos": rand(16, 8), "rotary_sin": rand(16, 8)} if rotary else {}
+
+    def decode(q, k_cache, v_cache, k, v, lengths):
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True, **angles)
+
+    fast = compiled(decode)
+    for batch, new in ((3, 5), (5, 7)):
+        q, k, v = rand(batch, new, 4, 32), rand(batch, new, 2, 32), rand(batch, new, 2, 8)
+        results = []
+        for function in (fast, decode):
+            caches = torch.ones(batch, 16, 2, 32), torch.ones(batch, 16, 2, 8)
+            out = function(q, *caches, k, v, torch.arange(batch, dtype=torch.int32))
+            results.append((out, *caches))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_compile_paged_decode_into_out():
+    def decode(q, k_cache, v_cache, lengths, table, out):
+        return flash_attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=lengths, block_table=table, out=out, return_softmax_lse=True
+        )
+
+    fast = compiled(decode)
+    for batch in (2, 3):
+        arguments = (rand(batch, 1, 4, 32), rand(8, 4, 2, 32), rand(8, 4, 2, 8))
+        lengths, table = torch.arange(batch, dtype=torch.int32), torch.arange(2 * batch, dtype=torch.int32).view(-1, 2)
+        results = []
+        for function in (fast, decode):
+            out = torch.full((batch, 1, 4, 8), float("nan"))
+            results.append((*function(*arguments, lengths, table, out), out))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_compile_refuses_what_it_would_have_to_read():
+    with pytest.raises(Exception, match="window_size must be a pair of ints"):
+        compiled(lambda q, window: flash_attn_func(q, q, q, window_size=window))(Q, torch.tensor([1, 1]))
+
+
+def test_export():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return flash_attn_func(q, k, v, causal=True)
+
+    length = torch.export.Dim("length", min=2, max=64)
+    shapes = {name: {1: length} for name in "qkv"}
+    q, k, v = (x.detach() for x in dense_inputs(2, 5, 5))
+    program = torch.export.export(Attention(), (q, k, v), dynamic_shapes=shapes)
+    assert "flash_attn.cpu_forward.default" in program.graph_module.code or any(
+        "cpu_forward" in str(node.target) for node in program.graph.nodes
+    )
+    q, k, v = (x.detach() for x in dense_inputs(2, 9, 9))
+    torch.testing.assert_close(program.module()(q, k, v), flash_attn_func(q, k, v, causal=True), rtol=0, atol=0)
