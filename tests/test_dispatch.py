@@ -1,0 +1,127 @@
+"""Which path a call takes, what is said about it, and what the compiled module registers. Needs no GPU."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import flash_attn
+from flash_attn import __main__ as cli
+from flash_attn import _dispatch, _extension
+
+built = pytest.mark.skipif(not _extension.is_loaded(), reason=f"no extension: {_extension.load_error()}")
+
+
+def _qkv(heads=4, heads_k=4, head_dim=64, dtype=torch.bfloat16, device="cpu"):
+    shapes = ((2, 40, heads, head_dim), (2, 50, heads_k, head_dim), (2, 50, heads_k, head_dim))
+    return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def test_cpu_tensors_take_the_cpu_path():
+    explanation = flash_attn.explain(flash_attn.flash_attn_func, *_qkv(), causal=True)
+    assert explanation.path == "cpu" and not explanation.objections["cpu"]
+    assert "needs CUDA tensors" in str(explanation)
+
+
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+def test_forced_kernels_refuse_cpu_tensors(path):
+    with flash_attn.use_path(path), pytest.raises(NotImplementedError, match=f"{path}: .*use_path\\('cpu'\\)"):
+        flash_attn.flash_attn_func(*_qkv())
+
+
+def test_use_path_names_the_paths():
+    with pytest.raises(ValueError, match="'sm90', 'sm80', 'cpu', got 'sm75'"):
+        with flash_attn.use_path("sm75"):
+            pass
+
+
+def test_use_path_ends_with_its_block():
+    with flash_attn.use_path("sm80"):
+        with flash_attn.use_path("cpu"):
+            flash_attn.flash_attn_func(*_qkv())
+        with pytest.raises(NotImplementedError):
+            flash_attn.flash_attn_func(*_qkv())
+    flash_attn.flash_attn_func(*_qkv())
+
+
+@pytest.mark.parametrize("feature", [key for key in _dispatch.FEATURES if key not in _dispatch.PATHS["sm80"].features])
+def test_refusal_names_the_missing_feature(feature):
+    with flash_attn.use_path("sm80"), pytest.raises(NotImplementedError) as refusal:
+        _dispatch.choose_path(_qkv()[0], 64, frozenset({"dense", feature}))
+    assert _dispatch.FEATURES[feature] in str(refusal.value)
+
+
+def test_refusal_names_dtype_and_head_dim():
+    q = _qkv(head_dim=192, dtype=torch.float32)[0]
+    reasons = " ".join(_dispatch.objections("sm80", q, 64, frozenset({"dense"})))
+    assert "fp32" in reasons and "192/64" in reasons and "up to 128" in reasons
+
+
+def test_every_path_serves_only_known_features():
+    for path in _dispatch.PATHS.values():
+        assert path.features <= set(_dispatch.FEATURES)
+
+
+@built
+@pytest.mark.parametrize("name", ["forward", "forward_out"])
+def test_kernel_op_takes_the_cpu_ops_arguments(name):
+    """One list stands in C++ beside the code that reads it, one in Python: they may not drift apart."""
+    kernel = getattr(torch.ops.flash_attn, name).default._schema
+    cpu = getattr(torch.ops.flash_attn, f"cpu_{name}").default._schema
+    arguments = [(a.name, str(a.type), a.is_write) for a in kernel.arguments if a.name != "arch"]
+    assert arguments == [(a.name, str(a.type), a.is_write) for a in cpu.arguments]
+    assert [str(r.type) for r in kernel.returns] == [str(r.type) for r in cpu.returns]
+
+
+@built
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_explain_plans_for_other_machines(device):
+    explanation = flash_attn.explain(flash_attn.flash_attn_func, *_qkv(heads_k=2, device=device), causal=True)
+    plan = explanation.plans["sm80"]
+    assert (plan["head_dim"], plan["head_dim_v"], plan["mask"], plan["dtype"]) == (64, 64, "causal", "bf16")
+    assert plan["num_blocks"] == 2 * 4 and plan["num_splits"] == 1
+    assert f"tile {plan['tile_m']} x {plan['tile_n']}" in str(explanation)
+
+
+@built
+def test_plan_op_checks_its_tensors():
+    q, k, v = _qkv()
+    call = flash_attn.interface.build_call(flash_attn.flash_attn_func, q, k, v)
+    arguments = list(call.op_arguments)
+    explain = torch.ops.flash_attn.explain_forward
+    assert json.loads(explain(*arguments, 80))["arch"] == 80
+    for index, bad, message in (
+        (1, k[:, :, :3], r"heads must be a multiple of k's, got 4 and 3|v must have shape"),
+        (1, k.float(), "k must have q's dtype"),
+        (2, v[:1], r"v must have shape \(2, 50, 4, 64\), got \(1, 50, 4, 64\)"),
+        (0, q.double(), "q must be float16 or bfloat16|k must have q's dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            explain(*arguments[:index], bad, *arguments[index + 1 :], 80)
+    with pytest.raises(RuntimeError, match="arch must be 80 or 90, got 70"):
+        explain(*arguments, 70)
+
+
+@built
+def test_a_kernel_left_out_of_the_build_names_the_variable(monkeypatch):
+    kernels = dataclasses.replace(_extension.kernels, built=frozenset())
+    monkeypatch.setattr(_extension, "kernels", kernels)
+    reasons = " ".join(_dispatch.objections("sm80", _qkv()[0], 64, frozenset({"dense"})))
+    assert "FLASH_ATTN_HEAD_DIMS=" in reasons and "bf16 and head_dim 64/64" in reasons
+
+
+def test_info_tells_versions_and_reasons():
+    info = flash_attn.info()
+    assert info.version == flash_attn.__version__ and info.torch == torch.__version__
+    assert (info.kernels_missing is None) == _extension.is_loaded() == bool(info.kernels)
+    assert flash_attn.__version__ in str(info)
+
+
+def test_command_line(capsys):
+    for command in (["info"], ["support"], ["explain", "--causal", "--heads-k", "4"], ["check", "--path", "cpu"]):
+        assert cli.main(command) == 0
+    output = capsys.readouterr().out
+    assert "flash_attn_func: " in output and "all right" in output and "| dense batches |" in output
+    if not torch.cuda.is_available():
+        assert cli.main(["check", "--path", "sm80"]) == 1
