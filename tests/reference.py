@@ -269,5 +269,6 @@ def gradient_magnitudes(q, k, v, dout, dlse=None, **options):
     if sinks is not None:
         sink_probs = torch.exp(sinks[:, None] - lse).masked_fill(lse == -math.inf, 0.0)
         terms = sink_probs * size[..., 0].movedim(-1, -2)
-        sizes["ds_aux"] = terms.sum(-1) if terms.dim() == 2 else terms.sum((0, -1))
+        # Roundings of different rows are independent, so they add up in quadrature.
+        sizes["ds_aux"] = terms.norm(dim=-1) if terms.dim() == 2 else terms.norm(dim=(0, -1))
     return sizes

@@ -104,9 +104,9 @@ def test_08_graph_replay(path, lengths):
     out = torch.empty_like(inputs.q)
 
     def capture():
-        graph = torch.cuda.CUDAGraph()
         inputs.call(out=out)
         torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             _, lse = inputs.call(out=out)
         return graph, lse
