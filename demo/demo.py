@@ -25,7 +25,9 @@ TEXT = Path(__file__).parent / "data" / "persuasion.txt"
 def main() -> int:
     options = parse_options()
     start = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    title("What is here")
+    print(flash_attn.info())
+    device = choose_device()
     torch.manual_seed(0)
     setup = stages.Setup(
         device=device,
@@ -39,9 +41,6 @@ def main() -> int:
     training_text, held_out = text[:split], text[split:]
     model = LanguageModel(Config()).to(device)
     checks = Checks()
-
-    title("What is here")
-    print_paths(setup, model.config)
 
     title(f"Training on {TEXT.name}: {len(training_text):,} bytes")
     stages.train(model, training_text, held_out, options.steps, setup, checks)
@@ -72,16 +71,23 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--context", type=int, default=256, help="tokens of a training sequence")
     parser.add_argument("--new-tokens", type=int, default=160, help="tokens to generate for each prompt")
-    parser.add_argument("--long-context", type=int, default=4096, help="tokens of the memory comparison")
+    parser.add_argument("--long-context", type=int, default=2048, help="tokens of the memory comparison")
     return parser.parse_args()
 
 
-def print_paths(setup: stages.Setup, config: Config) -> None:
-    print(flash_attn.info())
-    print("\nWhich path a layer without a window takes, in evaluation, and why:")
-    q = torch.zeros(1, setup.context, config.heads, config.head_dim, device=setup.device, dtype=setup.dtype)
+def choose_device() -> torch.device:
+    """The GPU if there is one that the kernels serve, else the CPU; prints why."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = Config()
+    q = torch.zeros(1, 1, config.heads, config.head_dim, device=device, dtype=torch.bfloat16)
     kv = q[:, :, : config.kv_heads]
-    print(attention.explain(q, kv, kv, UNLIMITED))
+    explanation = attention.explain(q, kv, kv, UNLIMITED)
+    print("\nWhich path the evaluation of a layer without a window takes, and why:")
+    print(explanation)
+    if explanation.path is None:
+        print("So everything runs on the CPU.")
+        return torch.device("cpu")
+    return device
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Setup:
 
     @property
     def words(self) -> str:
-        where = f"{torch.get_num_threads()} CPU threads"
+        where = f"CPU, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
             where = torch.cuda.get_device_name(self.device)
         return f"{str(self.dtype).removeprefix('torch.')}, {where}"
@@ -213,7 +213,7 @@ def compare(model: LanguageModel, text: Tensor, long_context: int, setup: Setup)
     with torch.no_grad():
         exact = model.double()(pieces[:2, :-1], dense)
     model.float()
-    rows = []
+    rows, progress = [], Progress("measure", len(WAYS))
     for name, attend in WAYS.items():
 
         def step(tokens: Tensor, attend: Attend = attend) -> None:
@@ -229,7 +229,8 @@ def compare(model: LanguageModel, text: Tensor, long_context: int, setup: Setup)
             error = (model(pieces[:2, :-1], attend).double() - exact).abs().max().item()
         speed = f"{pieces[:, 1:].numel() / short:,.0f} tokens/s"
         rows.append((name, speed, f"{long:.2f} s", mebibytes(memory), f"{error:.1e}"))
-    print(f"  Forward and backward of the whole model, {setup.words}:\n")
+        progress.step(name)
+    print(f"\n  Forward and backward of the whole model, {setup.words}:\n")
     lengths = (f"{setup.batch_size} x {setup.context} tokens", f"1 x {long_context} tokens")
     table(("attention", *lengths, "its peak memory", "max error of logits"), rows)
 
