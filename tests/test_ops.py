@@ -1,4 +1,7 @@
-"""The torch ops: schemas, fakes, gradients, torch.compile, and what they refuse."""
+"""The torch ops: schemas, fakes, gradients, and what they refuse. test_compile.py has torch.compile."""
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +12,6 @@ from flash_attn import (
     _ops,
     flash_attn_combine,
     flash_attn_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
 
@@ -121,6 +122,15 @@ def test_opcheck_rotary(cu_seqlens, x):
 @pytest.mark.parametrize("out_dtype", [None, torch.float16])
 def test_opcheck_combine(out_dtype):
     opcheck(ops.cpu_combine.default, (rand(3, 2, 5, 4, 8), rand(3, 2, 5, 4), out_dtype))
+
+
+def test_cuda_op_has_the_same_arguments():
+    """The C++ schema repeats the Python one, with the architecture at its end."""
+    source = Path(__file__).parent.parent / "csrc/api/forward_args.h"
+    if not source.exists():
+        pytest.skip("no C++ sources beside the tests")
+    macro = re.search(r"#define FLASH_ATTN_FORWARD_SCHEMA_ARGS((?:.*\\\n)+.*)", source.read_text()).group(1)
+    assert "".join(re.findall(r'"([^"]*)"', macro)) == _ops._FORWARD + ", int arch"
 
 
 # ---- The direct call, which eager code takes, is the op ----
@@ -277,144 +287,3 @@ def test_forward_mode_is_refused():
         q = torch.autograd.forward_ad.make_dual(Q, Q)
         with pytest.raises(NotImplementedError, match="forward-mode"):
             flash_attn_func(q, K, V)
-
-
-# ---- torch.compile ----
-
-
-def compiled(function, backend="aot_eager"):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
-
-
-def dense_inputs(batch, length_q, length_k):
-    return [grad(rand(batch, length, heads, dim)) for length, heads, dim in
-            ((length_q, 4, 32), (length_k, 2, 32), (length_k, 2, 8))]  # fmt: skip
-
-
-def check_gradients(function, other, inputs):
-    """Outputs and gradients of two functions are the same bits."""
-    results = []
-    for run in (function, other):
-        outputs = run(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        grads = torch.autograd.grad(sum(x.square().sum() for x in outputs), inputs)
-        results.append((*outputs, *grads))
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_dense(backend):
-    def attention(q, k, v):
-        return flash_attn_func(q, k, v, causal=True, window_size=(4, 0), return_softmax_lse=True)
-
-    fast = compiled(attention, backend)
-    for sizes in ((3, 5, 7), (6, 9, 11)):
-        check_gradients(fast, attention, dense_inputs(*sizes))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_compile_with_everything():
-    def attention(q, k, v, slopes, s_aux):
-        return flash_attn_func(q, k, v, softmax_scale=0.3, softcap=3.0, alibi_slopes=slopes, s_aux=s_aux)
-
-    q, k, v = dense_inputs(2, 5, 7)
-    check_gradients(
-        lambda *x: compiled(attention)(*x[:3], SLOPES, x[3]),
-        lambda *x: attention(*x[:3], SLOPES, x[3]),
-        [q, k, v, grad(SINKS)],
-    )
-
-
-def test_compile_qkvpacked():
-    fast = compiled(lambda qkv: flash_attn_qkvpacked_func(qkv, causal=True))
-    for batch, length in ((2, 5), (3, 9)):
-        check_gradients(
-            fast, lambda x: flash_attn_qkvpacked_func(x, causal=True), [grad(rand(batch, length, 3, 4, 16))]
-        )
-
-
-def test_compile_varlen():
-    def attention(q, k, v, cu_q, cu_k, longest):
-        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest, longest, causal=True)
-
-    fast = compiled(attention)
-    for lengths_q, lengths_k in (((2, 3), (3, 4)), ((4, 0, 2), (5, 1, 6)), ((1, 2, 3, 4), (4, 3, 2, 9))):
-        q, k, v = (x[0] for x in dense_inputs(1, sum(lengths_q), sum(lengths_k)))
-        inputs = [grad(x.detach()) for x in (q, k, v)]
-        cu_q, cu_k = i32(0, *lengths_q).cumsum(0).int(), i32(0, *lengths_k).cumsum(0).int()
-        for longest in (None, 10, torch.tensor(10, dtype=torch.int32)):
-            check_gradients(
-                lambda *x, a=(cu_q, cu_k, longest): fast(*x, *a),
-                lambda *x, a=(cu_q, cu_k, longest): attention(*x, *a),
-                inputs,
-            )
-
-
-def test_compile_dropout_uses_the_same_random_numbers():
-    def attention(q, k, v):
-        return flash_attn_func(q, k, v, dropout_p=0.4)
-
-    fast, inputs, results = compiled(attention), dense_inputs(2, 5, 7), []
-    for function in (fast, attention):
-        torch.manual_seed(11)
-        out = function(*inputs)
-        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("rotary", [False, True])
-def test_compile_kvcache(rotary):
-    angles = {"rotary_cos": rand(16, 8), "rotary_sin": rand(16, 8)} if rotary else {}
-
-    def decode(q, k_cache, v_cache, k, v, lengths):
-        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True, **angles)
-
-    fast = compiled(decode)
-    for batch, new in ((3, 5), (5, 7)):
-        q, k, v = rand(batch, new, 4, 32), rand(batch, new, 2, 32), rand(batch, new, 2, 8)
-        results = []
-        for function in (fast, decode):
-            caches = torch.ones(batch, 16, 2, 32), torch.ones(batch, 16, 2, 8)
-            out = function(q, *caches, k, v, torch.arange(batch, dtype=torch.int32))
-            results.append((out, *caches))
-        torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def test_compile_paged_decode_into_out():
-    def decode(q, k_cache, v_cache, lengths, table, out):
-        return flash_attn_with_kvcache(
-            q, k_cache, v_cache, cache_seqlens=lengths, block_table=table, out=out, return_softmax_lse=True
-        )
-
-    fast = compiled(decode)
-    for batch in (2, 3):
-        arguments = (rand(batch, 1, 4, 32), rand(8, 4, 2, 32), rand(8, 4, 2, 8))
-        lengths, table = torch.arange(batch, dtype=torch.int32), torch.arange(2 * batch, dtype=torch.int32).view(-1, 2)
-        results = []
-        for function in (fast, decode):
-            out = torch.full((batch, 1, 4, 8), float("nan"))
-            results.append((*function(*arguments, lengths, table, out), out))
-        torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def test_compile_refuses_what_it_would_have_to_read():
-    with pytest.raises(Exception, match="window_size must be a pair of ints"):
-        compiled(lambda q, window: flash_attn_func(q, q, q, window_size=window))(Q, torch.tensor([1, 1]))
-
-
-def test_export():
-    class Attention(torch.nn.Module):
-        def forward(self, q, k, v):
-            return flash_attn_func(q, k, v, causal=True)
-
-    length = torch.export.Dim("length", min=2, max=64)
-    shapes = {name: {1: length} for name in "qkv"}
-    q, k, v = (x.detach() for x in dense_inputs(2, 5, 5))
-    program = torch.export.export(Attention(), (q, k, v), dynamic_shapes=shapes)
-    assert "flash_attn.cpu_forward.default" in program.graph_module.code or any(
-        "cpu_forward" in str(node.target) for node in program.graph.nodes
-    )
-    q, k, v = (x.detach() for x in dense_inputs(2, 9, 9))
-    torch.testing.assert_close(program.module()(q, k, v), flash_attn_func(q, k, v, causal=True), rtol=0, atol=0)
