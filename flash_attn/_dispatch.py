@@ -77,8 +77,23 @@ PATHS = {
         arch=80,
         capability=((8, 0), (9, 0)),
         dtypes=frozenset({"fp16", "bf16"}),
-        max_head_dim=128,
-        features=frozenset({"dense", "varlen", "causal", "gqa", "out"}),
+        max_head_dim=256,
+        features=frozenset(
+            {
+                "dense",
+                "varlen",
+                "causal",
+                "window",
+                "gqa",
+                "softcap",
+                "alibi",
+                "sinks",
+                "dropout",
+                "seqused_q",
+                "seqused_k",
+                "out",
+            }
+        ),
     ),
     "cpu": PathSpec(
         name="cpu",

@@ -80,7 +80,8 @@ class Explanation:
             if name in self.plans:
                 plan = self.plans[name]
                 lines.append(
-                    f"    variant {plan['dtype']} d{plan['head_dim']}/{plan['head_dim_v']} {plan['mask']}, "
+                    f"    variant {plan['dtype']} d{plan['head_dim']}/{plan['head_dim_v']} {plan['mask']} mask, "
+                    f"{plan['score']} score, "
                     f"tile {plan['tile_m']} x {plan['tile_n']}, {plan['num_threads']} threads, "
                     f"{plan['smem_bytes'] // 1024} KB of shared memory, {plan['num_blocks']} blocks, "
                     f"{plan['num_splits']} split(s)"

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
+#include <cmath>
 #include <sstream>
 #include <vector>
 
@@ -79,7 +81,9 @@ SeqParams seq_params_of(const ForwardArgs& args, const Problem& problem) {
           .rows_q = static_cast<int>(problem.rows_q),
           .rows_k = static_cast<int>(problem.rows_k),
           .cu_seqlens_q = int_pointer(args.cu_seqlens_q),
-          .cu_seqlens_k = int_pointer(args.cu_seqlens_k)};
+          .cu_seqlens_k = int_pointer(args.cu_seqlens_k),
+          .seqused_q = int_pointer(args.seqused_q),
+          .seqused_k = int_pointer(args.seqused_k)};
 }
 
 // The head dims are those of the padded rows: the zeros that padding adds to a row of Q and K add nothing to a score.
@@ -90,10 +94,39 @@ HeadParams head_params_of(const Problem& problem) {
           .head_dim_v = static_cast<int>(round_up(problem.head_dim_v, kVectorElements))};
 }
 
+// An infinite side is as wide as the keys are many, which hides none of them.
+WindowParams window_params_of(const Problem& problem) {
+  const int64_t widest = std::max(problem.rows_q, problem.rows_k);
+  const auto side = [&](int64_t width) { return static_cast<int>(width < 0 ? widest : std::min(width, widest)); };
+  return {.left = side(problem.window_left), .right = side(problem.window_right)};
+}
+
 ScoreParams score_params_of(const ForwardArgs& args) {
   const float scale = static_cast<float>(args.softmax_scale);
-  if (scale > 0.f) return {.factor = 1.f, .softmax_scale = scale};
-  return {.factor = scale, .softmax_scale = 1.f};
+  const float softcap = static_cast<float>(args.softcap);
+  const bool has_slopes = args.alibi_slopes.has_value();
+  ScoreParams score{
+      .factor = 1.f,
+      .softmax_scale = scale,
+      .has_softcap = softcap > 0.f,
+      .alibi_slopes = has_slopes ? static_cast<const float*>(args.alibi_slopes->const_data_ptr()) : nullptr,
+      .alibi_batch_stride = has_slopes && args.alibi_slopes->dim() == 2 ? args.alibi_slopes->stride(0) : 0};
+  if (score.has_softcap) {
+    score.factor = scale / softcap;
+    score.softmax_scale = softcap;
+  } else if (scale <= 0.f) {
+    score.factor = scale;
+    score.softmax_scale = 1.f;
+  }
+  return score;
+}
+
+DropoutParams dropout_params_of(const ForwardArgs& args) {
+  if (args.dropout_p == 0.0) return {.rng_state = nullptr, .keep_threshold = 255, .rescale = 1.f};
+  constexpr double kLargestByte = 255.0;
+  return {.rng_state = static_cast<const int64_t*>(args.rng_state->const_data_ptr()),
+          .keep_threshold = static_cast<int>(std::floor(kLargestByte * (1.0 - args.dropout_p))),
+          .rescale = static_cast<float>(1.0 / (1.0 - args.dropout_p))};
 }
 
 Arch arch_of(const ForwardArgs& args) {
@@ -117,6 +150,10 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
   const Tensor q = with_vector_rows(args.q);
   const Tensor k = with_vector_rows(args.k);
   const Tensor v = with_vector_rows(args.v);
+  // Held until the launch: the params point into it.
+  const std::optional<Tensor> sink =
+      args.s_aux ? std::optional(torch::stable::contiguous(torch::stable::to(*args.s_aux, ScalarType::Float)))
+                 : std::nullopt;
   const ForwardParams params{.q = operand_of(q),
                              .k = operand_of(k),
                              .v = operand_of(v),
@@ -125,7 +162,10 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
                              .heads = head_params_of(problem),
                              .seq = seq_params_of(args, problem),
                              .tiles_per_head = static_cast<int>(plan.tiles_per_head),
-                             .score = score_params_of(args)};
+                             .window = window_params_of(problem),
+                             .score = score_params_of(args),
+                             .sink = {sink ? static_cast<const float*>(sink->const_data_ptr()) : nullptr},
+                             .dropout = dropout_params_of(args)};
   if (plan.num_blocks > 0) {
     const cudaError_t error = launch(params, {static_cast<int>(plan.num_blocks), current_stream(args.q)});
     check(error == cudaSuccess, "launching ", describe(plan), " failed: ", cudaGetErrorString(error));

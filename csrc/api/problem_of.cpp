@@ -13,25 +13,58 @@ void check_same_device_and_dtype(const ForwardArgs& args) {
   }
 }
 
-void check_cu_seqlens(const char* name, const std::optional<Tensor>& cu_seqlens, const Tensor& q, int64_t size) {
-  check(cu_seqlens.has_value(), name, " must be given when q is (total, num_heads, head_dim)");
-  check(cu_seqlens->device() == q.device(), name, " must be on q's device");
-  check(cu_seqlens->scalar_type() == ScalarType::Int, name, " must be int32");
-  check(cu_seqlens->dim() == 1 && cu_seqlens->is_contiguous(), name, " must be one contiguous dimension");
-  check(cu_seqlens->size(0) == size, name, " must hold ", size, " offsets, got ", cu_seqlens->size(0));
+void check_int_vector(const char* name, const std::optional<Tensor>& vector, const Tensor& q, int64_t size) {
+  check(vector->device() == q.device(), name, " must be on q's device");
+  check(vector->scalar_type() == ScalarType::Int, name, " must be int32");
+  check(vector->dim() == 1 && vector->is_contiguous(), name, " must be one contiguous dimension");
+  check(vector->size(0) == size, name, " must hold ", size, " elements, got ", vector->size(0));
+}
+
+void check_lengths(const ForwardArgs& args, Layout layout, int64_t batch) {
+  if (layout == Layout::kVarlen) {
+    check(args.cu_seqlens_k.has_value(), "cu_seqlens_k must be given with cu_seqlens_q");
+    check_int_vector("cu_seqlens_q", args.cu_seqlens_q, args.q, batch + 1);
+    check_int_vector("cu_seqlens_k", args.cu_seqlens_k, args.q, batch + 1);
+  } else {
+    check(!args.cu_seqlens_k, "cu_seqlens_k goes with cu_seqlens_q");
+  }
+  if (args.seqused_q) check_int_vector("seqused_q", args.seqused_q, args.q, batch);
+  if (args.seqused_k) check_int_vector("seqused_k", args.seqused_k, args.q, batch);
+}
+
+void check_score(const ForwardArgs& args, int64_t batch, int64_t num_heads) {
+  check(std::isfinite(args.softmax_scale), "softmax_scale must be finite, got ", args.softmax_scale);
+  check(std::isfinite(args.softcap) && args.softcap >= 0.0, "softcap must be at least 0, got ", args.softcap);
+  check(args.dropout_p >= 0.0 && args.dropout_p < 1.0, "dropout_p must be in [0, 1), got ", args.dropout_p);
+  check(args.dropout_p == 0.0 || args.rng_state.has_value(), "rng_state must be given with dropout_p");
+  if (args.rng_state) {
+    check(args.rng_state->device() == args.q.device(), "rng_state must be on q's device");
+    check(args.rng_state->scalar_type() == ScalarType::Long, "rng_state must be int64");
+    check(args.rng_state->is_contiguous(), "rng_state must be contiguous");
+    check_shape("rng_state", *args.rng_state, {2});
+  }
+  if (args.s_aux) {
+    check(args.s_aux->device() == args.q.device(), "s_aux must be on q's device");
+    check_shape("s_aux", *args.s_aux, {num_heads});
+  }
+  if (args.alibi_slopes) {
+    const Tensor& slopes = *args.alibi_slopes;
+    check(slopes.device() == args.q.device(), "alibi_slopes must be on q's device");
+    check(slopes.scalar_type() == ScalarType::Float, "alibi_slopes must be float32");
+    if (slopes.dim() == 1) {
+      check_shape("alibi_slopes", slopes, {num_heads});
+    } else {
+      check_shape("alibi_slopes", slopes, {batch, num_heads});
+    }
+    check(slopes.stride(slopes.dim() - 1) == 1 || num_heads == 1, "alibi_slopes must have stride 1 over heads");
+  }
 }
 
 // What no kernel has yet. _dispatch sends no such call here.
 void check_plain(const ForwardArgs& args) {
-  check(!args.s_aux, "s_aux: no kernel has attention sinks yet");
-  check(!args.alibi_slopes, "alibi_slopes: no kernel has ALiBi yet");
-  check(!args.rng_state && args.dropout_p == 0.0, "dropout_p: no kernel has dropout yet");
-  check(!args.seqused_q, "seqused_q: no kernel takes it yet");
-  check(!args.seqused_k, "seqused_k: no kernel takes it yet");
   check(!args.leftpad_k, "leftpad_k: no kernel takes it yet");
   check(!args.block_table, "block_table: no kernel has paged KV yet");
   check(!args.cache_batch_idx, "cache_batch_idx: no kernel takes it yet");
-  check(args.softcap == 0.0, "softcap: no kernel has it yet");
   check(args.num_splits <= 1, "num_splits: no kernel splits keys yet, got ", args.num_splits);
 }
 
@@ -53,23 +86,21 @@ Problem make_problem(const ForwardArgs& args) {
   const int64_t head_dim_v = args.v.size(rank - 1);
   int64_t batch = q.size(0);
   if (layout == Layout::kVarlen) {
-    batch = args.cu_seqlens_q->dim() == 1 ? args.cu_seqlens_q->size(0) - 1 : 0;
-    check(batch >= 1, "cu_seqlens_q must hold at least two offsets");
-    check_cu_seqlens("cu_seqlens_q", args.cu_seqlens_q, q, batch + 1);
-    check_cu_seqlens("cu_seqlens_k", args.cu_seqlens_k, q, batch + 1);
+    batch = args.cu_seqlens_q->numel() - 1;
+    check(batch >= 0, "cu_seqlens_q must hold at least one offset");
     check_shape("k", args.k, {rows_k, num_heads_k, head_dim});
     check_shape("v", args.v, {rows_k, num_heads_k, head_dim_v});
   } else {
-    check(!args.cu_seqlens_k, "cu_seqlens_k goes with cu_seqlens_q");
     check_shape("k", args.k, {batch, rows_k, num_heads_k, head_dim});
     check_shape("v", args.v, {batch, rows_k, num_heads_k, head_dim_v});
   }
+  check_lengths(args, layout, batch);
   check(num_heads_k > 0 && num_heads % num_heads_k == 0, "q's heads must be a multiple of k's, got ", num_heads,
         " and ", num_heads_k);
   check(head_dim >= 1 && head_dim_v >= 1, "head_dim must be at least 1, got ", head_dim, " and ", head_dim_v);
   constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
   check(q.size(row_dim) <= kMaxRows && rows_k <= kMaxRows, "a sequence has at most ", kMaxRows, " rows");
-  check(std::isfinite(args.softmax_scale), "softmax_scale must be finite, got ", args.softmax_scale);
+  check_score(args, batch, num_heads);
   check_plain(args);
   return {.layout = layout,
           .dtype = dtype,
@@ -81,7 +112,10 @@ Problem make_problem(const ForwardArgs& args) {
           .rows_q = q.size(row_dim),
           .rows_k = rows_k,
           .window_left = args.window_left,
-          .window_right = args.window_right};
+          .window_right = args.window_right,
+          .has_softcap = args.softcap > 0.0,
+          .has_alibi = args.alibi_slopes.has_value(),
+          .has_dropout = args.dropout_p > 0.0};
 }
 
 }  // namespace flash_attn

@@ -10,7 +10,11 @@ using namespace flash_attn;
 PYBIND11_MODULE(flash_attn_plan, module) {
   py::enum_<Arch>(module, "Arch").value("SM80", Arch::kSm80).value("SM90", Arch::kSm90);
   py::enum_<Dtype>(module, "Dtype").value("FP16", Dtype::kFp16).value("BF16", Dtype::kBf16);
-  py::enum_<Mask>(module, "Mask").value("FULL", Mask::kFull).value("CAUSAL", Mask::kCausal);
+  py::enum_<Mask>(module, "Mask")
+      .value("FULL", Mask::kFull)
+      .value("CAUSAL", Mask::kCausal)
+      .value("GENERAL", Mask::kGeneral);
+  py::enum_<Score>(module, "Score").value("PLAIN", Score::kPlain).value("GENERAL", Score::kGeneral);
   py::enum_<Layout>(module, "Layout").value("DENSE", Layout::kDense).value("VARLEN", Layout::kVarlen);
   py::register_exception<UnsupportedProblem>(module, "UnsupportedProblem");
 
@@ -26,13 +30,17 @@ PYBIND11_MODULE(flash_attn_plan, module) {
       .def_readwrite("rows_q", &Problem::rows_q)
       .def_readwrite("rows_k", &Problem::rows_k)
       .def_readwrite("window_left", &Problem::window_left)
-      .def_readwrite("window_right", &Problem::window_right);
+      .def_readwrite("window_right", &Problem::window_right)
+      .def_readwrite("has_softcap", &Problem::has_softcap)
+      .def_readwrite("has_alibi", &Problem::has_alibi)
+      .def_readwrite("has_dropout", &Problem::has_dropout);
 
   py::class_<Plan>(module, "Plan")
       .def_property_readonly("head_dim", [](const Plan& plan) { return plan.variant.head_dim.qk; })
       .def_property_readonly("head_dim_v", [](const Plan& plan) { return plan.variant.head_dim.v; })
       .def_property_readonly("dtype", [](const Plan& plan) { return plan.variant.dtype; })
       .def_property_readonly("mask", [](const Plan& plan) { return plan.variant.mask; })
+      .def_property_readonly("score", [](const Plan& plan) { return plan.variant.score; })
       .def_property_readonly("tile_m", [](const Plan& plan) { return plan.tile.m; })
       .def_property_readonly("tile_n", [](const Plan& plan) { return plan.tile.n; })
       .def_readonly("tiles_per_head", &Plan::tiles_per_head)

@@ -10,12 +10,17 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+Score score_of(const Problem& problem) {
+  return problem.has_softcap || problem.has_alibi || problem.has_dropout ? Score::kGeneral : Score::kPlain;
+}
+
+// The general score is compiled with the general mask only, which is as good as any other where most of the time goes
+// into the score.
 Mask mask_of(const Problem& problem) {
   const bool all_left = problem.window_left < 0 || problem.window_left >= problem.rows_k;
-  if (all_left && problem.window_right < 0) return Mask::kFull;
-  if (all_left && problem.window_right == 0) return Mask::kCausal;
-  throw UnsupportedProblem("window_size: no kernel has a sliding window yet, got (" +
-                           std::to_string(problem.window_left) + ", " + std::to_string(problem.window_right) + ")");
+  if (score_of(problem) == Score::kGeneral || !all_left) return Mask::kGeneral;
+  if (problem.window_right < 0) return Mask::kFull;
+  return problem.window_right == 0 ? Mask::kCausal : Mask::kGeneral;
 }
 
 int64_t count_tiles(const Problem& problem, int tile_m) {
@@ -31,7 +36,7 @@ Plan make_plan(const Problem& problem, Arch arch) {
     throw UnsupportedProblem("head_dim: no SM" + std::to_string(static_cast<int>(arch)) + " kernel for " +
                              std::to_string(problem.head_dim) + "/" + std::to_string(problem.head_dim_v));
   }
-  const Variant variant{arch, problem.dtype, row->head_dim, mask_of(problem)};
+  const Variant variant{arch, problem.dtype, row->head_dim, mask_of(problem), score_of(problem)};
   const int64_t tiles_per_head = count_tiles(problem, row->tile.m);
   const int64_t num_blocks = tiles_per_head * problem.num_heads * problem.num_tile_runs();
   if (num_blocks > std::numeric_limits<int32_t>::max()) {
@@ -53,6 +58,7 @@ std::string describe(const Plan& plan) {
        << ", \"head_dim\": " << plan.variant.head_dim.qk                      //
        << ", \"head_dim_v\": " << plan.variant.head_dim.v                     //
        << ", \"mask\": \"" << name_of(plan.variant.mask) << "\""              //
+       << ", \"score\": \"" << name_of(plan.variant.score) << "\""            //
        << ", \"tile_m\": " << plan.tile.m << ", \"tile_n\": " << plan.tile.n  //
        << ", \"num_threads\": " << plan.num_threads                           //
        << ", \"smem_bytes\": " << plan.smem_bytes                             //

@@ -22,6 +22,9 @@ struct Problem {
   // Keys visible to the left and right of the diagonal; negative: all of them.
   int64_t window_left;
   int64_t window_right;
+  bool has_softcap;
+  bool has_alibi;
+  bool has_dropout;
 
   // A dense batch has its own tiles per entry; the entries of a varlen batch share one run of tile slots.
   int64_t num_tile_runs() const { return layout == Layout::kDense ? batch : 1; }

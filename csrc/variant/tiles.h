@@ -23,10 +23,22 @@ inline constexpr TileRow kForwardTilesSm80[] = {
     {{64, 64},
      {128, 128, 4},
      "registers: S (128) + O (64) of 255 per lane; shared memory 48 KB lets two blocks share an SM"},
+    {{96, 96},
+     {128, 64, 4},
+     "registers: S (64) + O (96) of 255 per lane; shared memory 48 KB lets two blocks share an SM"},
     {{128, 128},
      {128, 64, 4},
      "registers: S (64) + O (128) of 255 per lane, n = 128 would spill; shared memory 64 KB, two blocks on SM80 and "
      "SM90, one on SM86"},
+    {{192, 128},
+     {128, 64, 8},
+     "registers: two row halves over 8 warps, S (32) + O (64); shared memory 88 KB fits SM86's 99 KB"},
+    {{192, 192},
+     {128, 64, 8},
+     "registers: two row halves over 8 warps, S (32) + O (96); shared memory 96 KB fits SM86's 99 KB"},
+    {{256, 256},
+     {64, 64, 4},
+     "registers: S (32) + O (128) of 255 per lane; shared memory 96 KB fits SM86's 99 KB, two blocks on SM90"},
 };
 
 inline constexpr int kThreadsPerWarp = 32;

@@ -8,8 +8,12 @@ enum class Arch { kSm80 = 80, kSm90 = 90 };
 
 enum class Dtype { kFp16, kBf16 };
 
-// kFull sees every key; kCausal sees keys up to the diagonal that ends in the bottom-right corner.
-enum class Mask { kFull, kCausal };
+// kFull sees every key; kCausal sees keys up to the diagonal that ends in the bottom-right corner; kGeneral a window
+// around that diagonal, whose sides are run-time values and may be as wide as the sequence.
+enum class Mask { kFull, kCausal, kGeneral };
+
+// kPlain scales. kGeneral has softcap, ALiBi and dropout besides, each switched by a run-time value.
+enum class Score { kPlain, kGeneral };
 
 // A call runs in the smallest bucket that holds both of its head dims; columns past them are zero-filled.
 struct HeadDimBucket {
@@ -25,11 +29,22 @@ struct Variant {
   Dtype dtype;
   HeadDimBucket head_dim;
   Mask mask;
+  Score score;
 
   friend constexpr bool operator==(const Variant&, const Variant&) = default;
 };
 
 constexpr const char* name_of(Dtype dtype) { return dtype == Dtype::kFp16 ? "fp16" : "bf16"; }
-constexpr const char* name_of(Mask mask) { return mask == Mask::kFull ? "full" : "causal"; }
+constexpr const char* name_of(Score score) { return score == Score::kPlain ? "plain" : "general"; }
+constexpr const char* name_of(Mask mask) {
+  switch (mask) {
+    case Mask::kFull:
+      return "full";
+    case Mask::kCausal:
+      return "causal";
+    default:
+      return "general";
+  }
+}
 
 }  // namespace flash_attn

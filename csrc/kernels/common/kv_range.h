@@ -6,25 +6,41 @@
 
 namespace flash_attn {
 
-// Tiles [0, end) of keys, walked from the last to the first; from `first_masked` on, elements need a test.
-struct KvRange {
-  int end;
-  int first_masked;
+// The keys that query row i may see, [begin, end). The one place that knows the masks' geometry.
+template <Mask kMask>
+struct VisibleKeys {
+  SeqInfo seq;
+  WindowParams window;
 
-  __device__ bool is_empty() const { return end <= 0; }
-  __device__ bool needs_mask(int n_idx) const { return n_idx >= first_masked; }
+  __device__ int begin(int row) const {
+    if constexpr (kMask != Mask::kGeneral) return 0;
+    return max(row + seq.diagonal() - window.left, 0);
+  }
+  __device__ int end(int row) const {
+    if constexpr (kMask == Mask::kFull) return seq.seqlen_k;
+    if constexpr (kMask == Mask::kCausal) return min(row + seq.diagonal() + 1, seq.seqlen_k);
+    return min(row + seq.diagonal() + window.right + 1, seq.seqlen_k);
+  }
+};
+
+// Tiles [begin, end) of keys, walked from the last to the first. Tiles [full_begin, full_end) are seen whole by every
+// row.
+struct KvRange {
+  int begin;
+  int end;
+  int full_begin;
+  int full_end;
+
+  __device__ bool is_empty() const { return begin >= end; }
+  __device__ bool needs_mask(int n_idx) const { return n_idx < full_begin || n_idx >= full_end; }
 };
 
 template <Mask kMask, int kTileM, int kTileN>
-__device__ KvRange kv_range(const SeqInfo& seq, int m_begin) {
-  int keys_seen_by_last_row = seq.seqlen_k;
-  int keys_seen_by_all_rows = seq.seqlen_k;
-  if constexpr (kMask == Mask::kCausal) {
-    const int m_last = min(m_begin + kTileM, seq.seqlen_q) - 1;
-    keys_seen_by_last_row = min(seq.seqlen_k, m_last + seq.diagonal() + 1);
-    keys_seen_by_all_rows = min(seq.seqlen_k, m_begin + seq.diagonal() + 1);
-  }
-  return {(max(keys_seen_by_last_row, 0) + kTileN - 1) / kTileN, max(keys_seen_by_all_rows, 0) / kTileN};
+__device__ KvRange kv_range(const VisibleKeys<kMask>& keys, int m_begin) {
+  const int m_last = min(m_begin + kTileM, keys.seq.seqlen_q) - 1;
+  const auto tile_after = [](int key) { return (max(key, 0) + kTileN - 1) / kTileN; };
+  return {keys.begin(m_begin) / kTileN, tile_after(keys.end(m_last)), tile_after(keys.begin(m_last)),
+          max(keys.end(m_begin), 0) / kTileN};
 }
 
 }  // namespace flash_attn

@@ -41,17 +41,19 @@ class OnlineSoftmax {
     }
   }
 
-  // Divides the output by the row sums and returns the log-sum-exp; a row that saw no key gets O = 0 and LSE = -inf.
+  // Divides the output by the row sums, which the sink joins, and returns the log-sum-exp. A row that saw no key gets O
+  // = 0 and LSE = -inf, or the sink's score. `output_scale` undoes what dropout took away.
   template <class Output>
-  __device__ RowTensor finish(Output&& output) {
+  __device__ RowTensor finish(Output&& output, float sink, float output_scale) {
     RowTensor lse;
     CUTE_UNROLL
     for (int row = 0; row < kNumRows; ++row) {
       const float sum = quad_sum(row_sum_(row));
-      const float inverse = sum > 0.f ? 1.f / sum : 0.f;
+      const float lse_of_keys = sum > 0.f ? row_max_(row) * (scale_log2_ * kLn2) + logf(sum) : -INFINITY;
+      lse(row) = log_add_exp(lse_of_keys, sink);
+      const float factor = sum > 0.f ? expf(lse_of_keys - lse(row)) / sum * output_scale : 0.f;
       CUTE_UNROLL
-      for (int col = 0; col < size<1>(output); ++col) output(row, col) *= inverse;
-      lse(row) = sum > 0.f ? row_max_(row) * (scale_log2_ * kLn2) + logf(sum) : -INFINITY;
+      for (int col = 0; col < size<1>(output); ++col) output(row, col) *= factor;
     }
     return lse;
   }
@@ -62,6 +64,11 @@ class OnlineSoftmax {
 
   // A row without a visible key so far has maximum -inf; subtracting it would make NaN.
   static __device__ float finite(float maximum) { return maximum == -INFINITY ? 0.f : maximum; }
+
+  static __device__ float log_add_exp(float a, float b) {
+    const float high = fmaxf(a, b);
+    return high == -INFINITY ? high : high + log1pf(expf(fminf(a, b) - high));
+  }
 
   static __device__ float quad_max(float value) {
     value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));

@@ -28,19 +28,44 @@ struct HeadParams {
   int head_dim_v;
 };
 
-// Lengths of a dense batch, or of all entries together where cu_seqlens are given (int32, batch + 1 of them).
+// Lengths of a dense batch, or of all entries together where cu_seqlens are given (int32, batch + 1 of them). seqused
+// are the lengths in use of each entry's rows (int32, batch of them), or null for all.
 struct SeqParams {
   int batch;
   int rows_q;
   int rows_k;
   const int* cu_seqlens_q;
   const int* cu_seqlens_k;
+  const int* seqused_q;
+  const int* seqused_k;
+};
+
+// Keys visible to the left and right of the diagonal, at most the number of keys. Kernels with Mask::kGeneral read it.
+struct WindowParams {
+  int left;
+  int right;
 };
 
 // Scores are multiplied by `factor` first and by `softmax_scale`, which is positive, within the softmax.
 struct ScoreParams {
   float factor;
   float softmax_scale;
+  // Score::kGeneral. With softcap, `factor` is softmax_scale / softcap and `softmax_scale` is softcap.
+  bool has_softcap;
+  const float* alibi_slopes;  // (batch or 1, head), or null
+  int64_t alibi_batch_stride;
+};
+
+// Attention sinks: a score for each head that joins the softmax's denominator. Null: none.
+struct SinkParams {
+  const float* scores;
+};
+
+// Score::kGeneral. A probability is kept if its random byte is at most `keep_threshold`; null rng_state: all are kept.
+struct DropoutParams {
+  const int64_t* rng_state;  // seed, offset
+  int keep_threshold;
+  float rescale;  // 1 / (1 - p)
 };
 
 struct ForwardParams {
@@ -52,7 +77,10 @@ struct ForwardParams {
   HeadParams heads;
   SeqParams seq;
   int tiles_per_head;
+  WindowParams window;
   ScoreParams score;
+  SinkParams sink;
+  DropoutParams dropout;
 };
 
 }  // namespace flash_attn

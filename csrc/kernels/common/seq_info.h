@@ -8,10 +8,11 @@ namespace flash_attn {
 
 // Offsets and lengths of one batch entry, whatever its layout.
 struct SeqInfo {
-  int batch_idx;  // 0 where the tensors have no batch dimension
-  int64_t row_begin_q;
+  int batch_idx;
+  int64_t row_begin_q;  // 0 where the tensors have a batch dimension
   int64_t row_begin_k;
-  int seqlen_q;
+  int rows_q;    // rows of O and LSE that belong to the entry
+  int seqlen_q;  // of which these are in use; the others get O = 0, LSE = -inf
   int seqlen_k;
 
   // Column of the first row's diagonal: causal masks end in the bottom-right corner.
@@ -21,11 +22,11 @@ struct SeqInfo {
 struct TileCoord {
   SeqInfo seq;
   int head_idx;
-  int m_begin;      // first query row within the entry
-  bool is_padding;  // rows that belong to no entry: O = 0, LSE = -inf
+  int m_begin;  // first query row within the entry
 
   // A slot may lie past its entry's rows, or, where the first offset isn't 0, before them.
-  __device__ bool has_rows() const { return m_begin >= 0 && m_begin < seq.seqlen_q; }
+  __device__ bool has_rows() const { return m_begin >= 0 && m_begin < seq.rows_q; }
+  __device__ bool has_used_rows() const { return m_begin < seq.seqlen_q; }
 };
 
 namespace detail {
@@ -53,17 +54,24 @@ __device__ inline int entry_of_slot(const SeqParams& seq, int slot, int tile_m) 
   return low;
 }
 
+// The entry's length in use, held within the rows that it has.
+__device__ inline int used(const int* seqused, int entry, int num_rows) {
+  return seqused == nullptr ? num_rows : clamp_to(seqused[entry], 0, num_rows);
+}
+
 __device__ inline TileCoord varlen_tile(const SeqParams& seq, int slot, int head_idx, int tile_m) {
   const int entry = entry_of_slot(seq, slot, tile_m);
   const int begin_q = row_at(seq.cu_seqlens_q, entry, seq.rows_q);
   const int m_begin = (slot - static_cast<int>(first_varlen_slot(begin_q, entry, tile_m))) * tile_m;
-  if (entry == seq.batch) {
-    return {{0, begin_q, 0, seq.rows_q - begin_q, 0}, head_idx, m_begin, true};
+  if (entry == seq.batch) {  // rows past the last entry belong to none
+    return {{entry, begin_q, 0, seq.rows_q - begin_q, 0, 0}, head_idx, m_begin};
   }
   const int begin_k = row_at(seq.cu_seqlens_k, entry, seq.rows_k);
-  const int end_q = row_at(seq.cu_seqlens_q, entry + 1, seq.rows_q);
-  const int end_k = row_at(seq.cu_seqlens_k, entry + 1, seq.rows_k);
-  return {{0, begin_q, begin_k, max(end_q - begin_q, 0), max(end_k - begin_k, 0)}, head_idx, m_begin, false};
+  const int rows_q = max(row_at(seq.cu_seqlens_q, entry + 1, seq.rows_q) - begin_q, 0);
+  const int rows_k = max(row_at(seq.cu_seqlens_k, entry + 1, seq.rows_k) - begin_k, 0);
+  return {{entry, begin_q, begin_k, rows_q, used(seq.seqused_q, entry, rows_q), used(seq.seqused_k, entry, rows_k)},
+          head_idx,
+          m_begin};
 }
 
 }  // namespace detail
@@ -79,7 +87,11 @@ __device__ TileCoord locate_tile(const ForwardParams& params, int block_idx) {
     return detail::varlen_tile(params.seq, tile_idx, head_idx, kTileM);
   }
   const int batch_idx = run / params.heads.num_heads;
-  return {{batch_idx, 0, 0, params.seq.rows_q, params.seq.rows_k}, head_idx, tile_idx * kTileM, false};
+  const SeqParams& seq = params.seq;
+  return {{batch_idx, 0, 0, seq.rows_q, detail::used(seq.seqused_q, batch_idx, seq.rows_q),
+           detail::used(seq.seqused_k, batch_idx, seq.rows_k)},
+          head_idx,
+          tile_idx * kTileM};
 }
 
 }  // namespace flash_attn

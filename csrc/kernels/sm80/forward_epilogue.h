@@ -13,20 +13,40 @@ namespace flash_attn::sm80 {
 
 using namespace cute;
 
+// The (row, column) within the tile of each element of O that this lane holds.
+template <class Traits>
+__device__ auto output_coords() {
+  const auto thread_mma = typename Traits::TiledMma{}.get_slice(threadIdx.x);
+  const Tensor coords =
+      thread_mma.partition_C(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{}));
+  return make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
+}
+
+// Rows past the length in use, but within the tensor: O = 0, LSE = -inf, with or without a sink.
+template <class Traits, class Output, class LseRows>
+__device__ void clear_unused_rows(const TileCoord& tile, Output& output, LseRows& lse) {
+  if (tile.m_begin + Traits::kTileM <= tile.seq.seqlen_q) return;
+  const auto coords = output_coords<Traits>();
+  CUTE_UNROLL
+  for (int row = 0; row < size<0>(output); ++row) {
+    if (tile.m_begin + static_cast<int>(get<0>(coords(row, 0))) < tile.seq.seqlen_q) continue;
+    lse(row) = -INFINITY;
+    CUTE_UNROLL
+    for (int col = 0; col < size<1>(output); ++col) output(row, col) = 0.f;
+  }
+}
+
 template <class Traits, class LseRows>
 __device__ void store_lse(const ForwardParams& params, const TileCoord& tile, const LseRows& lse) {
   const SeqInfo& seq = tile.seq;
   float* target = params.lse.ptr + seq.batch_idx * params.lse.batch_stride + seq.row_begin_q +
                   tile.head_idx * params.lse.head_stride + tile.m_begin;
-  const auto thread_mma = typename Traits::TiledMma{}.get_slice(threadIdx.x);
-  const Tensor coords =
-      thread_mma.partition_C(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{}));
-  const Tensor rows = make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
-  if (static_cast<int>(get<1>(rows(0, 0))) != 0) return;  // the first lane of four that share a row writes it
+  const auto coords = output_coords<Traits>();
+  if (static_cast<int>(get<1>(coords(0, 0))) != 0) return;  // the first lane of four that share a row writes it
   CUTE_UNROLL
   for (int i = 0; i < size(lse); ++i) {
-    const int row = get<0>(rows(i, 0));
-    if (tile.m_begin + row < seq.seqlen_q) target[row] = lse(i);
+    const int row = get<0>(coords(i, 0));
+    if (tile.m_begin + row < seq.rows_q) target[row] = lse(i);
   }
 }
 
@@ -55,7 +75,7 @@ __device__ void store_output(const ForwardParams& params, const TileCoord& tile,
       thread_store.partition_D(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{}));
   CUTE_UNROLL
   for (int m = 0; m < size<1>(source); ++m) {
-    if (tile.m_begin + static_cast<int>(get<0>(coords(0, m, 0))) >= seq.seqlen_q) continue;
+    if (tile.m_begin + static_cast<int>(get<0>(coords(0, m, 0))) >= seq.rows_q) continue;
     CUTE_UNROLL
     for (int k = 0; k < size<2>(source); ++k) {
       if (static_cast<int>(get<1>(coords(0, m, k))) < params.heads.head_dim_v) {

@@ -3,6 +3,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "kernels/common/dropout.h"
 #include "kernels/common/fragment_layout.h"
 #include "kernels/common/kv_range.h"
 #include "kernels/common/mask.h"
@@ -35,7 +36,8 @@ __device__ void forward_mainloop(const ForwardParams& params, const TileCoord& t
   constexpr int kTileM = Traits::kTileM;
   constexpr int kTileN = Traits::kTileN;
   const SeqInfo& seq = tile.seq;
-  const KvRange range = kv_range<Traits::kMask, kTileM, kTileN>(seq, tile.m_begin);
+  const VisibleKeys<Traits::kMask> keys{seq, params.window};
+  const KvRange range = kv_range<Traits::kMask, kTileM, kTileN>(keys, tile.m_begin);
   if (range.is_empty()) return;
 
   Tensor sQ = make_tensor(make_smem_ptr(smem.q_or_o), typename Traits::SmemLayoutQ{});
@@ -73,7 +75,7 @@ __device__ void forward_mainloop(const ForwardParams& params, const TileCoord& t
   load_k.load((range.end - 1) * kTileN, sK);
   cp_async_fence();
 
-  for (int n = range.end - 1; n >= 0; --n) {
+  for (int n = range.end - 1; n >= range.begin; --n) {
     cp_async_wait<0>();
     __syncthreads();  // K(n) has landed, and every warp is done with V(n + 1)
     load_v.load(n * kTileN, sV);
@@ -84,15 +86,20 @@ __device__ void forward_mainloop(const ForwardParams& params, const TileCoord& t
     gemm_smem_smem(mma, tSrS, tSrQ, tSrK, tSsQ, tSsK, copy_q, copy_k);
 
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
-    apply_score(scores, params.score);
-    if (range.needs_mask(n)) apply_mask<Traits::kMask>(scores, score_coords, seq, tile.m_begin, n * kTileN);
+    apply_score<Traits::kScore>(scores, score_coords, params, tile, n * kTileN);
+    if (range.needs_mask(n)) apply_mask(scores, score_coords, keys, tile.m_begin, n * kTileN);
     softmax.update(scores, output);
+    if constexpr (Traits::kScore == Score::kGeneral) {
+      if (params.dropout.rng_state != nullptr) {
+        DropoutMask(params, tile).apply(scores, score_coords, tile.m_begin, n * kTileN);
+      }
+    }
     Tensor tSrP = convert_to<Element>(tSrS);
     const Tensor tOrP = make_tensor(tSrP.data(), as_a_operand(tSrP.layout()));
 
     cp_async_wait<0>();
     __syncthreads();  // V(n) has landed, and every warp is done with K(n)
-    if (n > 0) load_k.load((n - 1) * kTileN, sK);
+    if (n > range.begin) load_k.load((n - 1) * kTileN, sK);
     cp_async_fence();
 
     gemm_register_smem(mma, tOrO, tOrP, tOrV, tOsV, copy_v);
@@ -112,9 +119,12 @@ __global__ void __launch_bounds__(Traits::kNumThreads) forward_kernel(const __gr
   Tensor tOrO = partition_fragment_C(mma, Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{});
   clear(tOrO);
   OnlineSoftmax<Traits::kRowsPerLane> softmax(params.score.softmax_scale);
-  if (!tile.is_padding) forward_mainloop<Traits>(params, tile, smem, softmax, tOrO);
+  if (tile.has_used_rows()) forward_mainloop<Traits>(params, tile, smem, softmax, tOrO);
 
-  const auto lse = softmax.finish(make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout())));
+  const float sink = params.sink.scores == nullptr ? -INFINITY : params.sink.scores[tile.head_idx];
+  Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
+  auto lse = softmax.finish(output, sink, params.dropout.rescale);
+  clear_unused_rows<Traits>(tile, output, lse);
   store_lse<Traits>(params, tile, lse);
   store_output<Traits>(params, tile, smem, tOrO);
 }

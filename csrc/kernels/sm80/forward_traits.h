@@ -19,6 +19,7 @@ struct ForwardTraits {
   static constexpr Variant kVariant = kVariantValue;
   static constexpr Tile kTile = tile_for(kVariant);
   static constexpr Mask kMask = kVariant.mask;
+  static constexpr Score kScore = kVariant.score;
   static constexpr int kTileM = kTile.m;
   static constexpr int kTileN = kTile.n;
   static constexpr int kHeadDim = kVariant.head_dim.qk;
