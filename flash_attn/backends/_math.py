@@ -16,8 +16,8 @@ from ._mask import ROWS_PER_BLOCK, Bias, Block
 from ._philox import keep_mask
 from ._sequences import Piece
 
-# Scores alive at once. A few tensors of this size exist together: 4M float32 is 16 MiB each.
-SCORE_BUDGET = 1 << 22
+# Scores alive at once. A few tensors of this size exist together: 1M float32 is 4 MiB each. 4M was no faster.
+SCORE_BUDGET = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

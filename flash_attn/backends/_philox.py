@@ -63,12 +63,12 @@ def keep_mask(
     seed, offset = rng_state.unbind()
     words = philox((c0, c1, c2, offset & _LOW), (seed & _LOW, (seed >> 32) & _LOW))
     shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape)
-    packed = torch.stack([word.expand(shape).to(torch.int32) for word in words], dim=-1).view(torch.uint8)
-    # (entry and head, row tile, row in 8, col tile, col pair, row half, col octet, col parity)
-    lanes = packed.view(-1, len(row_tiles), 8, len(col_tiles), 4, 2, 4, 2)
-    tiles = lanes.permute(0, 1, 5, 2, 3, 6, 4, 7).reshape(
-        len(batch), num_heads, len(row_tiles) * _TILE_ROWS, len(col_tiles) * _TILE_COLS
-    )
+    packed = torch.stack([word.expand(shape).to(torch.int32) for word in words], dim=-1).view(torch.int16)
+    # Each 16-bit unit holds two neighbouring columns; they move together.
+    # (entry and head, row tile, row in 8, col tile, col pair, row half, col octet)
+    lanes = packed.view(-1, len(row_tiles), 8, len(col_tiles), 4, 2, 4)
+    tiles = lanes.permute(0, 1, 5, 2, 3, 6, 4).contiguous().view(torch.uint8)
+    tiles = tiles.view(len(batch), num_heads, len(row_tiles) * _TILE_ROWS, len(col_tiles) * _TILE_COLS)
     top = rows.start - row_tiles.start * _TILE_ROWS
     edge = cols.start - col_tiles.start * _TILE_COLS
     return tiles[:, :, top : top + len(rows), edge : edge + len(cols)] <= math.floor(255 * (1 - dropout_p))

@@ -6,6 +6,7 @@ here, and nothing outside the used rows is ever read, so unused memory may hold 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,9 @@ class Rows(NamedTuple):
         elif count != tensor.shape[0]:
             tensor = tensor.narrow(0, self.start, count)
         return tensor.narrow(1, self.low, self.high - self.low)
+
+    def after(self, entries: int) -> Rows:
+        return self._replace(start=self.start + entries * (self.slot if self.packed else 1))
 
     def of_lse(self, lse: Tensor, count: int) -> Tensor:
         """View (count, H, high - low) of a (B, H, S) or (H, T) tensor."""
@@ -70,6 +74,19 @@ class Piece(NamedTuple):
     skipped_rows: Rows  # used rows of q that see no key; often empty
     first_row: int  # of q_rows, counted from the sequence's start: the dropout mask needs it
     first_key: int
+
+    def parts(self, max_count: int) -> Iterator[Piece]:
+        """The same entries, at most max_count at a time."""
+        for done in range(0, self.count, max_count):
+            rows = (rows.after(done) if done else rows for rows in (self.q_rows, self.k_rows, self.skipped_rows))
+            q_rows, k_rows, skipped_rows = rows
+            yield self._replace(
+                batch=self.batch + done,
+                count=min(max_count, self.count - done),
+                q_rows=q_rows,
+                k_rows=k_rows,
+                skipped_rows=skipped_rows,
+            )
 
     def slopes(self, alibi_slopes: Tensor | None) -> Tensor | None:
         if alibi_slopes is None or alibi_slopes.dim() == 1:

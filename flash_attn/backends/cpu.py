@@ -15,6 +15,9 @@ from ._cache import append_kv, combine
 from ._rotary import rotary
 from ._sequences import Piece, covers, split
 
+# Elements of q and k that backward holds in float32 at once, where the inputs have 16 bits: 64 MiB each way.
+WIDENED_ELEMENTS = 1 << 24
+
 __all__ = ["append_kv", "attn_probs", "backward", "combine", "forward", "rotary"]
 
 
@@ -147,6 +150,8 @@ def backward(
         return _math.backward(piece, _math.Score(softmax_scale, softcap, slopes, dropout_p, rng_state), *tensors)
 
     pieces = split(q, k, *layout, window_left, window_right)
+    if q.itemsize == 2:
+        pieces = [part for piece in pieces for part in piece.parts(_entries_to_widen(piece, q, k))]
     if len(pieces) == 1 and pieces[0].keys.num_rows and _covers_all(pieces[0], q, k):
         grads = zip(compute(pieces[0]), (q, k, v), strict=True)
         dq, dk, dv = (grad.to(x.dtype).contiguous().view(x.shape) for grad, x in grads)
@@ -159,6 +164,12 @@ def backward(
             piece.k_rows.of(dk, piece.count).copy_(piece_dk)
             piece.k_rows.of(dv, piece.count).copy_(piece_dv)
     return dq, dk, dv, ds_aux
+
+
+def _entries_to_widen(piece: Piece, q: Tensor, k: Tensor) -> int:
+    keys = piece.keys
+    elements = keys.num_rows * q.shape[-2] * q.shape[-1] + keys.num_keys * k.shape[-2] * k.shape[-1]
+    return max(1, WIDENED_ELEMENTS // max(1, elements))
 
 
 def _covers_all(piece: Piece, q: Tensor, k: Tensor) -> bool:
