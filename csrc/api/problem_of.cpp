@@ -20,16 +20,26 @@ void check_int_vector(const char* name, const std::optional<Tensor>& vector, con
   check(vector->size(0) == size, name, " must hold ", size, " elements, got ", vector->size(0));
 }
 
-void check_lengths(const ForwardArgs& args, Layout layout, int64_t batch) {
-  if (layout == Layout::kVarlen) {
-    check(args.cu_seqlens_k.has_value(), "cu_seqlens_k must be given with cu_seqlens_q");
-    check_int_vector("cu_seqlens_q", args.cu_seqlens_q, args.q, batch + 1);
+void check_lengths(const ForwardArgs& args, int64_t batch) {
+  if (args.cu_seqlens_q) check_int_vector("cu_seqlens_q", args.cu_seqlens_q, args.q, batch + 1);
+  if (args.cu_seqlens_k) {
+    check(args.cu_seqlens_q.has_value(), "cu_seqlens_k goes with cu_seqlens_q");
     check_int_vector("cu_seqlens_k", args.cu_seqlens_k, args.q, batch + 1);
-  } else {
-    check(!args.cu_seqlens_k, "cu_seqlens_k goes with cu_seqlens_q");
   }
   if (args.seqused_q) check_int_vector("seqused_q", args.seqused_q, args.q, batch);
   if (args.seqused_k) check_int_vector("seqused_k", args.seqused_k, args.q, batch);
+}
+
+// Entries of the batch; with cu_seqlens_q they are packed into q's rows.
+int64_t batch_of(const ForwardArgs& args) {
+  if (!args.cu_seqlens_q) return args.q.size(0);
+  check(args.cu_seqlens_q->numel() >= 1, "cu_seqlens_q must hold at least one offset");
+  return args.cu_seqlens_q->numel() - 1;
+}
+
+// A packed tensor is (row, head, head_dim), a dense one (batch, row, head, head_dim).
+void check_rank(const char* name, const Tensor& tensor, bool packed) {
+  check(tensor.dim() == (packed ? 3 : 4), name, " must have ", packed ? 3 : 4, " dimensions, got ", shape_of(tensor));
 }
 
 void check_score(const ForwardArgs& args, int64_t batch, int64_t num_heads) {
@@ -74,42 +84,41 @@ Problem make_problem(const ForwardArgs& args) {
   const Tensor& q = args.q;
   check_same_device_and_dtype(args);
   const Dtype dtype = dtype_of(q);
-  const Layout layout = args.cu_seqlens_q ? Layout::kVarlen : Layout::kDense;
-  const int64_t rank = layout == Layout::kDense ? 4 : 3;
-  check(q.dim() == rank && args.k.dim() == rank && args.v.dim() == rank, "q, k and v must have ", rank,
-        " dimensions, got ", shape_of(q), ", ", shape_of(args.k), ", ", shape_of(args.v));
-  const int64_t row_dim = rank - 3;
-  const int64_t rows_k = args.k.size(row_dim);
-  const int64_t num_heads = q.size(rank - 2);
-  const int64_t num_heads_k = args.k.size(rank - 2);
-  const int64_t head_dim = q.size(rank - 1);
-  const int64_t head_dim_v = args.v.size(rank - 1);
-  int64_t batch = q.size(0);
-  if (layout == Layout::kVarlen) {
-    batch = args.cu_seqlens_q->numel() - 1;
-    check(batch >= 0, "cu_seqlens_q must hold at least one offset");
+  const bool packed_q = args.cu_seqlens_q.has_value();
+  const bool packed_k = args.cu_seqlens_k.has_value();
+  check_rank("q", q, packed_q);
+  check_rank("k", args.k, packed_k);
+  check_rank("v", args.v, packed_k);
+  const int64_t batch = batch_of(args);
+  const int64_t rows_q = q.size(packed_q ? 0 : 1);
+  const int64_t rows_k = args.k.size(packed_k ? 0 : 1);
+  const int64_t num_heads = q.size(q.dim() - 2);
+  const int64_t num_heads_k = args.k.size(args.k.dim() - 2);
+  const int64_t head_dim = q.size(q.dim() - 1);
+  const int64_t head_dim_v = args.v.size(args.v.dim() - 1);
+  if (packed_k) {
     check_shape("k", args.k, {rows_k, num_heads_k, head_dim});
     check_shape("v", args.v, {rows_k, num_heads_k, head_dim_v});
   } else {
     check_shape("k", args.k, {batch, rows_k, num_heads_k, head_dim});
     check_shape("v", args.v, {batch, rows_k, num_heads_k, head_dim_v});
   }
-  check_lengths(args, layout, batch);
+  check_lengths(args, batch);
   check(num_heads_k > 0 && num_heads % num_heads_k == 0, "q's heads must be a multiple of k's, got ", num_heads,
         " and ", num_heads_k);
   check(head_dim >= 1 && head_dim_v >= 1, "head_dim must be at least 1, got ", head_dim, " and ", head_dim_v);
   constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
-  check(q.size(row_dim) <= kMaxRows && rows_k <= kMaxRows, "a sequence has at most ", kMaxRows, " rows");
+  check(rows_q <= kMaxRows && rows_k <= kMaxRows, "a sequence has at most ", kMaxRows, " rows");
   check_score(args, batch, num_heads);
   check_plain(args);
-  return {.layout = layout,
+  return {.layout = packed_q ? Layout::kVarlen : Layout::kDense,
           .dtype = dtype,
           .batch = batch,
           .num_heads = num_heads,
           .num_heads_k = num_heads_k,
           .head_dim = static_cast<int>(head_dim),
           .head_dim_v = static_cast<int>(head_dim_v),
-          .rows_q = q.size(row_dim),
+          .rows_q = rows_q,
           .rows_k = rows_k,
           .window_left = args.window_left,
           .window_right = args.window_right,

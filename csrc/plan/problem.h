@@ -7,6 +7,7 @@
 
 namespace flash_attn {
 
+// Of the queries. kVarlen: the rows of all entries are packed, and their lengths are on the device.
 enum class Layout { kDense, kVarlen };
 
 struct Problem {
@@ -18,7 +19,7 @@ struct Problem {
   int head_dim;
   int head_dim_v;
   int64_t rows_q;  // kDense: query length of each entry; kVarlen: query rows of all entries together
-  int64_t rows_k;
+  int64_t rows_k;  // likewise; packed queries may go with dense keys
   // Keys visible to the left and right of the diagonal; negative: all of them.
   int64_t window_left;
   int64_t window_right;

@@ -34,7 +34,7 @@ FORWARD_FAMILIES = (
     Family(
         arch=80,
         dtypes=("fp16", "bf16"),
-        head_dims=((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)),
+        head_dims=((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)),
         masks_and_scores=(("full", "plain"), ("causal", "plain"), ("general", "plain"), ("general", "general")),
     ),
 )

@@ -66,9 +66,13 @@ __device__ inline TileCoord varlen_tile(const SeqParams& seq, int slot, int head
   if (entry == seq.batch) {  // rows past the last entry belong to none
     return {{entry, begin_q, 0, seq.rows_q - begin_q, 0, 0}, head_idx, m_begin};
   }
-  const int begin_k = row_at(seq.cu_seqlens_k, entry, seq.rows_k);
   const int rows_q = max(row_at(seq.cu_seqlens_q, entry + 1, seq.rows_q) - begin_q, 0);
-  const int rows_k = max(row_at(seq.cu_seqlens_k, entry + 1, seq.rows_k) - begin_k, 0);
+  int begin_k = 0;
+  int rows_k = seq.rows_k;
+  if (seq.cu_seqlens_k != nullptr) {
+    begin_k = row_at(seq.cu_seqlens_k, entry, seq.rows_k);
+    rows_k = max(row_at(seq.cu_seqlens_k, entry + 1, seq.rows_k) - begin_k, 0);
+  }
   return {{entry, begin_q, begin_k, rows_q, used(seq.seqused_q, entry, rows_q), used(seq.seqused_k, entry, rows_k)},
           head_idx,
           m_begin};
