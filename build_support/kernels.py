@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch.utils.cpp_extension as cpp_extension
@@ -77,8 +78,9 @@ class BuildKernels(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.editable_mode:
-            # setuptools picks a new folder each time, in which ninja would find nothing to reuse.
-            self.build_temp = os.path.join("build", "temp.editable")
+            # setuptools picks a new folder each time, in which ninja would find nothing to reuse. This is the one
+            # that a wheel is built in.
+            self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
     def build_extensions(self) -> None:
         generated = Path(self.build_temp) / "generated"
