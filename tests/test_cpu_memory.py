@@ -17,7 +17,7 @@ SCORES_MIB = LONG * LONG * 4 / 2**20
 CASES = {
     "causal": {"causal": True},
     "alibi_window": {"window_size": (511, 64), "alibi": True},
-    "softcap": {"causal": True, "softcap": 20.0},
+    "softcap": {"window_size": (4095, 0), "softcap": 20.0},
     "dropout_window": {"window_size": (255, 0), "dropout_p": 0.1},
 }
 
