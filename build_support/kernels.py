@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import sys
@@ -84,11 +85,13 @@ class BuildKernels(cpp_extension.BuildExtension):
 
     def build_extensions(self) -> None:
         generated = Path(self.build_temp) / "generated"
-        (extension,) = self.extensions
-        extension.include_dirs.append(str(generated.absolute()))
         options = self.kernels.options
         made = load_variants().generate(generated, options.archs, options.head_dims, options.dtypes)
-        extension.sources += [str(file) for file in made]
+        # A copy: setuptools may run this command twice on the extension that setup() was given.
+        extension = copy.copy(self.extensions[0])
+        extension.include_dirs = [*extension.include_dirs, str(generated.absolute())]
+        extension.sources = [*extension.sources, *map(str, made)]
+        self.extensions = [extension]
         self._choose_parallelism(len(extension.sources))
         super().build_extensions()
 
