@@ -18,8 +18,8 @@ INSTALLED = $(VENV)/installed
 TIMES = build/times
 
 # $(call timed,PART,COMMAND): shows and runs the command, and notes the seconds under the part of the work.
-timed = @mkdir -p $(TIMES); start=$$(date +%s); set -x; $(2) && { set +x; } 2>/dev/null && \
-	echo $$(( $$(date +%s) - start )) >> $(TIMES)/$(1)
+timed = @mkdir -p $(TIMES); start=$$(date +%s); ( set -x; $(2) ); status=$$?; \
+	echo $$(( $$(date +%s) - start )) >> $(TIMES)/$(1); exit $$status
 
 .PHONY: help demo test run-tests install wheel test-gpu test-abi bench format lint clean options
 

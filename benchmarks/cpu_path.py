@@ -1,6 +1,6 @@
 """The CPU path against torch.nn.functional.scaled_dot_product_attention on the same inputs.
 
-    python benchmarks/cpu_path.py [--quick] [--only SUBSTRING] [--json FILE]
+    python benchmarks/cpu_path.py [--quick] [--only SUBSTRING] [--threads N] [--json FILE]
 
 Both run in one process, call by call in turn, so that a busy machine slows both; the best of the repeats counts. SDPA's
 masks are made ahead of the timing, which favours SDPA. Peak memory is what one call adds to the resident set, measured
@@ -334,7 +334,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for the repeats of one case")
     parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     selected = [case for case in cases(options.quick) if options.only in case.name]
     print(f"{'case':62} {'ours ms':>9} {'SDPA ms':>9} {'ratio':>6} {'bar':>5}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch.utils.cpp_extension as cpp_extension
@@ -77,16 +79,19 @@ class BuildKernels(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.editable_mode:
-            # setuptools picks a new folder each time, in which ninja would find nothing to reuse.
-            self.build_temp = os.path.join("build", "temp.editable")
+            # setuptools picks a new folder each time, in which ninja would find nothing to reuse. This is the one
+            # that a wheel is built in.
+            self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
     def build_extensions(self) -> None:
         generated = Path(self.build_temp) / "generated"
-        (extension,) = self.extensions
-        extension.include_dirs.append(str(generated.absolute()))
         options = self.kernels.options
         made = load_variants().generate(generated, options.archs, options.head_dims, options.dtypes)
-        extension.sources += [str(file) for file in made]
+        # A copy: setuptools may run this command twice on the extension that setup() was given.
+        extension = copy.copy(self.extensions[0])
+        extension.include_dirs = [*extension.include_dirs, str(generated.absolute())]
+        extension.sources = [*extension.sources, *map(str, made)]
+        self.extensions = [extension]
         self._choose_parallelism(len(extension.sources))
         super().build_extensions()
 

@@ -14,6 +14,15 @@ ATTEMPTS = 3
 TURNS = 12
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """With more threads, other work on the machine delays whoever has more parallel regions, not more to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def best_ratio(ours, sdpa):
     """Best time of ours by best time of SDPA's; they take turns, so that other work slows both."""
     best = {ours: float("inf"), sdpa: float("inf")}
