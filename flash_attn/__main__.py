@@ -14,18 +14,12 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32,
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flash_attn", description="Exact attention: what is installed."
-    )
+    parser = argparse.ArgumentParser(prog="python -m flash_attn", description="Exact attention: what is installed.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, kernels that were built, GPUs")
     commands.add_parser("support", help="the table of paths and features")
-    check = commands.add_parser(
-        "check", help="run attention on every path here and compare it with a float64 result"
-    )
-    check.add_argument(
-        "--path", choices=tuple(_dispatch.PATHS), help="one path only, which must then serve it"
-    )
+    check = commands.add_parser("check", help="run attention on every path here and compare it with a float64 result")
+    check.add_argument("--path", choices=tuple(_dispatch.PATHS), help="one path only, which must then serve it")
     explain = commands.add_parser("explain", help="which kernel a flash_attn_func call would run, and why")
     explain.add_argument("--batch", type=int, default=1)
     explain.add_argument("--seqlen-q", type=int, default=4096)

@@ -216,11 +216,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _refusal(forced: str | None, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:
     tried = (forced,) if forced is not None else ("sm90", "sm80")
     lines = [f"{name}: {'; '.join(objections(name, q, head_dim_v, features))}" for name in tried]
-    hint = (
-        ""
-        if forced == "cpu"
-        else ". The CPU path runs it: with flash_attn.use_path('cpu'), or on CPU tensors"
-    )
+    hint = "" if forced == "cpu" else ". The CPU path runs it: with flash_attn.use_path('cpu'), or on CPU tensors"
     return f"no kernel serves this call ({' | '.join(lines)}){hint}"
 
 

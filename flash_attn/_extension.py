@@ -47,9 +47,7 @@ def _read_build_info() -> BuildInfo:
 class Kernels:
     """What the loaded extension holds."""
 
-    buckets: dict[
-        int, tuple[tuple[int, int], ...]
-    ]  # arch -> (head_dim, head_dim_v) of its tile table, smallest first
+    buckets: dict[int, tuple[tuple[int, int], ...]]  # arch -> (head_dim, head_dim_v) of its tile table, smallest first
     built: frozenset[tuple[int, str, tuple[int, int]]]  # (arch, dtype, bucket)
 
 

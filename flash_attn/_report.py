@@ -51,9 +51,7 @@ def info() -> Info:
     return Info(
         version=__version__,
         torch=torch.__version__,
-        kernels=tuple(
-            f"sm{arch} {dtype} d{qk}/{v}" for arch, dtype, (qk, v) in sorted(_extension.kernels.built)
-        ),
+        kernels=tuple(f"sm{arch} {dtype} d{qk}/{v}" for arch, dtype, (qk, v) in sorted(_extension.kernels.built)),
         kernels_missing=_extension.load_error(),
         build=_extension.build_info,
         devices=tuple(
@@ -105,9 +103,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 
 def explain_call(title: str, call: Any) -> Explanation:
-    objections = {
-        name: _dispatch.objections(name, call.q, call.head_dim_v, call.features) for name in _dispatch.PATHS
-    }
+    objections = {name: _dispatch.objections(name, call.q, call.head_dim_v, call.features) for name in _dispatch.PATHS}
     try:
         path = _dispatch.choose_path(call.q, call.head_dim_v, call.features)
     except NotImplementedError:
@@ -116,9 +112,7 @@ def explain_call(title: str, call: Any) -> Explanation:
     for spec in _dispatch.PATHS.values():
         if spec.arch is None or not _extension.is_loaded():
             continue
-        if not _dispatch.plan_objections(
-            spec, call.q.dtype, call.q.shape[-1], call.head_dim_v, call.features
-        ):
+        if not _dispatch.plan_objections(spec, call.q.dtype, call.q.shape[-1], call.head_dim_v, call.features):
             plan = torch.ops.flash_attn.explain_forward(*call.op_arguments, spec.arch)
             plans[spec.name] = json.loads(plan)
     return Explanation(title, path, objections, plans)

@@ -88,9 +88,7 @@ def run(only: str | None = None) -> int:
     """Prints a line per call; returns the number of failed ones, and 1 if `only` is a path that is not here."""
     paths = _paths_here()
     if only is not None and only not in paths:
-        print(
-            f"the path {only} is not available here: {_extension.load_error() or 'no device or no kernels for it'}"
-        )
+        print(f"the path {only} is not available here: {_extension.load_error() or 'no device or no kernels for it'}")
         return 1
     failures = 0
     for name in (only,) if only is not None else paths:

@@ -35,7 +35,7 @@ def machine(tmp_path):
 def test_everything_is_built_by_default():
     options = read_options({})
     assert not options.skip_cuda
-    assert options.head_dims == (64, 128)
+    assert options.head_dims == (32, 64, 96, 128, 192, 256)
     assert options.dtypes == ("fp16", "bf16")
 
 
@@ -49,7 +49,7 @@ def test_subset_keeps_the_table_order():
     ("name", "value", "message"),
     [
         ("FLASH_ATTN_ARCHS", "70", "FLASH_ATTN_ARCHS must be a comma-separated list of 80, 90; got '70'"),
-        ("FLASH_ATTN_HEAD_DIMS", "64,65", "FLASH_ATTN_HEAD_DIMS must be .* 64, 128.*; got '64,65'"),
+        ("FLASH_ATTN_HEAD_DIMS", "64,65", "FLASH_ATTN_HEAD_DIMS must be .* 64, 96, 128.*; got '64,65'"),
         ("FLASH_ATTN_DTYPES", "fp8", "FLASH_ATTN_DTYPES must be .* fp16, bf16; got 'fp8'"),
         ("FLASH_ATTN_SKIP_CUDA", "perhaps", "FLASH_ATTN_SKIP_CUDA must be 0 or 1; got 'perhaps'"),
     ],
@@ -215,7 +215,7 @@ def test_build_of_a_subset(tmp_path):
     decided = decision.decide(os.environ)
     if isinstance(decided, decision.PurePython):
         pytest.skip(f"no kernels can be built here: {decided.reason}")
-    chosen = {"FLASH_ATTN_ARCHS": "80", "FLASH_ATTN_HEAD_DIMS": "64", "FLASH_ATTN_DTYPES": "bf16"}
+    chosen = {"FLASH_ATTN_ARCHS": "80", "FLASH_ATTN_HEAD_DIMS": "32", "FLASH_ATTN_DTYPES": "bf16"}
     build = subprocess.run(
         [sys.executable, "setup.py", "build", f"--build-base={tmp_path}"],
         cwd=ROOT,
@@ -227,12 +227,12 @@ def test_build_of_a_subset(tmp_path):
     assert build.returncode == 0, build.stdout + build.stderr
     assert "at a time" in build.stdout
     generated = {file.name for file in tmp_path.rglob("generated/*.cu")}
-    assert generated == {"forward_bf16_d64_64_sm80.cu"}
+    assert generated == {"forward_bf16_d32_32_sm80.cu"}
 
     (info_file,) = tmp_path.glob("lib*/flash_attn/_build_info.json")
     info = json.loads(info_file.read_text())
     assert info["kernels_built"]
-    assert (info["archs"], info["head_dims"], info["dtypes"]) == ([80], [64], ["bf16"])
+    assert (info["archs"], info["head_dims"], info["dtypes"]) == ([80], [32], ["bf16"])
 
     code = "import torch, flash_attn._C; print(torch.ops.flash_attn.built_kernels())"
     listing = subprocess.run(
@@ -244,4 +244,4 @@ def test_build_of_a_subset(tmp_path):
     )
     assert listing.returncode == 0, listing.stderr
     kernels = json.loads(listing.stdout)["forward"]
-    assert {(kernel["arch"], kernel["dtype"], *kernel["head_dim"]) for kernel in kernels} == {(80, "bf16", 64, 64)}
+    assert {(kernel["arch"], kernel["dtype"], *kernel["head_dim"]) for kernel in kernels} == {(80, "bf16", 32, 32)}

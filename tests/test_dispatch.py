@@ -53,9 +53,10 @@ def test_refusal_names_the_missing_feature(feature):
 
 
 def test_refusal_names_dtype_and_head_dim():
-    q = _qkv(head_dim=192, dtype=torch.float32)[0]
+    q = _qkv(head_dim=320, dtype=torch.float32)[0]
     reasons = " ".join(_dispatch.objections("sm80", q, 64, frozenset({"dense"})))
-    assert "fp32" in reasons and "192/64" in reasons and "up to 128" in reasons
+    limit = _dispatch.PATHS["sm80"].max_head_dim
+    assert "fp32" in reasons and "320/64" in reasons and f"up to {limit}" in reasons
 
 
 def test_every_path_serves_only_known_features():

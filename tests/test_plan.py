@@ -26,6 +26,9 @@ def problem(**changes):
         "rows_k": 1000,
         "window_left": -1,
         "window_right": -1,
+        "has_softcap": False,
+        "has_alibi": False,
+        "has_dropout": False,
     }
     made = planner.Problem()
     for name, value in {**values, **changes}.items():
@@ -39,16 +42,26 @@ def plan(**changes):
 
 @pytest.mark.parametrize(
     ("head_dim", "head_dim_v", "bucket"),
-    [(1, 1, 64), (64, 64, 64), (65, 64, 128), (64, 65, 128), (128, 8, 128), (128, 128, 128)],
+    [
+        (1, 1, (32, 32)),
+        (32, 33, (64, 64)),
+        (64, 64, (64, 64)),
+        (65, 64, (96, 96)),
+        (64, 97, (128, 128)),
+        (128, 8, (128, 128)),
+        (129, 128, (192, 128)),
+        (192, 129, (192, 192)),
+        (64, 256, (256, 256)),
+    ],
 )
 def test_smallest_bucket_that_holds_both_head_dims(head_dim, head_dim_v, bucket):
     made = plan(head_dim=head_dim, head_dim_v=head_dim_v)
-    assert (made.head_dim, made.head_dim_v) == (bucket, bucket)
+    assert (made.head_dim, made.head_dim_v) == bucket
 
 
 def test_no_bucket_names_the_head_dims():
-    with pytest.raises(planner.UnsupportedProblem, match="head_dim.*129/128"):
-        plan(head_dim=129, head_dim_v=128)
+    with pytest.raises(planner.UnsupportedProblem, match="head_dim.*257/128"):
+        plan(head_dim=257, head_dim_v=128)
 
 
 def test_each_tile_row_has_a_reason():
@@ -66,9 +79,15 @@ def test_window_that_hides_nothing_on_the_left_needs_no_window_kernel(left, righ
 
 
 @pytest.mark.parametrize(("left", "right"), [(10, 0), (10, 10), (-1, 5), (999, 0)])
-def test_window_without_a_kernel_names_the_argument(left, right):
-    with pytest.raises(planner.UnsupportedProblem, match="window_size"):
-        plan(window_left=left, window_right=right)
+def test_a_window_takes_the_general_mask(left, right):
+    made = plan(window_left=left, window_right=right)
+    assert (made.mask, made.score) == (planner.Mask.GENERAL, planner.Score.PLAIN)
+
+
+@pytest.mark.parametrize("feature", ["has_softcap", "has_alibi", "has_dropout"])
+def test_the_general_score_comes_with_the_general_mask(feature):
+    made = plan(window_right=0, **{feature: True})
+    assert (made.mask, made.score) == (planner.Mask.GENERAL, planner.Score.GENERAL)
 
 
 def test_grid_covers_every_row_head_and_entry_once():

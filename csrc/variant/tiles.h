@@ -19,27 +19,28 @@ struct TileRow {
 };
 
 // Smallest bucket first: the first row that holds a call is the one it takes.
+// Figures are bf16 TFLOP/s on an H200, length 8192, full and causal (docs/performance-notes.md).
 inline constexpr TileRow kForwardTilesSm80[] = {
-    {{32, 32}, {128, 128, 4}, "exponentials, not matrix products, take the time; shared memory 24 KB"},
+    {{32, 32},
+     {128, 128, 4},
+     "issue slots: exponentials outweigh the matrix products; n = 64 is slower, 230 for 242 full"},
     {{64, 64},
      {128, 128, 4},
-     "registers: S (128) + O (64) of 255 per lane; shared memory 48 KB lets two blocks share an SM"},
-    {{96, 96},
-     {128, 64, 4},
-     "registers: S (64) + O (96) of 255 per lane; shared memory 48 KB lets two blocks share an SM"},
+     "registers: S (128) + O (64) of 255 per lane; n = 64 leaves fewer products per barrier, 304 for 333 full"},
+    {{96, 96}, {128, 64, 4}, "registers: S (64) + O (96) of 255 per lane; n = 96 spills and gains nothing"},
     {{128, 128},
      {128, 64, 4},
-     "registers: S (64) + O (128) of 255 per lane, n = 128 would spill; shared memory 64 KB, two blocks on SM80 and "
-     "SM90, one on SM86"},
-    {{192, 128},
-     {128, 64, 8},
-     "registers: two row halves over 8 warps, S (32) + O (64); shared memory 88 KB fits SM86's 99 KB"},
+     "registers: S (64) + O (128) of 255 per lane; n = 32 is slower, 329 for 373 full; shared memory 64 KB, two blocks "
+     "on "
+     "SM80 and SM90, one on SM86"},
+    {{192, 128}, {64, 64, 4}, "as 192/192, which it shares K's tile with"},
     {{192, 192},
-     {128, 64, 8},
-     "registers: two row halves over 8 warps, S (32) + O (96); shared memory 96 KB fits SM86's 99 KB"},
+     {64, 64, 4},
+     "two blocks on an SM hide each other's barriers: 314 full, where one of 128 rows and 8 warps has 283; 72 KB fits "
+     "SM86"},
     {{256, 256},
      {64, 64, 4},
-     "registers: S (32) + O (128) of 255 per lane; shared memory 96 KB fits SM86's 99 KB, two blocks on SM90"},
+     "as 192/192: 330 full, where 128 rows and 8 warps have 295; shared memory 96 KB fits SM86's 99 KB"},
 };
 
 inline constexpr int kThreadsPerWarp = 32;

@@ -81,8 +81,7 @@ def forward_groups(archs: Iterable[int], head_dims: Iterable[int], dtypes: Itera
 def _instantiation(group: Group) -> str:
     lines = [_HEADER, f'#include "kernels/sm{group.arch}/forward_launch.h"\n\n', "namespace flash_attn {\n\n"]
     lines += [
-        f"template cudaError_t {launch}(const ForwardParams&, const LaunchConfig&);\n"
-        for _, launch in group.launches
+        f"template cudaError_t {launch}(const ForwardParams&, const LaunchConfig&);\n" for _, launch in group.launches
     ]
     return "".join([*lines, "\n}  // namespace flash_attn\n"])
 
@@ -113,9 +112,7 @@ def _table(groups: list[Group]) -> str:
     return "".join([*lines, "}\n\n}  // namespace flash_attn\n"])
 
 
-def generate(
-    out_dir: Path, archs: Iterable[int], head_dims: Iterable[int], dtypes: Iterable[str]
-) -> list[Path]:
+def generate(out_dir: Path, archs: Iterable[int], head_dims: Iterable[int], dtypes: Iterable[str]) -> list[Path]:
     """Writes the files of the chosen subset into `out_dir` and returns their paths.
 
     A file whose text is unchanged is left alone, so that a rebuild compiles only what differs.

@@ -73,6 +73,10 @@ struct ForwardTraits {
   using ThreadLayout = Layout<Shape<Int<kNumThreads / kThreadsPerRow<kCols>>, Int<kThreadsPerRow<kCols>>>,
                               Stride<Int<kThreadsPerRow<kCols>>, _1>>;
   template <int kCols>
+  static constexpr bool kLoadsWholeTiles =
+      kTileM % (kNumThreads / kThreadsPerRow<kCols>) == 0 && kTileN % (kNumThreads / kThreadsPerRow<kCols>) == 0;
+  static_assert(kLoadsWholeTiles<kHeadDim> && kLoadsWholeTiles<kHeadDimV>, "a load would pass the end of its tile");
+  template <int kCols>
   using TiledLoad = decltype(make_tiled_copy(Copy_Atom<SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>, Element>{},
                                              ThreadLayout<kCols>{}, Layout<Shape<_1, Int<kVectorElements>>>{}));
   template <int kCols>
