@@ -3,7 +3,7 @@
 Installs the wheel, as it was built, beside each torch in an environment of its own under build/abi, loads it there and
 runs the tests that need no GPU.
 
-usage: python tests/abi/run.py DIST
+usage: python tests/abi/run.py DIST [TORCH ...]     for example: dist torch==2.12.1
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NOT_OF_THE_WHEEL = ("test_build.py", "test_layering.py")
 def main() -> None:
     wheel = newest_wheel(Path(sys.argv[1]))
     print(f"the wheel is {wheel.name}")
-    results = {torch: try_with(torch, wheel) for torch in TORCHES}
+    results = {torch: try_with(torch, wheel) for torch in sys.argv[2:] or TORCHES}
     print()
     for torch, (version, failure, seconds) in results.items():
         print(f"{torch:<14} {version:<16} {failure or 'passed'} ({seconds:.0f} s)")
