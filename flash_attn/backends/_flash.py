@@ -30,8 +30,8 @@ def _fits(x: Tensor, head_dim: int) -> bool:
 def _heads_first(x: Tensor, head_dim: int) -> Tensor:
     """(n, H, rows, head_dim) with strides the kernel can take, zero-padded to head_dim."""
     if x.shape[-1] < head_dim:
-        x = F.pad(x, (0, head_dim - x.shape[-1]))
-    elif not _fits(x, head_dim):
+        x = F.pad(x, (0, head_dim - x.shape[-1]))  # keeps the order of the strides
+    if not _fits(x, head_dim):
         x = x.clone(memory_format=torch.contiguous_format)
     return x.transpose(1, 2)
 
