@@ -20,7 +20,7 @@ ENVIRONMENTS = ROOT / "build" / "abi"
 TORCHES = ("torch==2.10.0", "torch==2.11.0", "torch")
 
 # Tests of the repository, not of what is installed.
-NOT_OF_THE_WHEEL = ("test_build.py", "test_layering.py")
+NOT_OF_THE_WHEEL = ("test_build.py", "test_layering.py", "test_readme.py", "test_demo.py")
 
 
 def main() -> None:
