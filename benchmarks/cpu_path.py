@@ -354,7 +354,8 @@ def main() -> None:
     for r in results:
         print(f"{r.name:62} {r.ours_peak_mib:9.1f} {r.sdpa_peak_mib:9.1f} {r.ours_error:11.1e} {r.sdpa_error:11.1e}")
     if options.json:
-        rows = [asdict(result) for result in results]
+        # JSON has no NaN.
+        rows = [{k: None if v != v else v for k, v in asdict(result).items()} for result in results]
         options.json.write_text(json.dumps({"environment": environment(), "cases": rows}, indent=1) + "\n")
 
 
