@@ -5,6 +5,8 @@ VENV ?= .venv
 PYTHON = $(VENV)/bin/python
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
+PLOT_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
@@ -21,7 +23,7 @@ TIMES = build/times
 timed = @mkdir -p $(TIMES); start=$$(date +%s); ( set -x; $(2) ); status=$$?; \
 	echo $$(( $$(date +%s) - start )) >> $(TIMES)/$(1); exit $$status
 
-.PHONY: help demo test run-tests install wheel test-gpu test-abi bench format lint clean options
+.PHONY: help demo test run-tests install wheel test-gpu test-abi bench plot format lint clean options
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,8 +57,11 @@ test-gpu:  ## run the tests with the python3 (or PYTHON=...) and the flash_attn 
 test-abi: wheel  ## try the wheel under three torch versions (slow; downloads each)
 	$(PYTHON) tests/abi/run.py dist
 
-bench: $(INSTALLED)/flash_attn  ## time and memory of the CPU path beside torch's own
-	$(PYTHON) benchmarks/cpu_path.py
+bench: $(INSTALLED)/flash_attn  ## speed, memory and error beside torch's attention, on the GPU or the CPU (BENCH_ARGS=--help)
+	$(PYTHON) -m flash_attn bench $(BENCH_ARGS)
+
+plot: $(INSTALLED)/bench  ## draw a recorded benchmark (PLOT_ARGS="RESULT.json --out FILE.svg")
+	$(PYTHON) benchmarks/plot.py $(PLOT_ARGS)
 
 format: $(INSTALLED)/lint  ## format every file
 	$(PYTHON) -m ruff check --fix .
@@ -87,6 +92,10 @@ $(INSTALLED)/test: requirements/test.txt $(INSTALLED)/build
 
 $(INSTALLED)/lint: requirements/lint.txt $(INSTALLED)/pip
 	$(call timed,set-up,$(PIP_INSTALL) -r requirements/lint.txt)
+	@touch $@
+
+$(INSTALLED)/bench: requirements/bench.txt $(INSTALLED)/build
+	$(call timed,set-up,$(PIP_INSTALL) -r requirements/bench.txt)
 	@touch $@
 
 # An editable install: Python changes need no rebuild, and ninja compiles only the C++ files that changed.

@@ -1,4 +1,4 @@
-"""python -m flash_attn info | explain | check | support"""
+"""python -m flash_attn info | explain | check | support | bench"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 import flash_attn
 from flash_attn import _dispatch, _self_check
+from flash_attn.bench import command as bench
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -20,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("support", help="the table of paths and features")
     check = commands.add_parser("check", help="run attention on every path here and compare it with a float64 result")
     check.add_argument("--path", choices=tuple(_dispatch.PATHS), help="one path only, which must then serve it")
+    bench.add_arguments(commands.add_parser("bench", help="speed, memory and error beside torch's attention"))
     explain = commands.add_parser("explain", help="which kernel a flash_attn_func call would run, and why")
     explain.add_argument("--batch", type=int, default=1)
     explain.add_argument("--seqlen-q", type=int, default=4096)
@@ -72,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         _explain(args)
     elif args.command == "check":
         return _self_check.run(args.path)
+    elif args.command == "bench":
+        return bench.run(args)
     return 0
 
 

@@ -26,7 +26,7 @@ PYTHON_LAYERS = (
     ("_run",),
     ("interface", "interface_kvcache", "interface_varlen"),
     ("_report", "_self_check"),
-    ("__init__", "__main__"),
+    ("__init__", "__main__", "bench"),
 )
 RANKS = {module: rank for rank, layer in enumerate(PYTHON_LAYERS) for module in layer}
 

@@ -1,0 +1,86 @@
+"""python -m flash_attn bench --summary: this package beside each peer, from recorded results."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from flash_attn.bench.suites import SUITES
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A suite's cells that both implementations computed, and computed right."""
+
+    suite: str
+    ours: str
+    peer: str
+    speed: dict[str, float]  # case -> the peer's time by ours: above 1 where ours is faster
+    added_us: dict[str, float]  # case -> microseconds that a call of ours takes more
+
+    @property
+    def geometric_mean(self) -> float:
+        return math.exp(statistics.fmean(map(math.log, self.speed.values())))
+
+    @property
+    def slowest(self) -> str:
+        return min(self.speed, key=self.speed.__getitem__)
+
+
+def usable(figure: dict[str, Any] | None) -> bool:
+    return figure is not None and "ms" in figure and "wrong" not in figure
+
+
+def compare(results: Iterable[dict[str, Any]]) -> list[Comparison]:
+    """Ratios are taken within a run; a cell of several runs is their median."""
+    cells: dict[tuple[str, str, str], dict[str, list[tuple[float, float]]]] = {}
+    for result in results:
+        for row in result["rows"]:
+            for ours, peer in _pairs(row):
+                ms = row["results"][ours]["ms"], row["results"][peer]["ms"]
+                cells.setdefault((row["suite"], ours, peer), {}).setdefault(row["case"], []).append(ms)
+    found = []
+    for (suite, ours, peer), cases in cells.items():
+        speed = {case: statistics.median(theirs / mine for mine, theirs in pairs) for case, pairs in cases.items()}
+        added = {case: statistics.median(mine - theirs for mine, theirs in pairs) for case, pairs in cases.items()}
+        found.append(Comparison(suite, ours, peer, speed, {case: ms * 1e3 for case, ms in added.items()}))
+    order = list(SUITES)
+    return sorted(found, key=lambda one: (order.index(one.suite), one.ours, one.peer))
+
+
+def _pairs(row: Row) -> Iterable[tuple[str, str]]:
+    names = [name for name, figure in row["results"].items() if usable(figure)]
+    return [(ours, peer) for ours in names for peer in names if ours.startswith("ours") and not peer.startswith("ours")]
+
+
+def missing(results: Iterable[dict[str, Any]]) -> list[str]:
+    """Cells in which ours is wrong or failed: no ratio shows them."""
+    return [
+        f"{row['suite']} {row['case']}: {name} {figure.get('wrong') or figure.get('failed')}"
+        for result in results
+        for row in result["rows"]
+        for name, figure in row["results"].items()
+        if name.startswith("ours") and ("wrong" in figure or "failed" in figure)
+    ]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: speed of ours by the peer's, per suite; where a suite measures overhead, microseconds too."""
+    lines = [
+        "| suite | ours | peer | cells | geometric mean | lowest | where |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    notes = []
+    for one in compare(results):
+        numbers = f"{len(one.speed)} | {one.geometric_mean:.3f} | {one.speed[one.slowest]:.3f} | {one.slowest}"
+        lines.append(f"| {one.suite} | {one.ours} | {one.peer} | {numbers} |")
+        if SUITES[one.suite].overhead:
+            worst = max(one.added_us, key=one.added_us.__getitem__)
+            notes.append(f"{one.suite}: {one.ours} - {one.peer} is {one.added_us[worst]:+.1f} us at most, at {worst}")
+    notes += [f"not counted: {text}" for text in missing(results)]
+    return "\n".join(lines + [""] * bool(notes) + notes)

@@ -1,0 +1,379 @@
+"""python -m flash_attn bench: its declared cases, its checks, a whole run on the CPU, its arithmetic, its plots."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+
+import pytest
+import torch
+from repository import ROOT
+
+from flash_attn import __main__ as main_module
+from flash_attn import _dispatch
+from flash_attn.bench import check, cpu_path, impls, measure, report, runner, suites, summary
+
+TINY = suites.Case("fwd", 2, 4, 2, 24, 24, 16, 16, "fp32", causal=True)
+PACKED = suites.Case("varlen", 3, 4, 2, 20, 20, 16, 8, "fp32", causal=True, lengths=(5, 20, 1))
+BY_DEVICE = [(name, device) for device in ("cuda", "cpu") for name in suites.suites_for(device) if name != "cpu"]
+
+
+# ---- Declared cases ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name,device", BY_DEVICE)
+def test_declared_cases(name, device):
+    suite = suites.SUITES[name]
+    cases = list(suite.cases(name, device))
+    titles = [case.title for case in cases]
+    assert cases and len(set(titles)) == len(titles), "titles tell the cases of a suite apart"
+    for case in cases:
+        assert case.suite == name and case.dtype in check.DTYPES
+        assert case.heads % case.heads_k == 0 and case.batch > 0
+        assert 1 <= case.head_dim <= 512 and 1 <= case.head_dim_v <= 512
+        assert case.flops > 0
+        assert not (case.softcap and case.dropout_p), "the API refuses both together"
+        if case.lengths:
+            assert len(case.lengths) == case.batch and max(case.lengths) == case.seqlen_q == case.seqlen_k
+        if device == "cpu":
+            assert case.flops < 5e9, "a case on the CPU takes well under a second"
+    assert set(suite.also) <= set(impls.NAMES)
+
+
+def test_lengths_are_skewed():
+    for case in suites.SUITES["varlen"].cases("varlen", "cuda"):
+        lengths = sorted(case.lengths)
+        assert lengths[-1] >= 8 * lengths[len(lengths) // 4] and list(case.lengths) not in (lengths, lengths[::-1])
+
+
+def test_every_name_is_explained():
+    assert set(impls.MEANINGS) == set(impls.NAMES)
+    assert {name for names in impls.DEFAULTS.values() for name in names} <= set(impls.NAMES)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0), (0, 2), (2, -1), (-1, 1)], ids=str)
+@pytest.mark.parametrize("seqlens", [(7, 7), (4, 9), (9, 4), (1, 6), (5, 1)], ids=str)
+def test_flops_by_counting(seqlens, window):
+    seqlen_q, seqlen_k = seqlens
+    left, right = window
+    pairs = 0
+    for i in range(seqlen_q):
+        for j in range(seqlen_k):
+            distance = j - (i + seqlen_k - seqlen_q)
+            pairs += (left < 0 or distance >= -left) and (right < 0 or distance <= right)
+    case = suites.Case("fwd", 3, 4, 2, seqlen_q, seqlen_k, 16, 8, window=window)
+    # A multiplication and an addition for each element of q.k and of p.v.
+    assert case.flops == 3 * 4 * pairs * (2 * 16 + 2 * 8)
+    hidden = check.hidden_pairs(seqlen_q, seqlen_k, window, torch.device("cpu"))
+    assert int((~hidden).sum()) == pairs
+
+
+def test_flops_of_packed_sequences():
+    assert PACKED.flops == 2 * 4 * (16 + 8) * sum(n * (n + 1) // 2 for n in PACKED.lengths)
+
+
+# ---- Checks ------------------------------------------------------------------------------------------------------
+
+OPTIONS = (
+    {},
+    {"heads_k": 4},
+    {"causal": False},
+    {"causal": False, "window": (3, 2)},
+    {"window": (4, 0)},
+    {"softcap": 2.0},
+    {"alibi": True},
+    {"sinks": True},
+    {"seqlen_q": 9},
+)
+
+
+def outputs_of(case, name):
+    inputs = check.make_inputs(case, "cpu")
+    prepared = impls.load(name).prepare(case, inputs)
+    return prepared.in_our_layout(prepared.call()), check.make_reference(case, inputs)
+
+
+@pytest.mark.parametrize("name", ["ours", "sdpa"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_implementations_are_right(options, packed, name):
+    if packed and "seqlen_q" in options:
+        return
+    case = dataclasses.replace(PACKED if packed else TINY, **options)
+    if name == "sdpa" and (case.softcap or case.sinks):
+        with pytest.raises(impls.Unsupported, match="softcap|sinks"):
+            outputs_of(case, name)
+        return
+    out, reference = outputs_of(case, name)
+    verdict = reference.judge(out)
+    assert verdict.wrong is None and verdict.error < 1e-6
+
+
+def test_reference_has_the_longest_entry_and_distant_heads():
+    reference = check.make_reference(PACKED, check.make_inputs(PACKED, "cpu"))
+    assert reference.entry == 1 and reference.heads == (0, 3) and reference.out.shape == (20, 2, 8)
+
+
+@pytest.mark.parametrize("case", [TINY, PACKED], ids=["dense", "packed"])
+def test_wrong_outputs_are_seen(case):
+    out, reference = outputs_of(case, "ours")
+    entry = slice(5, 25) if case.lengths else 1
+    for damage, words in ((1.001, "relative error"), (math.nan, "relative error nan")):
+        wrong = out.clone()
+        wrong[entry] *= damage
+        assert words in reference.judge(wrong).wrong
+    wrong = out.clone()
+    wrong[entry][-1] *= 1 + 4.5e-5  # too little for the norm of all rows
+    assert "row" in reference.judge(wrong).wrong
+    assert "shape" in reference.judge(out[..., :-1]).wrong
+    later = outputs_of(dataclasses.replace(case, causal=False), "ours")[0]
+    assert reference.judge(later).wrong, "another mask"
+
+
+def test_dropout_is_judged_by_its_noise():
+    case = suites.Case("score", 1, 2, 2, 256, 256, 64, 64, "fp32", causal=True, dropout_p=0.1)
+    torch.manual_seed(0)
+    out, reference = outputs_of(case, "ours")
+    assert reference.judge(out).wrong is None
+    assert "scales" in reference.judge(out * 0.9).wrong, "not divided by 1 - p"
+    inputs = check.make_inputs(case, "cpu")
+    undropped = impls.load("ours").prepare(dataclasses.replace(case, dropout_p=0.0), inputs).call()
+    assert "noise" in reference.judge(undropped).wrong
+    assert reference.judge(torch.full_like(out, math.nan)).wrong
+
+
+# ---- Running -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    """Whatever a CPU run might ask of CUDA fails."""
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("torch.cuda was touched")
+
+    for name in ("is_available", "synchronize", "empty_cache", "get_device_name", "current_device", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, forbidden)
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    small = {
+        "fwd": [TINY, dataclasses.replace(TINY, head_dim=24, head_dim_v=24)],
+        "tiny": [dataclasses.replace(PACKED, suite="tiny")],
+        "score": [dataclasses.replace(TINY, suite="score", sinks=True)],
+    }
+    for name, cases in small.items():
+        suite = dataclasses.replace(suites.SUITES[name], cases=lambda name, device, cases=cases: iter(cases))
+        monkeypatch.setitem(suites.SUITES, name, suite)
+
+
+def bench(*arguments):
+    return main_module.main(["bench", *map(str, arguments)])
+
+
+def test_run_end_to_end(tmp_path, capsys, no_cuda, few_cases, monkeypatch):
+    monkeypatch.setenv(report.COMMIT_VARIABLE, "0123abcd")
+    monkeypatch.setattr(measure, "_OVERHEAD_SAMPLES", 2)
+    file = tmp_path / "new" / "result.json"
+    arguments = ("--device", "cpu", "--suites", "fwd,tiny,score", "--rep", "0.1", "--rounds", "2")
+    assert bench(*arguments, "--json", file) == 0
+    printed = capsys.readouterr().out
+    result = report.read_json(file)
+    assert [row["suite"] for row in result["rows"]] == ["fwd", "fwd", "tiny", "score"]
+    environment = result["environment"]
+    assert environment["commit"] == "0123abcd" and environment["torch"] == torch.__version__
+    assert environment["device"] == "cpu" and environment["cpu"] and environment["date"].startswith("20")
+    for row in result["rows"]:
+        for name, figure in row["results"].items():
+            if name == "sdpa" and row["suite"] == "score":
+                assert figure == {"skipped": "no sinks"}
+                continue
+            assert len(figure["round_ms"]) == 2 and figure["ms"] > 0 and figure["error"] < 1e-6
+            assert figure["tflops"] == pytest.approx(row["flops"] / figure["ms"] / 1e9)
+            assert "wrong" not in figure and "failed" not in figure
+    assert "GFLOP/s" in printed and "us/call" in printed and "geometric mean" in printed
+    assert bench("--summary", file) == 0
+    assert "| fwd | ours | sdpa | 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_run_on_the_gpu(tmp_path, few_cases, monkeypatch):
+    cases = [dataclasses.replace(TINY, dtype="bf16", head_dim=64, head_dim_v=64, heads_k=4)]
+    suite = dataclasses.replace(suites.SUITES["fwd"], cases=lambda name, device: iter(cases))
+    monkeypatch.setitem(suites.SUITES, "fwd", suite)
+    file = tmp_path / "result.json"
+    assert bench("--suites", "fwd", "--impls", "ours,flash,math", "--rep", "1", "--json", file) == 0
+    (row,) = report.read_json(file)["rows"]
+    for one in row["results"].values():
+        assert one["ms"] > 0 and one["peak_bytes"] >= 2 * 24 * 4 * 64 * 2, "the output at least"
+
+
+def test_event_timing_without_triton(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x = torch.ones(1 << 20, device="cuda")
+    assert 0 < measure._event_ms(lambda: x.mul_(1), 1.0) < 10
+
+
+def test_failures_are_recorded_and_the_run_goes_on(tmp_path, capsys, few_cases, monkeypatch):
+    def broken(case, inputs):
+        raise RuntimeError("no such kernel")
+
+    def wrong(case, inputs):
+        return impls.Prepared(lambda: torch.zeros(*inputs.q.shape[:-1], case.head_dim_v))
+
+    made = {"ours": impls.Implementation("ours", wrong), "sdpa": impls.Implementation("sdpa", broken)}
+    monkeypatch.setattr(impls, "load", made.__getitem__)
+    file = tmp_path / "result.json"
+    assert bench("--device", "cpu", "--suites", "fwd", "--rep", "0.1", "--json", file) == 1
+    for row in report.read_json(file)["rows"]:
+        assert row["results"]["sdpa"] == {"failed": "RuntimeError: no such kernel"}
+        assert "relative error" in row["results"]["ours"]["wrong"] and row["results"]["ours"]["ms"] > 0
+    printed = capsys.readouterr().out
+    assert "no such kernel" in printed and "2 case(s)" in printed and "!" in printed
+
+
+def test_failure_while_timing_is_recorded():
+    calls = iter([torch.zeros(2, 24, 4, 16)])
+    once = impls.Implementation("once", lambda case, inputs: impls.Prepared(lambda: next(calls)))
+    row = runner.run_case(TINY, [once], runner.Settings("cpu", 0.1, 2), lambda what: None)
+    figure = row["results"]["once"]
+    assert "StopIteration" in figure["failed"] and "ms" not in figure
+
+
+def test_cpu_suite_takes_the_scripts_cases(tmp_path, capsys, no_cuda):
+    if not cpu_path.SCRIPT.exists():
+        pytest.skip("the package runs outside the source tree, which holds benchmarks/cpu_path.py")
+    file = tmp_path / "result.json"
+    only = "kvcache dense B4 Sq1 "
+    assert bench("--suites", "cpu", "--device", "cpu", "--only", only, "--rep", "1", "--quick", "--json", file) == 0
+    rows = report.read_json(file)["rows"]
+    assert len(rows) == 2 and all(row["case"].startswith(only) for row in rows)
+    for row in rows:
+        assert set(row["results"]) == {"ours", "sdpa"}
+        assert all(one["ms"] >= one["best_ms"] > 0 and one["error"] < 1e-2 for one in row["results"].values())
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (("--suites", "fwd,nothing"), "nothing"),
+        (("--impls", "ours,nobody"), "nobody"),
+        (("--suites", "memory"), "cuda only"),
+        (("--impls", "fa3"), "none of fa3 can be imported"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_misuse(arguments, words, capsys, monkeypatch):
+    monkeypatch.setitem(impls._PEERS, "fa3", (("there_is_no_such_module",), -1))
+    assert bench("--device", "cpu", *arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_forced_paths_have_names():
+    for path in _dispatch.PATHS.values():
+        if path.arch is not None:
+            with impls.load(f"ours{path.arch}").context():
+                assert _dispatch._forced.path == path.name
+
+
+# ---- Summary -----------------------------------------------------------------------------------------------------
+
+
+def figure(ms, **more):
+    return {"ms": ms, "tflops": 1 / ms} | more
+
+
+def result_of(*rows):
+    listed = [{"suite": suite, "case": case, "flops": 1, "results": results} for suite, case, results in rows]
+    return {"format": report.FORMAT, "environment": {"device": "cuda"}, "rows": listed}
+
+
+def test_summary_arithmetic():
+    first = result_of(
+        ("fwd", "a", {"ours": figure(1.0), "flash": figure(2.0)}),
+        ("fwd", "b", {"ours": figure(2.0), "flash": figure(1.0), "cudnn": {"failed": "x"}}),
+        ("fwd", "c", {"ours": figure(1.0), "flash": figure(9.0, wrong="error")}),
+        ("tiny", "t", {"ours": figure(0.030), "sdpa": figure(0.025)}),
+    )
+    second = result_of(("fwd", "a", {"ours": figure(1.0), "flash": figure(8.0)}))
+    fwd, tiny = summary.compare([first])
+    assert (fwd.suite, fwd.ours, fwd.peer) == ("fwd", "ours", "flash") and fwd.speed == {"a": 2.0, "b": 0.5}
+    assert fwd.geometric_mean == pytest.approx(1.0) and fwd.slowest == "b"
+    assert tiny.added_us["t"] == pytest.approx(5.0)
+    merged = summary.compare([first, second])[0]
+    assert merged.speed["a"] == 5.0 and merged.geometric_mean == pytest.approx(math.sqrt(2.5))
+    text = summary.table([first])
+    assert "| fwd | ours | flash | 2 | 1.000 | 0.500 | b |" in text and "+5.0 us" in text
+
+
+def test_summary_tells_what_it_leaves_out():
+    result = result_of(("fwd", "a", {"ours": {"failed": "RuntimeError: no"}, "flash": figure(1.0)}))
+    assert summary.compare([result]) == []
+    assert "not counted: fwd a: ours RuntimeError: no" in summary.table([result])
+
+
+def test_summary_refuses_other_files(tmp_path, capsys):
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps([]))
+    assert bench("--summary", file) == 2
+    assert "no result of this benchmark" in capsys.readouterr().err
+
+
+# ---- Plots -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plot():
+    pytest.importorskip("matplotlib", reason="requirements/bench.txt is not installed: plots are not tested")
+    spec = importlib.util.spec_from_file_location("benchmarks_plot", ROOT / "benchmarks" / "plot.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def synthetic(tmp_path):
+    rows = []
+    for name in ("fwd", "fwd_short", "memory"):
+        for case in suites.SUITES[name].cases(name, "cuda"):
+            ms = case.flops / 5e11
+            results = {
+                "ours": figure(ms, tflops=501.0, peak_bytes=case.seqlen_q * 1000),
+                "flash": figure(ms, tflops=402.0, peak_bytes=case.seqlen_q * 2000),
+                "math": {"failed": "OutOfMemoryError"},
+            }
+            rows.append((name, case.title, results))
+            rows[-1][2]["parameters"] = dataclasses.asdict(case)
+    result = result_of(*((suite, case, results) for suite, case, results in rows))
+    for row in result["rows"]:
+        row["parameters"] = row["results"].pop("parameters")
+    result["environment"] |= {"gpu": "Test GPU", "torch": "2", "package": "1", "date": "2026-01-01", "commit": "abc"}
+    file = tmp_path / "result.json"
+    report.write_json(file, result)
+    return file
+
+
+def test_speed_plot(plot, synthetic, tmp_path):
+    out = tmp_path / "images" / "speed.svg"
+    plot.main([str(synthetic), "--out", str(out)])
+    drawn = out.read_text()
+    for words in ("head dim 64", "head dim 256", "causal", "16k", ">501<", ">402<", "Test GPU"):
+        assert words in drawn, words
+    plot.main([str(synthetic), "--out", str(tmp_path / "again.svg")])
+    assert (tmp_path / "again.svg").read_text() == drawn, "the same result draws the same file"
+
+
+def test_memory_plot(plot, synthetic, tmp_path):
+    out = tmp_path / "memory.svg"
+    plot.main([str(synthetic), "--memory", "--out", str(out)])
+    assert "MiB" in out.read_text() and "32k" in out.read_text()
+
+
+def test_plot_needs_its_suite(plot, tmp_path):
+    file = tmp_path / "result.json"
+    report.write_json(file, result_of(("hdim", "a", {"ours": figure(1.0)})))
+    with pytest.raises(SystemExit, match="no row of"):
+        plot.main([str(file), "--out", str(tmp_path / "x.svg")])
