@@ -71,7 +71,6 @@ __device__ void forward_mainloop(const ForwardParams& params, const TileCoord& t
   const Tensor tSsK = copy_k.get_slice(threadIdx.x).partition_S(sK);
   const Tensor tOsV = copy_v.get_slice(threadIdx.x).partition_S(sVt);
   const auto score_coords = accumulator_coords<Traits, kTileN>();
-  Probabilities<Traits> probabilities(smem);
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
 
   load_q.load(tile.m_begin, sQ);
@@ -98,14 +97,14 @@ __device__ void forward_mainloop(const ForwardParams& params, const TileCoord& t
             .template apply<(Traits::kWarpsN > 1 ? 1 : 4)>(scores, score_coords, tile.m_begin, n * kTileN);
       }
     }
-    probabilities.put(tSrS);
+    auto probabilities = Probabilities<Traits>::put(smem, tSrS);
 
     cp_async_wait<0>();
     __syncthreads();  // V(n) and the warps' shares of P are there, and every warp is done with K(n)
     if (n > range.begin) load_k.load((n - 1) * kTileN, sK);
     cp_async_fence();
 
-    probabilities.multiply(tOrO, tOrV, tOsV, copy_v);
+    Probabilities<Traits>::multiply(tOrO, probabilities, tOrV, tOsV, copy_v);
   }
   __syncthreads();  // O leaves through the shared memory of Q
 }
