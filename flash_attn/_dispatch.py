@@ -77,7 +77,7 @@ PATHS = {
         arch=80,
         capability=((8, 0), (9, 0)),
         dtypes=frozenset({"fp16", "bf16"}),
-        max_head_dim=256,
+        max_head_dim=512,
         features=frozenset(
             {
                 "dense",
@@ -107,7 +107,8 @@ PATHS = {
 }
 
 _forced = threading.local()
-_capabilities: dict[int, tuple[int, int]] = {}
+_devices: dict[int, tuple[tuple[int, int], int]] = {}
+_LARGEST_SMEM_BYTES = 227 * 1024
 
 
 @contextmanager
@@ -149,16 +150,28 @@ def choose_path(q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> s
 def objections(name: str, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> list[str]:
     """Why a path can't serve a call; an empty list if it can."""
     path = PATHS[name]
-    reasons = plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features)
-    if path.capability is None:
-        return reasons
-    return reasons + _device_objections(path, q)
+    if path.capability is None or not q.is_cuda or not _extension.is_loaded():
+        return plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features) + _device_objections(path, q)
+    capability, smem_bytes = _device_facts(q.device)
+    first, last = path.capability
+    reasons = plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features, smem_bytes)
+    if not first <= capability <= last:
+        reasons.append(
+            f"needs compute capability {first[0]}.{first[1]} to {last[0]}.{last[1]}, "
+            f"and {q.device} has {capability[0]}.{capability[1]}"
+        )
+    return reasons
 
 
 def plan_objections(
-    path: PathSpec, dtype: torch.dtype, head_dim: int, head_dim_v: int, features: frozenset[str]
+    path: PathSpec,
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    features: frozenset[str],
+    smem_bytes: int = _LARGEST_SMEM_BYTES,
 ) -> list[str]:
-    """Why a path's kernels can't serve a call on any device; an empty list if they can."""
+    """Why a path's kernels can't serve a call on a GPU whose thread blocks have `smem_bytes` of shared memory."""
     reasons = []
     dtype_name = _DTYPE_NAMES[dtype]
     if not path.features:
@@ -169,19 +182,22 @@ def plan_objections(
         reasons.append(f"head_dim {head_dim}/{head_dim_v} (it takes up to {path.max_head_dim})")
     reasons += [FEATURES[key] for key in FEATURES if key in features and key not in path.features]
     if not reasons and path.arch is not None and _extension.is_loaded():
-        reasons += _build_objections(path.arch, dtype_name, head_dim, head_dim_v)
+        reasons += _build_objections(path.arch, dtype_name, head_dim, head_dim_v, smem_bytes)
     return reasons
 
 
-def _build_objections(arch: int, dtype_name: str, head_dim: int, head_dim_v: int) -> list[str]:
-    """What FLASH_ATTN_ARCHS, FLASH_ATTN_HEAD_DIMS and FLASH_ATTN_DTYPES left out of this build."""
-    buckets = _extension.kernels.buckets[arch]
-    bucket = next(bucket for bucket in buckets if head_dim <= bucket[0] and head_dim_v <= bucket[1])
-    if (arch, dtype_name, bucket) in _extension.kernels.built:
+def _build_objections(arch: int, dtype_name: str, head_dim: int, head_dim_v: int, smem_bytes: int) -> list[str]:
+    """What the GPU's shared memory doesn't hold, or FLASH_ATTN_HEAD_DIMS and the like left out of this build."""
+    for row in _extension.kernels.tile_rows[arch]:
+        if head_dim <= row[0] and head_dim_v <= row[1] and row[2] <= smem_bytes:
+            break
+    else:
+        return [f"head_dim {head_dim}/{head_dim_v} needs more shared memory than the {smem_bytes // 1024} KB here"]
+    if (arch, dtype_name, row) in _extension.kernels.built:
         return []
     build = _extension.build_info
     return [
-        f"this build has no SM{arch} kernel for {dtype_name} and head_dim {bucket[0]}/{bucket[1]}: it was made with "
+        f"this build has no SM{arch} kernel for {dtype_name} and head_dim {row[0]}/{row[1]}: it was made with "
         f"FLASH_ATTN_ARCHS={_joined(build.archs)}, FLASH_ATTN_HEAD_DIMS={_joined(build.head_dims)}, "
         f"FLASH_ATTN_DTYPES={_joined(build.dtypes)}"
     ]
@@ -192,25 +208,20 @@ def _joined(values: tuple[object, ...]) -> str:
 
 
 def _device_objections(path: PathSpec, q: torch.Tensor) -> list[str]:
+    if path.capability is None:
+        return []
     if not q.is_cuda:
         return [f"needs CUDA tensors, and q is on {q.device}"]
-    if not _extension.is_loaded():
-        return [str(_extension.load_error())]
-    first, last = path.capability
-    capability = _capability(q.device)
-    if not first <= capability <= last:
-        return [
-            f"needs compute capability {first[0]}.{first[1]} to {last[0]}.{last[1]}, "
-            f"and {q.device} has {capability[0]}.{capability[1]}"
-        ]
-    return []
+    return [str(_extension.load_error())]
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
+def _device_facts(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability, and the bytes of shared memory that a thread block can have."""
     index = device.index if device.index is not None else torch.cuda.current_device()
-    if index not in _capabilities:
-        _capabilities[index] = torch.cuda.get_device_capability(index)
-    return _capabilities[index]
+    if index not in _devices:
+        properties = torch.cuda.get_device_properties(index)
+        _devices[index] = (properties.major, properties.minor), properties.shared_memory_per_block_optin
+    return _devices[index]
 
 
 def _refusal(forced: str | None, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:

@@ -47,15 +47,16 @@ def _read_build_info() -> BuildInfo:
 class Kernels:
     """What the loaded extension holds."""
 
-    buckets: dict[int, tuple[tuple[int, int], ...]]  # arch -> (head_dim, head_dim_v) of its tile table, smallest first
-    built: frozenset[tuple[int, str, tuple[int, int]]]  # (arch, dtype, bucket)
+    # arch -> its tile table's (head_dim, head_dim_v, bytes of shared memory); a call takes the first that holds it.
+    tile_rows: dict[int, tuple[tuple[int, int, int], ...]]
+    built: frozenset[tuple[int, str, tuple[int, int, int]]]  # (arch, dtype, tile row)
 
 
 def _loaded_kernels() -> Kernels:
     recorded = json.loads(torch.ops.flash_attn.built_kernels())
     return Kernels(
-        buckets={int(arch): tuple(map(tuple, pairs)) for arch, pairs in recorded["buckets"].items()},
-        built=frozenset((row["arch"], row["dtype"], tuple(row["head_dim"])) for row in recorded["forward"]),
+        tile_rows={int(arch): tuple(map(tuple, rows)) for arch, rows in recorded["tile_rows"].items()},
+        built=frozenset((row["arch"], row["dtype"], tuple(row["tile_row"])) for row in recorded["forward"]),
     )
 
 

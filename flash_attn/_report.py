@@ -51,7 +51,10 @@ def info() -> Info:
     return Info(
         version=__version__,
         torch=torch.__version__,
-        kernels=tuple(f"sm{arch} {dtype} d{qk}/{v}" for arch, dtype, (qk, v) in sorted(_extension.kernels.built)),
+        kernels=tuple(
+            f"sm{arch} {dtype} d{qk}/{v} ({smem // 1024} KB)"
+            for arch, dtype, (qk, v, smem) in sorted(_extension.kernels.built)
+        ),
         kernels_missing=_extension.load_error(),
         build=_extension.build_info,
         devices=tuple(

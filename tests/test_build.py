@@ -35,7 +35,7 @@ def machine(tmp_path):
 def test_everything_is_built_by_default():
     options = read_options({})
     assert not options.skip_cuda
-    assert options.head_dims == (32, 64, 96, 128, 192, 256)
+    assert options.head_dims == (32, 64, 96, 128, 192, 256, 512)
     assert options.dtypes == ("fp16", "bf16")
 
 
@@ -227,7 +227,7 @@ def test_build_of_a_subset(tmp_path):
     assert build.returncode == 0, build.stdout + build.stderr
     assert "at a time" in build.stdout
     generated = {file.name for file in tmp_path.rglob("generated/*.cu")}
-    assert generated == {"forward_bf16_d32_32_sm80.cu"}
+    assert generated == {"forward_bf16_d32_32_99KB_sm80.cu"}
 
     (info_file,) = tmp_path.glob("lib*/flash_attn/_build_info.json")
     info = json.loads(info_file.read_text())
@@ -244,4 +244,4 @@ def test_build_of_a_subset(tmp_path):
     )
     assert listing.returncode == 0, listing.stderr
     kernels = json.loads(listing.stdout)["forward"]
-    assert {(kernel["arch"], kernel["dtype"], *kernel["head_dim"]) for kernel in kernels} == {(80, "bf16", 32, 32)}
+    assert {(kernel["arch"], kernel["dtype"], *kernel["tile_row"][:2]) for kernel in kernels} == {(80, "bf16", 32, 32)}

@@ -53,10 +53,18 @@ def test_refusal_names_the_missing_feature(feature):
 
 
 def test_refusal_names_dtype_and_head_dim():
-    q = _qkv(head_dim=320, dtype=torch.float32)[0]
-    reasons = " ".join(_dispatch.objections("sm80", q, 64, frozenset({"dense"})))
-    limit = _dispatch.PATHS["sm80"].max_head_dim
-    assert "fp32" in reasons and "320/64" in reasons and f"up to {limit}" in reasons
+    narrow = dataclasses.replace(_dispatch.PATHS["sm80"], max_head_dim=128)
+    reasons = " ".join(_dispatch.plan_objections(narrow, torch.float32, 192, 64, frozenset({"dense"})))
+    assert "fp32" in reasons and "192/64" in reasons and "up to 128" in reasons
+
+
+@built
+def test_refusal_names_the_shared_memory_that_is_short():
+    sm80 = _dispatch.PATHS["sm80"]
+    for smem_kb, served in ((227, True), (163, True), (99, False)):
+        reasons = _dispatch.plan_objections(sm80, torch.float16, 512, 64, frozenset({"dense"}), smem_kb * 1024)
+        assert bool(reasons) != served
+    assert "512/64 needs more shared memory than the 99 KB here" in reasons[0]
 
 
 def test_every_path_serves_only_known_features():

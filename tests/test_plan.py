@@ -36,8 +36,11 @@ def problem(**changes):
     return made
 
 
-def plan(**changes):
-    return planner.make_plan(problem(**changes), planner.Arch.SM80)
+LARGEST_SMEM = 227 * 1024
+
+
+def plan(smem=LARGEST_SMEM, **changes):
+    return planner.make_plan(problem(**changes), planner.Arch.SM80, smem)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,7 @@ def plan(**changes):
         (129, 128, (192, 128)),
         (192, 129, (192, 192)),
         (64, 256, (256, 256)),
+        (257, 1, (512, 512)),
     ],
 )
 def test_smallest_bucket_that_holds_both_head_dims(head_dim, head_dim_v, bucket):
@@ -60,14 +64,22 @@ def test_smallest_bucket_that_holds_both_head_dims(head_dim, head_dim_v, bucket)
 
 
 def test_no_bucket_names_the_head_dims():
-    with pytest.raises(planner.UnsupportedProblem, match="head_dim.*257/128"):
-        plan(head_dim=257, head_dim_v=128)
+    with pytest.raises(planner.UnsupportedProblem, match="head_dim.*513/128"):
+        plan(head_dim=513, head_dim_v=128)
+
+
+def test_the_largest_tile_that_the_gpu_holds():
+    assert plan(head_dim=512).tile_n > plan(head_dim=512, smem=163 * 1024).tile_n
+    assert plan(head_dim=512, smem=163 * 1024).smem_bytes <= 163 * 1024
+    with pytest.raises(planner.UnsupportedProblem, match="512/64 in 99 KB of shared memory"):
+        plan(head_dim=512, smem=99 * 1024)
 
 
 def test_each_tile_row_has_a_reason():
     rows = planner.tile_rows()
     assert rows and all(reason for *_, reason in rows)
-    assert sorted(rows) == rows, "the planner takes the first row that holds a call"
+    order = [(qk, v, -smem) for qk, v, smem, *_ in rows]
+    assert sorted(order) == order, "the planner takes the first row that holds a call"
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,14 @@ DropoutParams dropout_params_of(const ForwardArgs& args) {
           .rescale = static_cast<float>(1.0 / (1.0 - args.dropout_p))};
 }
 
+int smem_limit_of(const Tensor& tensor) {
+  int bytes = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, tensor.get_device_index());
+  check(error == cudaSuccess, "reading the shared memory of q's device failed: ", cudaGetErrorString(error));
+  return bytes;
+}
+
 Arch arch_of(const ForwardArgs& args) {
   check(args.arch == 80 || args.arch == 90, "arch must be 80 or 90, got ", args.arch);
   return static_cast<Arch>(args.arch);
@@ -138,7 +146,7 @@ Arch arch_of(const ForwardArgs& args) {
 
 ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& out) {
   const Problem problem = make_problem(args);
-  const Plan plan = make_plan(problem, arch_of(args));
+  const Plan plan = make_plan(problem, arch_of(args), smem_limit_of(args.q));
   const ForwardLaunch launch = find_forward_kernel(plan.variant);
   check(launch != nullptr, "the kernel for ", describe(plan),
         " was left out of this build by FLASH_ATTN_ARCHS, "
@@ -174,14 +182,17 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
   return {output.returned, lse};
 }
 
-std::string explain_forward(const ForwardArgs& args) { return describe(make_plan(make_problem(args), arch_of(args))); }
+std::string explain_forward(const ForwardArgs& args) {
+  const int smem_limit = args.q.is_cuda() ? smem_limit_of(args.q) : bytes_of(SmemClass::k227KB);
+  return describe(make_plan(make_problem(args), arch_of(args), smem_limit));
+}
 
 std::string built_kernels() {
   std::ostringstream json;
-  json << "{\"buckets\": {\"80\": [";
+  json << "{\"tile_rows\": {\"80\": [";
   const char* separator = "";
   for (const TileRow& row : kForwardTilesSm80) {
-    json << separator << "[" << row.head_dim.qk << ", " << row.head_dim.v << "]";
+    json << separator << "[" << row.head_dim.qk << ", " << row.head_dim.v << ", " << bytes_of(row.smem) << "]";
     separator = ", ";
   }
   json << "]}, \"forward\": [";
@@ -190,8 +201,8 @@ std::string built_kernels() {
   for (const ForwardKernel* kernel = kernels.begin; kernel != kernels.end; ++kernel) {
     const Variant& variant = kernel->variant;
     json << separator << "{\"arch\": " << static_cast<int>(variant.arch) << ", \"dtype\": \"" << name_of(variant.dtype)
-         << "\", \"head_dim\": [" << variant.head_dim.qk << ", " << variant.head_dim.v << "], \"mask\": \""
-         << name_of(variant.mask) << "\"}";
+         << "\", \"tile_row\": [" << variant.head_dim.qk << ", " << variant.head_dim.v << ", " << bytes_of(variant.smem)
+         << "], \"mask\": \"" << name_of(variant.mask) << "\"}";
     separator = ", ";
   }
   json << "]}";

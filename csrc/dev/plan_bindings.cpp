@@ -55,7 +55,8 @@ PYBIND11_MODULE(flash_attn_plan, module) {
   module.def("tile_rows", [] {
     py::list rows;
     for (const TileRow& row : kForwardTilesSm80) {
-      rows.append(py::make_tuple(row.head_dim.qk, row.head_dim.v, row.tile.m, row.tile.n, row.reason));
+      rows.append(
+          py::make_tuple(row.head_dim.qk, row.head_dim.v, bytes_of(row.smem), row.tile.m, row.tile.n, row.reason));
     }
     return rows;
   });

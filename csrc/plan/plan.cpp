@@ -30,13 +30,14 @@ int64_t count_tiles(const Problem& problem, int tile_m) {
 
 }  // namespace
 
-Plan make_plan(const Problem& problem, Arch arch) {
-  const TileRow* row = find_tile_row(arch, problem.head_dim, problem.head_dim_v);
+Plan make_plan(const Problem& problem, Arch arch, int smem_limit) {
+  const TileRow* row = find_tile_row(arch, problem.head_dim, problem.head_dim_v, smem_limit);
   if (row == nullptr) {
     throw UnsupportedProblem("head_dim: no SM" + std::to_string(static_cast<int>(arch)) + " kernel for " +
-                             std::to_string(problem.head_dim) + "/" + std::to_string(problem.head_dim_v));
+                             std::to_string(problem.head_dim) + "/" + std::to_string(problem.head_dim_v) + " in " +
+                             std::to_string(smem_limit / 1024) + " KB of shared memory");
   }
-  const Variant variant{arch, problem.dtype, row->head_dim, mask_of(problem), score_of(problem)};
+  const Variant variant{arch, problem.dtype, row->head_dim, row->smem, mask_of(problem), score_of(problem)};
   const int64_t tiles_per_head = count_tiles(problem, row->tile.m);
   const int64_t num_blocks = tiles_per_head * problem.num_heads * problem.num_tile_runs();
   if (num_blocks > std::numeric_limits<int32_t>::max()) {

@@ -26,7 +26,8 @@ struct UnsupportedProblem : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-Plan make_plan(const Problem& problem, Arch arch);
+// `smem_limit`: bytes of shared memory that a thread block of the GPU can have.
+Plan make_plan(const Problem& problem, Arch arch, int smem_limit);
 
 // The plan as JSON, for flash_attn.explain.
 std::string describe(const Plan& plan);

@@ -7,66 +7,89 @@
 namespace flash_attn {
 
 struct Tile {
-  int m;          // query rows per thread block
-  int n;          // keys per step
-  int num_warps;  // each warp owns m / num_warps rows
+  int m;        // query rows per thread block
+  int n;        // keys per step
+  int warps_m;  // each owns m / warps_m rows
+  int warps_n;  // each owns 1 / warps_n of S's and of O's columns
+
+  constexpr int num_warps() const { return warps_m * warps_n; }
 };
 
 struct TileRow {
   HeadDimBucket head_dim;
+  SmemClass smem;
   Tile tile;
   const char* reason;
 };
 
-// Smallest bucket first: the first row that holds a call is the one it takes.
+// Smallest bucket first, then most shared memory: a call takes the first row that holds it and that the GPU can hold.
 // Figures are bf16 TFLOP/s on an H200, length 8192, full and causal (docs/performance-notes.md).
 inline constexpr TileRow kForwardTilesSm80[] = {
     {{32, 32},
-     {128, 128, 4},
+     SmemClass::k99KB,
+     {128, 128, 4, 1},
      "issue slots: exponentials outweigh the matrix products; n = 64 is slower, 230 for 242 full"},
     {{64, 64},
-     {128, 128, 4},
+     SmemClass::k99KB,
+     {128, 128, 4, 1},
      "registers: S (128) + O (64) of 255 per lane; n = 64 leaves fewer products per barrier, 304 for 333 full"},
-    {{96, 96}, {128, 64, 4}, "registers: S (64) + O (96) of 255 per lane; n = 96 spills and gains nothing"},
+    {{96, 96},
+     SmemClass::k99KB,
+     {128, 64, 4, 1},
+     "registers: S (64) + O (96) of 255 per lane; n = 96 spills and gains nothing"},
     {{128, 128},
-     {128, 64, 4},
+     SmemClass::k99KB,
+     {128, 64, 4, 1},
      "registers: S (64) + O (128) of 255 per lane; n = 32 is slower, 329 for 373 full; shared memory 64 KB, two blocks "
      "on "
      "SM80 and SM90, one on SM86"},
-    {{192, 128}, {64, 64, 4}, "as 192/192, which it shares K's tile with"},
+    {{192, 128}, SmemClass::k99KB, {64, 64, 4, 1}, "as 192/192, which it shares K's tile with"},
     {{192, 192},
-     {64, 64, 4},
+     SmemClass::k99KB,
+     {64, 64, 4, 1},
      "two blocks on an SM hide each other's barriers: 314 full, where one of 128 rows and 8 warps has 283; 72 KB fits "
      "SM86"},
     {{256, 256},
-     {64, 64, 4},
+     SmemClass::k99KB,
+     {64, 64, 4, 1},
      "as 192/192: 330 full, where 128 rows and 8 warps have 295; shared memory 96 KB fits SM86's 99 KB"},
+    {{512, 512},
+     SmemClass::k227KB,
+     {64, 64, 2, 4},
+     "registers: O (128) leaves no more than 64 rows; shared memory 201 KB. Reading Q, K and V from it is the limit, "
+     "which "
+     "splitting columns over four warps, rather than rows, lowers"},
+    {{512, 512}, SmemClass::k163KB, {64, 32, 4, 2}, "as above with half the keys a step: 133 KB for SM80"},
 };
 
 inline constexpr int kThreadsPerWarp = 32;
 inline constexpr int kElementBytes = 2;
+inline constexpr int kFloatBytes = 4;
 
-// Row of the forward tile table that a pair of head dims takes; nullptr if none holds it.
-constexpr const TileRow* find_tile_row(Arch arch, int head_dim, int head_dim_v) {
+// Row of the forward tile table that a pair of head dims takes on a GPU whose thread blocks have `smem_limit` bytes of
+// shared memory; nullptr if none holds it.
+constexpr const TileRow* find_tile_row(Arch arch, int head_dim, int head_dim_v, int smem_limit) {
   if (arch != Arch::kSm80) return nullptr;
   for (const TileRow& row : kForwardTilesSm80) {
-    if (head_dim <= row.head_dim.qk && head_dim_v <= row.head_dim.v) return &row;
+    const bool holds = head_dim <= row.head_dim.qk && head_dim_v <= row.head_dim.v;
+    if (holds && bytes_of(row.smem) <= smem_limit) return &row;
   }
   return nullptr;
 }
 
 constexpr Tile tile_for(const Variant& variant) {
-  return find_tile_row(variant.arch, variant.head_dim.qk, variant.head_dim.v)->tile;
+  return find_tile_row(variant.arch, variant.head_dim.qk, variant.head_dim.v, bytes_of(variant.smem))->tile;
 }
 
-constexpr int num_threads(const Tile& tile) { return tile.num_warps * kThreadsPerWarp; }
+constexpr int num_threads(const Tile& tile) { return tile.num_warps() * kThreadsPerWarp; }
 
-// Q, one stage of K and one of V; O leaves through Q's space.
+// Q, one stage of K and one of V; O leaves through Q's space. Warps that share rows exchange P and the rows' maxima.
 constexpr int smem_bytes(const Variant& variant) {
   const Tile tile = tile_for(variant);
   const HeadDimBucket d = variant.head_dim;
   const int q_or_o = tile.m * (d.qk > d.v ? d.qk : d.v);
-  return (q_or_o + tile.n * (d.qk + d.v)) * kElementBytes;
+  const int exchange = tile.warps_n > 1 ? tile.m * tile.n * kElementBytes + tile.warps_n * tile.m * kFloatBytes : 0;
+  return (q_or_o + tile.n * (d.qk + d.v)) * kElementBytes + exchange;
 }
 
 }  // namespace flash_attn

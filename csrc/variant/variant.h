@@ -23,11 +23,17 @@ struct HeadDimBucket {
   friend constexpr bool operator==(const HeadDimBucket&, const HeadDimBucket&) = default;
 };
 
+// The shared memory of a thread block that a kernel counts on: that of SM86 and SM89, of SM80, of SM90.
+enum class SmemClass { k99KB = 99, k163KB = 163, k227KB = 227 };
+
+constexpr int bytes_of(SmemClass smem) { return static_cast<int>(smem) * 1024; }
+
 // One forward kernel. A structural type, so that it is a template argument as well as a look-up key.
 struct Variant {
   Arch arch;
   Dtype dtype;
   HeadDimBucket head_dim;
+  SmemClass smem;
   Mask mask;
   Score score;
 

@@ -26,7 +26,7 @@ class Family:
 
     arch: int
     dtypes: tuple[str, ...]
-    head_dims: tuple[tuple[int, int], ...]  # buckets of (head_dim, head_dim_v), rows of the tile table
+    tile_rows: tuple[tuple[int, int, str], ...]  # of the tile table: (head_dim, head_dim_v, shared memory)
     masks_and_scores: tuple[tuple[str, str], ...]
 
 
@@ -34,36 +34,46 @@ FORWARD_FAMILIES = (
     Family(
         arch=80,
         dtypes=("fp16", "bf16"),
-        head_dims=((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)),
+        tile_rows=(
+            (32, 32, "99KB"),
+            (64, 64, "99KB"),
+            (96, 96, "99KB"),
+            (128, 128, "99KB"),
+            (192, 128, "99KB"),
+            (192, 192, "99KB"),
+            (256, 256, "99KB"),
+            (512, 512, "227KB"),
+            (512, 512, "163KB"),
+        ),
         masks_and_scores=(("full", "plain"), ("causal", "plain"), ("general", "plain"), ("general", "general")),
     ),
 )
 
 ARCHS = (80, 90)
-HEAD_DIMS = tuple(sorted({d for family in FORWARD_FAMILIES for pair in family.head_dims for d in pair}))
+HEAD_DIMS = tuple(sorted({d for family in FORWARD_FAMILIES for row in family.tile_rows for d in row[:2]}))
 DTYPES = tuple(_CPP_DTYPE)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The kernels of one generated file: one architecture, dtype and bucket, every mask and score."""
+    """The kernels of one generated file: one architecture, dtype and tile row, every mask and score."""
 
     arch: int
     dtype: str
-    head_dim: tuple[int, int]
+    tile_row: tuple[int, int, str]
     masks_and_scores: tuple[tuple[str, str], ...]
 
     @property
     def file_name(self) -> str:
-        qk, v = self.head_dim
-        return f"forward_{self.dtype}_d{qk}_{v}_sm{self.arch}.cu"
+        qk, v, smem = self.tile_row
+        return f"forward_{self.dtype}_d{qk}_{v}_{smem}_sm{self.arch}.cu"
 
     @property
     def launches(self) -> Iterator[tuple[str, str]]:
         """(variant, launch function) of each kernel, as C++ expressions."""
-        qk, v = self.head_dim
+        qk, v, smem = self.tile_row
         for mask, score in self.masks_and_scores:
-            family = f"Arch::kSm{self.arch}, {_CPP_DTYPE[self.dtype]}, {{{qk}, {v}}}"
+            family = f"Arch::kSm{self.arch}, {_CPP_DTYPE[self.dtype]}, {{{qk}, {v}}}, SmemClass::k{smem}"
             variant = f"Variant{{{family}, {_CPP_MASK[mask]}, {_CPP_SCORE[score]}}}"
             yield variant, f"sm{self.arch}::launch_forward<{variant}>"
 
@@ -71,10 +81,10 @@ class Group:
 def forward_groups(archs: Iterable[int], head_dims: Iterable[int], dtypes: Iterable[str]) -> list[Group]:
     archs, head_dims, dtypes = set(archs), set(head_dims), set(dtypes)
     return [
-        Group(family.arch, dtype, head_dim, family.masks_and_scores)
+        Group(family.arch, dtype, row, family.masks_and_scores)
         for family in FORWARD_FAMILIES
-        for dtype, head_dim in product(family.dtypes, family.head_dims)
-        if family.arch in archs and dtype in dtypes and set(head_dim) <= head_dims
+        for dtype, row in product(family.dtypes, family.tile_rows)
+        if family.arch in archs and dtype in dtypes and set(row[:2]) <= head_dims
     ]
 
 

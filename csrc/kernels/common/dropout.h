@@ -34,13 +34,10 @@ __device__ inline uint4 philox(uint4 counter, uint2 key) {
 
 }  // namespace detail
 
-// One draw serves the 16 probabilities that a lane holds of a 16 x 32 tile: two rows 8 apart, four pairs of columns.
+// One draw serves the 16 probabilities that a lane holds of a 16 x 32 tile: two rows 8 apart, four pairs of columns 8
+// apart.
 class DropoutMask {
  public:
-  static constexpr int kTileCols = 32;
-  static constexpr int kTileRows = 16;
-  static constexpr int kColsPerDraw = 8;
-
   __device__ DropoutMask(const ForwardParams& params, const TileCoord& tile)
       : threshold_(params.dropout.keep_threshold) {
     const unsigned long long seed = params.dropout.rng_state[0];
@@ -49,31 +46,36 @@ class DropoutMask {
     head_ = static_cast<unsigned>(tile.seq.batch_idx) * params.heads.num_heads + tile.head_idx;
   }
 
-  // Zeroes what is dropped. `probs` and `coords` are (rows, columns) views, columns of a lane 8 apart in pairs.
-  template <class Probs, class Coords>
+  // Zeroes what is dropped. `probs` and `coords` are (rows, columns) views. A warp that owns all columns finds kPairs =
+  // 4 pairs of columns of one draw side by side; one that shares them with others finds one.
+  template <int kPairs, class Probs, class Coords>
   __device__ void apply(Probs&& probs, const Coords& coords, int m_begin, int n_begin) const {
     CUTE_UNROLL
     for (int row = 0; row < size<0>(probs); row += 2) {
       CUTE_UNROLL
-      for (int col = 0; col < size<1>(probs); col += kColsPerDraw) {
+      for (int col = 0; col < size<1>(probs); col += 2 * kPairs) {
         const unsigned i = m_begin + static_cast<int>(get<0>(coords(row, col)));
         const unsigned j = n_begin + static_cast<int>(get<1>(coords(row, col)));
-        const uint4 words =
-            detail::philox({j / kTileCols * 4 + j % 8 / 2, i / kTileRows * 8 + i % 8, head_, offset_}, key_);
-        drop<0>(probs, row, col, words.x, words.y);
-        drop<1>(probs, row, col, words.z, words.w);
+        const uint4 words = detail::philox({j / 32 * 4 + j % 8 / 2, i / 16 * 8 + i % 8, head_, offset_}, key_);
+        const int first_pair = kPairs == 4 ? 0 : j % 32 / 8;
+        drop<kPairs>(probs, row, col, random_bytes(words.x, words.y, first_pair));
+        drop<kPairs>(probs, row + 1, col, random_bytes(words.z, words.w, first_pair));
       }
     }
   }
 
  private:
-  template <int kRow, class Probs>
-  __device__ void drop(Probs&& probs, int row, int col, unsigned low, unsigned high) const {
+  // The eight bytes of a row, from those of `first_pair` on.
+  static __device__ unsigned long long random_bytes(unsigned low, unsigned high, int first_pair) {
+    return (static_cast<unsigned long long>(high) << 32 | low) >> (16 * first_pair);
+  }
+
+  template <int kPairs, class Probs>
+  __device__ void drop(Probs&& probs, int row, int col, unsigned long long bytes) const {
     CUTE_UNROLL
-    for (int byte = 0; byte < kColsPerDraw; ++byte) {
-      const unsigned word = byte < 4 ? low : high;
-      const int random = word >> (byte % 4 * 8) & 0xFF;
-      if (random > threshold_) probs(row + kRow, col + byte) = 0.f;
+    for (int i = 0; i < 2 * kPairs; ++i) {
+      const int random = static_cast<int>(bytes >> (8 * i)) & 0xFF;
+      if (random > threshold_) probs(row, col + i) = 0.f;
     }
   }
 

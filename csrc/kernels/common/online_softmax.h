@@ -18,7 +18,7 @@ __device__ inline float fast_exp2(float x) {
 
 }  // namespace detail
 
-template <int kNumRows>  // rows that a lane holds a part of; four lanes share a row
+template <int kNumRows>  // rows that a lane holds a part of
 class OnlineSoftmax {
  public:
   using RowTensor = decltype(make_tensor<float>(Shape<Int<kNumRows>>{}));
@@ -29,21 +29,24 @@ class OnlineSoftmax {
   }
 
   // Turns scores into exp(score - maximum), in place, and rescales the output accumulated so far to the new maximum.
-  template <class Scores, class Output>  // (rows, columns) views of accumulators
-  __device__ void update(Scores&& scores, Output&& output) {
+  template <class Scores, class Output, class Reducer>  // (rows, columns) views of accumulators
+  __device__ void update(Scores&& scores, Output&& output, const Reducer& reducer) {
+    RowTensor new_max;
     CUTE_UNROLL
     for (int row = 0; row < kNumRows; ++row) {
-      float new_max = row_max_(row);
+      new_max(row) = row_max_(row);
       CUTE_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) new_max = fmaxf(new_max, scores(row, col));
-      new_max = quad_max(new_max);
-      const float rescale = detail::fast_exp2((row_max_(row) - finite(new_max)) * scale_log2_);
-      row_max_(row) = new_max;
+      for (int col = 0; col < size<1>(scores); ++col) new_max(row) = fmaxf(new_max(row), scores(row, col));
+    }
+    reducer.max(new_max);
+    CUTE_UNROLL
+    for (int row = 0; row < kNumRows; ++row) {
+      const float max_log2 = finite(new_max(row)) * scale_log2_;
+      const float rescale = detail::fast_exp2(row_max_(row) * scale_log2_ - max_log2);
+      row_max_(row) = new_max(row);
       row_sum_(row) *= rescale;
       CUTE_UNROLL
       for (int col = 0; col < size<1>(output); ++col) output(row, col) *= rescale;
-
-      const float max_log2 = finite(new_max) * scale_log2_;
       CUTE_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
         scores(row, col) = detail::fast_exp2(fmaf(scores(row, col), scale_log2_, -max_log2));
@@ -54,12 +57,13 @@ class OnlineSoftmax {
 
   // Divides the output by the row sums, which the sink joins, and returns the log-sum-exp. A row that saw no key gets O
   // = 0 and LSE = -inf, or the sink's score. `output_scale` undoes what dropout took away.
-  template <class Output>
-  __device__ RowTensor finish(Output&& output, float sink, float output_scale) {
+  template <class Output, class Reducer>
+  __device__ RowTensor finish(Output&& output, const Reducer& reducer, float sink, float output_scale) {
+    reducer.sum(row_sum_);
     RowTensor lse;
     CUTE_UNROLL
     for (int row = 0; row < kNumRows; ++row) {
-      const float sum = quad_sum(row_sum_(row));
+      const float sum = row_sum_(row);
       const float lse_of_keys = sum > 0.f ? row_max_(row) * (scale_log2_ * kLn2) + logf(sum) : -INFINITY;
       lse(row) = log_add_exp(lse_of_keys, sink);
       const float factor = sum > 0.f ? expf(lse_of_keys - lse(row)) / sum * output_scale : 0.f;
@@ -81,17 +85,8 @@ class OnlineSoftmax {
     return high == -INFINITY ? high : high + log1pf(expf(fminf(a, b) - high));
   }
 
-  static __device__ float quad_max(float value) {
-    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
-    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
-  }
-  static __device__ float quad_sum(float value) {
-    value += __shfl_xor_sync(~0u, value, 1);
-    return value + __shfl_xor_sync(~0u, value, 2);
-  }
-
   RowTensor row_max_;
-  RowTensor row_sum_;  // of this lane's columns; the quad's sums meet in finish()
+  RowTensor row_sum_;  // of this lane's columns; the lanes' sums meet in finish()
   float scale_log2_;
 };
 

@@ -13,12 +13,11 @@ namespace flash_attn::sm80 {
 
 using namespace cute;
 
-// The (row, column) within the tile of each element of O that this lane holds.
-template <class Traits>
-__device__ auto output_coords() {
+// The (row, column) within the tile of each element that this lane holds of an accumulator with kCols columns.
+template <class Traits, int kCols>
+__device__ auto accumulator_coords() {
   const auto thread_mma = typename Traits::TiledMma{}.get_slice(threadIdx.x);
-  const Tensor coords =
-      thread_mma.partition_C(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{}));
+  const Tensor coords = thread_mma.partition_C(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<kCols>>{}));
   return make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
 }
 
@@ -26,7 +25,7 @@ __device__ auto output_coords() {
 template <class Traits, class Output, class LseRows>
 __device__ void clear_unused_rows(const TileCoord& tile, Output& output, LseRows& lse) {
   if (tile.m_begin + Traits::kTileM <= tile.seq.seqlen_q) return;
-  const auto coords = output_coords<Traits>();
+  const auto coords = accumulator_coords<Traits, Traits::kHeadDimV>();
   CUTE_UNROLL
   for (int row = 0; row < size<0>(output); ++row) {
     if (tile.m_begin + static_cast<int>(get<0>(coords(row, 0))) < tile.seq.seqlen_q) continue;
@@ -41,7 +40,7 @@ __device__ void store_lse(const ForwardParams& params, const TileCoord& tile, co
   const SeqInfo& seq = tile.seq;
   float* target = params.lse.ptr + seq.batch_idx * params.lse.batch_stride + seq.row_begin_q +
                   tile.head_idx * params.lse.head_stride + tile.m_begin;
-  const auto coords = output_coords<Traits>();
+  const auto coords = accumulator_coords<Traits, Traits::kHeadDimV>();
   if (static_cast<int>(get<1>(coords(0, 0))) != 0) return;  // the first lane of four that share a row writes it
   CUTE_UNROLL
   for (int i = 0; i < size(lse); ++i) {

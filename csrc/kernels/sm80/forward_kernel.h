@@ -9,11 +9,13 @@
 #include "kernels/common/mask.h"
 #include "kernels/common/online_softmax.h"
 #include "kernels/common/params.h"
+#include "kernels/common/row_reducer.h"
 #include "kernels/common/score.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/sm80/forward_epilogue.h"
 #include "kernels/sm80/forward_traits.h"
 #include "kernels/sm80/gemm.h"
+#include "kernels/sm80/probabilities.h"
 #include "kernels/sm80/tile_loader.h"
 
 namespace flash_attn::sm80 {
@@ -29,9 +31,10 @@ CUTE_DEVICE Element* head_of(const Operand& operand, int batch_idx, int64_t row_
 
 // Accumulates O over the tiles of keys, the last first. K and V have one stage each: V(n) arrives while S = Q K(n)' is
 // computed, K(n - 1) while O += P V(n) is.
-template <class Traits, class Softmax, class AccO>
+template <class Traits, class Softmax, class Reducer, class AccO>
 __device__ void forward_mainloop(const ForwardParams& params, const TileCoord& tile,
-                                 typename Traits::SharedStorage& smem, Softmax& softmax, AccO& tOrO) {
+                                 typename Traits::SharedStorage& smem, Softmax& softmax, const Reducer& reducer,
+                                 AccO& tOrO) {
   using Element = typename Traits::Element;
   constexpr int kTileM = Traits::kTileM;
   constexpr int kTileN = Traits::kTileN;
@@ -67,8 +70,7 @@ __device__ void forward_mainloop(const ForwardParams& params, const TileCoord& t
   const Tensor tSsQ = copy_q.get_slice(threadIdx.x).partition_S(sQ);
   const Tensor tSsK = copy_k.get_slice(threadIdx.x).partition_S(sK);
   const Tensor tOsV = copy_v.get_slice(threadIdx.x).partition_S(sVt);
-  const Tensor coords = thread_mma.partition_C(make_identity_tensor(Shape<Int<kTileM>, Int<kTileN>>{}));
-  const Tensor score_coords = make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
+  const auto score_coords = accumulator_coords<Traits, kTileN>();
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
 
   load_q.load(tile.m_begin, sQ);
@@ -88,23 +90,36 @@ __device__ void forward_mainloop(const ForwardParams& params, const TileCoord& t
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
     apply_score<Traits::kScore>(scores, score_coords, params, tile, n * kTileN);
     if (range.needs_mask(n)) apply_mask(scores, score_coords, keys, tile.m_begin, n * kTileN);
-    softmax.update(scores, output);
+    softmax.update(scores, output, reducer);
     if constexpr (Traits::kScore == Score::kGeneral) {
       if (params.dropout.rng_state != nullptr) {
-        DropoutMask(params, tile).apply(scores, score_coords, tile.m_begin, n * kTileN);
+        DropoutMask(params, tile)
+            .template apply<(Traits::kWarpsN > 1 ? 1 : 4)>(scores, score_coords, tile.m_begin, n * kTileN);
       }
     }
-    Tensor tSrP = convert_to<Element>(tSrS);
-    const Tensor tOrP = make_tensor(tSrP.data(), as_a_operand(tSrP.layout()));
+    auto probabilities = Probabilities<Traits>::put(smem, tSrS);
 
     cp_async_wait<0>();
-    __syncthreads();  // V(n) has landed, and every warp is done with K(n)
+    __syncthreads();  // V(n) and the warps' shares of P are there, and every warp is done with K(n)
     if (n > range.begin) load_k.load((n - 1) * kTileN, sK);
     cp_async_fence();
 
-    gemm_register_smem(mma, tOrO, tOrP, tOrV, tOsV, copy_v);
+    Probabilities<Traits>::multiply(tOrO, probabilities, tOrV, tOsV, copy_v);
   }
   __syncthreads();  // O leaves through the shared memory of Q
+}
+
+// How this kernel's lanes make one value per row.
+template <class Traits>
+__device__ auto make_row_reducer(typename Traits::SharedStorage& smem) {
+  if constexpr (Traits::kWarpsN > 1) {
+    const auto coords = accumulator_coords<Traits, Traits::kTileN>();
+    const int warp_idx = threadIdx.x / kThreadsPerWarp;
+    return CrossWarpReducer<Traits::kWarpsN, Traits::kTileM, decltype(coords)>(smem.rows, warp_idx / Traits::kWarpsM,
+                                                                               coords);
+  } else {
+    return QuadReducer{};
+  }
 }
 
 template <class Traits>
@@ -119,11 +134,12 @@ __global__ void __launch_bounds__(Traits::kNumThreads) forward_kernel(const __gr
   Tensor tOrO = partition_fragment_C(mma, Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{});
   clear(tOrO);
   OnlineSoftmax<Traits::kRowsPerLane> softmax(params.score.softmax_scale);
-  if (tile.has_used_rows()) forward_mainloop<Traits>(params, tile, smem, softmax, tOrO);
+  const auto reducer = make_row_reducer<Traits>(smem);
+  if (tile.has_used_rows()) forward_mainloop<Traits>(params, tile, smem, softmax, reducer, tOrO);
 
   const float sink = params.sink.scores == nullptr ? -INFINITY : params.sink.scores[tile.head_idx];
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
-  auto lse = softmax.finish(output, sink, params.dropout.rescale);
+  auto lse = softmax.finish(output, reducer, sink, params.dropout.rescale);
   clear_unused_rows<Traits>(tile, output, lse);
   store_lse<Traits>(params, tile, lse);
   store_output<Traits>(params, tile, smem, tOrO);

@@ -24,18 +24,19 @@ struct ForwardTraits {
   static constexpr int kTileN = kTile.n;
   static constexpr int kHeadDim = kVariant.head_dim.qk;
   static constexpr int kHeadDimV = kVariant.head_dim.v;
-  static constexpr int kNumWarps = kTile.num_warps;
+  static constexpr int kWarpsM = kTile.warps_m;
+  static constexpr int kWarpsN = kTile.warps_n;
   static constexpr int kNumThreads = num_threads(kTile);
 
   using Element = std::conditional_t<kVariant.dtype == Dtype::kFp16, cutlass::half_t, cutlass::bfloat16_t>;
 
-  // ---- matrix products: each warp owns 16 rows of every 16 * kNumWarps
+  // ---- matrix products: a warp owns 16 rows of every 16 * kWarpsM, and 16 columns of every 16 * kWarpsN
   using MmaAtom =
       std::conditional_t<kVariant.dtype == Dtype::kFp16, SM80_16x8x16_F32F16F16F32_TN, SM80_16x8x16_F32BF16BF16F32_TN>;
-  using TiledMma = TiledMMA<MMA_Atom<MmaAtom>, Layout<Shape<Int<kNumWarps>, _1, _1>>,
-                            decltype(make_tile(Int<16 * kNumWarps>{}, _16{}, _16{}))>;
-  static constexpr int kRowsPerLane = 2 * kTileM / (16 * kNumWarps);
-  static_assert(kTileM % (16 * kNumWarps) == 0 && kTileN % 16 == 0);
+  using TiledMma = TiledMMA<MMA_Atom<MmaAtom>, Layout<Shape<Int<kWarpsM>, Int<kWarpsN>, _1>>,
+                            decltype(make_tile(Int<16 * kWarpsM>{}, Int<16 * kWarpsN>{}, _16{}))>;
+  static constexpr int kRowsPerLane = 2 * kTileM / (16 * kWarpsM);
+  static_assert(kTileM % (16 * kWarpsM) == 0 && kTileN % (16 * kWarpsN) == 0);
 
   // ---- shared memory: swizzled so that both 16-byte stores of a row and ldmatrix's column of rows miss no bank
   static constexpr int kVectorElements = sizeof(uint128_t) / sizeof(Element);
@@ -55,13 +56,22 @@ struct ForwardTraits {
   using SmemLayoutVt = decltype(composition(
       SmemLayoutV{}, make_layout(Shape<Int<kHeadDimV>, Int<kTileN>>{}, Stride<Int<kTileN>, _1>{})));
 
-  struct SharedStorage {
-    alignas(128)
-        Element q_or_o[cosize_v<SmemLayoutQ> > cosize_v<SmemLayoutO> ? cosize_v<SmemLayoutQ> : cosize_v<SmemLayoutO>];
+  using SmemLayoutP = SmemLayout<kTileM, kTileN>;
+
+  // Between warps that share rows: P, which each reads whole, and the rows' maxima and sums.
+  struct Exchange {
+    alignas(128) Element p[kTileM * kTileN];
+    float rows[kWarpsN * kTileM];
+  };
+  struct NoExchange {};
+
+  struct SharedStorage : std::conditional_t<(kWarpsN > 1), Exchange, NoExchange> {
+    alignas(128) Element q_or_o[kTileM * (kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV)];
     alignas(128) Element k[cosize_v<SmemLayoutK>];
     alignas(128) Element v[cosize_v<SmemLayoutV>];
   };
   static_assert(sizeof(SharedStorage) == smem_bytes(kVariant), "the planner and the kernel disagree on shared memory");
+  static_assert(sizeof(SharedStorage) <= bytes_of(kVariant.smem), "the tile doesn't fit the GPUs that its row is for");
 
   using SmemCopyAtom = Copy_Atom<SM75_U32x4_LDSM_N, Element>;
   using SmemCopyAtomTransposed = Copy_Atom<SM75_U16x8_LDSM_T, Element>;
