@@ -67,7 +67,6 @@ class ForwardCall(NamedTuple):
     def head_dim_v(self) -> int:
         return self.v.shape[-1]
 
-    @property
     def op_arguments(self) -> tuple[Any, ...]:
         return self[:NUM_OP_ARGUMENTS]
 

@@ -45,7 +45,6 @@ class KvCacheCall(NamedTuple):
     append: Append | None
     rotate_q: bool
 
-    @property
     def rotary_arguments(self) -> tuple[Any, ...]:
         """The rotary op's arguments. Under a causal or local mask q's token i is i positions on."""
         forward, append = self.forward, self.append

@@ -268,7 +268,7 @@ def _refuse_transforms() -> None:
 
 def forward(path: str, call: ForwardCall) -> _Outputs:
     """(out, lse) of a checked call on the path chosen for it."""
-    arguments = call.op_arguments
+    arguments = call.op_arguments()
     ops = torch.ops.flash_attn
     if path == "cpu" and call.out is None and _is_plain(call.q, call.k, call.v):
         return _EagerForward.apply(*arguments) if call.needs_grad else cpu.forward(*arguments)

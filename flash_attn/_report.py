@@ -116,6 +116,6 @@ def explain_call(title: str, call: Any) -> Explanation:
         if spec.arch is None or not _extension.is_loaded():
             continue
         if not _dispatch.plan_objections(spec, call.q.dtype, call.q.shape[-1], call.head_dim_v, call.features):
-            plan = torch.ops.flash_attn.explain_forward(*call.op_arguments, spec.arch)
+            plan = torch.ops.flash_attn.explain_forward(*call.op_arguments(), spec.arch)
             plans[spec.name] = json.loads(plan)
     return Explanation(title, path, objections, plans)

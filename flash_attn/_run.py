@@ -31,7 +31,7 @@ def run_kvcache(call: KvCacheCall) -> Result:
     if call.append is not None:
         _ops.append_kv(path, call.append)
     if call.rotate_q:
-        forward = forward._replace(q=_ops.rotary(path, call.rotary_arguments))
+        forward = forward._replace(q=_ops.rotary(path, call.rotary_arguments()))
     out, lse = _ops.forward(path, forward)
     return (out, lse) if forward.return_softmax_lse else out
 

@@ -97,7 +97,7 @@ def test_explain_plans_for_other_machines(device):
 def test_plan_op_checks_its_tensors():
     q, k, v = _qkv()
     call = flash_attn.interface.build_call(flash_attn.flash_attn_func, q, k, v)
-    arguments = list(call.op_arguments)
+    arguments = list(call.op_arguments())
     explain = torch.ops.flash_attn.explain_forward
     assert json.loads(explain(*arguments, 80))["arch"] == 80
     for index, bad, message in (

@@ -157,5 +157,5 @@ def test_torch_compile_with_dynamic_lengths():
 def test_opcheck_of_the_kernel_op():
     q, k, v = (_random(2, 33, 4, 64) for _ in range(3))
     call = flash_attn.interface.build_call(flash_attn.flash_attn_func, q, k, v, causal=True)
-    torch.library.opcheck(torch.ops.flash_attn.forward, (*call.op_arguments, 80))
-    torch.library.opcheck(torch.ops.flash_attn.forward_out, (*call.op_arguments, 80, torch.empty_like(q)))
+    torch.library.opcheck(torch.ops.flash_attn.forward, (*call.op_arguments(), 80))
+    torch.library.opcheck(torch.ops.flash_attn.forward_out, (*call.op_arguments(), 80, torch.empty_like(q)))
