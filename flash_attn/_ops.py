@@ -270,8 +270,11 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
     """(out, lse) of a checked call on the path chosen for it."""
     arguments = call.op_arguments()
     ops = torch.ops.flash_attn
-    if path == "cpu" and call.out is None and _is_plain(call.q, call.k, call.v):
-        return _EagerForward.apply(*arguments) if call.needs_grad else cpu.forward(*arguments)
+    if call.out is None and _is_plain(call.q, call.k, call.v):
+        if path != "cpu" and not call.needs_grad:
+            return _eager_kernel_forward(*arguments, _dispatch.PATHS[path].arch)
+        if path == "cpu":
+            return _EagerForward.apply(*arguments) if call.needs_grad else cpu.forward(*arguments)
     _refuse_transforms()
     if path != "cpu":
         arch = _dispatch.PATHS[path].arch
@@ -281,6 +284,12 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
     if call.out is not None:
         return call.out, ops.cpu_forward_out(*arguments, call.out)
     return ops.cpu_forward(*arguments)
+
+
+def _eager_kernel_forward(*arguments: Any) -> _Outputs:
+    """The kernel op below autograd, whose Python kernel for it costs more than a small call on a GPU."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.flash_attn.forward.default(*arguments)
 
 
 def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:
