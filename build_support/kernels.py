@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -23,9 +24,10 @@ EXPORTS = Path(__file__).resolve().with_name("exports.map")
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
 # Machine code for each kernel family, named by the end of its files' names. SM80 kernels also serve Hopper,
-# for what its own kernels lack.
+# for what its own kernels lack: the front end, which takes nearly all of the time, runs once and its PTX is assembled
+# for both, and goes along for the GPUs that come after.
 GENCODES = {
-    "_sm80": ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90"),
+    "_sm80": ("arch=compute_80,code=[compute_80,sm_80,sm_90]",),
     "_sm90": ("arch=compute_90a,code=sm_90a",),
 }
 EVERY_GPU = GENCODES["_sm80"]
@@ -129,7 +131,8 @@ class BuildKernels(cpp_extension.BuildExtension):
 
 
 def group_name(gencodes: tuple[str, ...]) -> str:
-    return "-".join(gencode.rpartition("=")[2] for gencode in gencodes)
+    """A folder's name: the GPUs in it."""
+    return "-".join(re.findall(r"(?:sm|compute)_\w+", " ".join(gencode.rpartition("=")[2] for gencode in gencodes)))
 
 
 def _group_by_gencodes(sources: list[str]) -> dict[tuple[str, ...], list[str]]:

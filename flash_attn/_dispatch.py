@@ -55,7 +55,7 @@ class PathSpec:
     name: str
     title: str
     arch: int | None  # the kernels' architecture; None: plain PyTorch on any device
-    capability: tuple[tuple[int, int], tuple[int, int]] | None  # compute capabilities, first and last
+    capability: tuple[tuple[int, int], tuple[int, int] | None] | None  # compute capabilities, first and last
     dtypes: frozenset[str]
     max_head_dim: int
     features: frozenset[str]
@@ -73,9 +73,10 @@ PATHS = {
     ),
     "sm80": PathSpec(
         name="sm80",
-        title="SM80 kernels (Ampere to Hopper)",
+        title="SM80 kernels (Ampere and later)",
         arch=80,
-        capability=((8, 0), (9, 0)),
+        # Machine code for 8.x and 9.0; the driver compiles the PTX that goes along for what came after.
+        capability=((8, 0), None),
         dtypes=frozenset({"fp16", "bf16"}),
         max_head_dim=512,
         features=frozenset(
@@ -155,10 +156,10 @@ def objections(name: str, q: torch.Tensor, head_dim_v: int, features: frozenset[
     capability, smem_bytes = _device_facts(q.device)
     first, last = path.capability
     reasons = plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features, smem_bytes)
-    if not first <= capability <= last:
+    if capability < first or (last is not None and capability > last):
+        upper = "or later" if last is None else f"to {last[0]}.{last[1]}"
         reasons.append(
-            f"needs compute capability {first[0]}.{first[1]} to {last[0]}.{last[1]}, "
-            f"and {q.device} has {capability[0]}.{capability[1]}"
+            f"needs compute capability {first[0]}.{first[1]} {upper}, and {q.device} has {capability[0]}.{capability[1]}"
         )
     return reasons
 
