@@ -112,9 +112,8 @@ def subtitle(environment: dict[str, Any]) -> str:
     return ", ".join([*parts, str(environment.get("date"))[:10]])
 
 
-def add_legend(figure: Any, names: list[str], marks: list[Any]) -> None:
-    labels = [LABELS[name] for name in names]
-    figure.legend(marks, labels, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+def add_legend(figure: Any, labels: list[str], marks: list[Any], columns: int) -> None:
+    figure.legend(marks, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def draw_speed(results: list[dict[str, Any]], wanted: list[str] | None) -> Any:
@@ -138,7 +137,8 @@ def draw_speed(results: list[dict[str, Any]], wanted: list[str] | None) -> Any:
         axes.set_xlabel("sequence length")
     dtype = rows[0]["parameters"]["dtype"]
     figure.suptitle(f"Attention forward, {dtype}\n{subtitle(environment)}", fontsize=10)
-    add_legend(figure, names, [plt.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in names])
+    marks = [plt.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in names]
+    add_legend(figure, [LABELS[name] for name in names], marks, columns=3)
     return figure
 
 
@@ -153,16 +153,12 @@ def draw_memory(results: list[dict[str, Any]], wanted: list[str] | None) -> Any:
         figures.setdefault(row["parameters"]["seqlen_q"], {}).update(known)
     names = names_in({(case["head_dim"], False): figures}, wanted)
     figure, axes = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
+    labels = []
     for name in names:
-        points = [
-            (seqlen, figures[seqlen][name]["peak_bytes"] / 2**20)
-            for seqlen in sorted(figures)
-            if name in figures[seqlen]
-        ]
+        points = [(at, figures[at][name]["peak_bytes"] / 2**20) for at in sorted(figures) if name in figures[at]]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=COLORS[name])
-        axes.annotate(
-            f"{points[-1][1]:.0f}", points[-1], xytext=(5, 0), textcoords="offset points", fontsize=7, va="center"
-        )
+        # The lines of exact tiled attention lie on each other: numbers beside them would too.
+        labels.append(f"{LABELS[name]}: {points[-1][1]:,.0f} MiB at {length_label(points[-1][0])}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sorted(figures), [length_label(seqlen) for seqlen in sorted(figures)])
@@ -171,7 +167,7 @@ def draw_memory(results: list[dict[str, Any]], wanted: list[str] | None) -> Any:
     axes.grid(color=FAINT, linewidth=0.6)
     shape = f"batch {case['batch']}, {case['heads']} heads, head dim {case['head_dim']}, {case['dtype']}"
     figure.suptitle(f"Memory of attention forward, {shape}\n{subtitle(results[-1]['environment'])}", fontsize=10)
-    add_legend(figure, names, axes.get_lines())
+    add_legend(figure, labels, axes.get_lines(), columns=2)
     return figure
 
 

@@ -1,18 +1,15 @@
-"""python -m flash_attn bench: its declared cases, its checks, a whole run on the CPU, its arithmetic, its plots."""
+"""python -m flash_attn bench: its declared cases, its checks, whole runs. test_bench_results.py has what follows."""
 
 import dataclasses
-import importlib.util
-import json
+import io
 import math
-import sys
 
 import pytest
 import torch
-from repository import ROOT
 
 from flash_attn import __main__ as main_module
 from flash_attn import _dispatch
-from flash_attn.bench import check, cpu_path, impls, measure, report, runner, suites, summary
+from flash_attn.bench import check, cpu_path, impls, measure, report, runner, suites
 
 TINY = suites.Case("fwd", 2, 4, 2, 24, 24, 16, 16, "fp32", causal=True)
 PACKED = suites.Case("varlen", 3, 4, 2, 20, 20, 16, 8, "fp32", causal=True, lengths=(5, 20, 1))
@@ -235,6 +232,32 @@ def test_failures_are_recorded_and_the_run_goes_on(tmp_path, capsys, few_cases, 
     assert "no such kernel" in printed and "2 case(s)" in printed and "!" in printed
 
 
+def test_a_lost_gpu_ends_the_run(tmp_path, capsys, few_cases, monkeypatch):
+    def lost(case, *others):
+        raise runner.DeviceLost("illegal memory access")
+
+    monkeypatch.setattr(runner, "run_case", lost)
+    file = tmp_path / "result.json"
+    assert bench("--device", "cpu", "--suites", "fwd", "--json", file) == 1
+    assert report.read_json(file)["stopped"] == f"fwd {TINY.title}: illegal memory access"
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    out = Terminal()
+    table = report.Table("cpu", 2, out)
+    table.progress("a long description that the terminal has no room for")
+    shown = out.getvalue().removeprefix("\r\033[K")
+    assert shown.startswith("[....................] 1/2 a long") and len(shown) < 40
+    table.done = 1
+    table.progress("more")
+    assert "[##########..........] 2/2 more" in out.getvalue()
+
+
 def test_failure_while_timing_is_recorded():
     calls = iter([torch.zeros(2, 24, 4, 16)])
     once = impls.Implementation("once", lambda case, inputs: impls.Prepared(lambda: next(calls)))
@@ -248,7 +271,7 @@ def test_cpu_suite_takes_the_scripts_cases(tmp_path, capsys, no_cuda):
         pytest.skip("the package runs outside the source tree, which holds benchmarks/cpu_path.py")
     file = tmp_path / "result.json"
     only = "kvcache dense B4 Sq1 "
-    assert bench("--suites", "cpu", "--device", "cpu", "--only", only, "--rep", "1", "--quick", "--json", file) == 0
+    assert bench("--suites", "cpu", "--device", "cpu", "--only", only, "--rep", "1", "--json", file) == 0
     rows = report.read_json(file)["rows"]
     assert len(rows) == 2 and all(row["case"].startswith(only) for row in rows)
     for row in rows:
@@ -277,103 +300,3 @@ def test_forced_paths_have_names():
         if path.arch is not None:
             with impls.load(f"ours{path.arch}").context():
                 assert _dispatch._forced.path == path.name
-
-
-# ---- Summary -----------------------------------------------------------------------------------------------------
-
-
-def figure(ms, **more):
-    return {"ms": ms, "tflops": 1 / ms} | more
-
-
-def result_of(*rows):
-    listed = [{"suite": suite, "case": case, "flops": 1, "results": results} for suite, case, results in rows]
-    return {"format": report.FORMAT, "environment": {"device": "cuda"}, "rows": listed}
-
-
-def test_summary_arithmetic():
-    first = result_of(
-        ("fwd", "a", {"ours": figure(1.0), "flash": figure(2.0)}),
-        ("fwd", "b", {"ours": figure(2.0), "flash": figure(1.0), "cudnn": {"failed": "x"}}),
-        ("fwd", "c", {"ours": figure(1.0), "flash": figure(9.0, wrong="error")}),
-        ("tiny", "t", {"ours": figure(0.030), "sdpa": figure(0.025)}),
-    )
-    second = result_of(("fwd", "a", {"ours": figure(1.0), "flash": figure(8.0)}))
-    fwd, tiny = summary.compare([first])
-    assert (fwd.suite, fwd.ours, fwd.peer) == ("fwd", "ours", "flash") and fwd.speed == {"a": 2.0, "b": 0.5}
-    assert fwd.geometric_mean == pytest.approx(1.0) and fwd.slowest == "b"
-    assert tiny.added_us["t"] == pytest.approx(5.0)
-    merged = summary.compare([first, second])[0]
-    assert merged.speed["a"] == 5.0 and merged.geometric_mean == pytest.approx(math.sqrt(2.5))
-    text = summary.table([first])
-    assert "| fwd | ours | flash | 2 | 1.000 | 0.500 | b |" in text and "+5.0 us" in text
-
-
-def test_summary_tells_what_it_leaves_out():
-    result = result_of(("fwd", "a", {"ours": {"failed": "RuntimeError: no"}, "flash": figure(1.0)}))
-    assert summary.compare([result]) == []
-    assert "not counted: fwd a: ours RuntimeError: no" in summary.table([result])
-
-
-def test_summary_refuses_other_files(tmp_path, capsys):
-    file = tmp_path / "other.json"
-    file.write_text(json.dumps([]))
-    assert bench("--summary", file) == 2
-    assert "no result of this benchmark" in capsys.readouterr().err
-
-
-# ---- Plots -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def plot():
-    pytest.importorskip("matplotlib", reason="requirements/bench.txt is not installed: plots are not tested")
-    spec = importlib.util.spec_from_file_location("benchmarks_plot", ROOT / "benchmarks" / "plot.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def synthetic(tmp_path):
-    rows = []
-    for name in ("fwd", "fwd_short", "memory"):
-        for case in suites.SUITES[name].cases(name, "cuda"):
-            ms = case.flops / 5e11
-            results = {
-                "ours": figure(ms, tflops=501.0, peak_bytes=case.seqlen_q * 1000),
-                "flash": figure(ms, tflops=402.0, peak_bytes=case.seqlen_q * 2000),
-                "math": {"failed": "OutOfMemoryError"},
-            }
-            rows.append((name, case.title, results))
-            rows[-1][2]["parameters"] = dataclasses.asdict(case)
-    result = result_of(*((suite, case, results) for suite, case, results in rows))
-    for row in result["rows"]:
-        row["parameters"] = row["results"].pop("parameters")
-    result["environment"] |= {"gpu": "Test GPU", "torch": "2", "package": "1", "date": "2026-01-01", "commit": "abc"}
-    file = tmp_path / "result.json"
-    report.write_json(file, result)
-    return file
-
-
-def test_speed_plot(plot, synthetic, tmp_path):
-    out = tmp_path / "images" / "speed.svg"
-    plot.main([str(synthetic), "--out", str(out)])
-    drawn = out.read_text()
-    for words in ("head dim 64", "head dim 256", "causal", "16k", ">501<", ">402<", "Test GPU"):
-        assert words in drawn, words
-    plot.main([str(synthetic), "--out", str(tmp_path / "again.svg")])
-    assert (tmp_path / "again.svg").read_text() == drawn, "the same result draws the same file"
-
-
-def test_memory_plot(plot, synthetic, tmp_path):
-    out = tmp_path / "memory.svg"
-    plot.main([str(synthetic), "--memory", "--out", str(out)])
-    assert "MiB" in out.read_text() and "32k" in out.read_text()
-
-
-def test_plot_needs_its_suite(plot, tmp_path):
-    file = tmp_path / "result.json"
-    report.write_json(file, result_of(("hdim", "a", {"ours": figure(1.0)})))
-    with pytest.raises(SystemExit, match="no row of"):
-        plot.main([str(file), "--out", str(tmp_path / "x.svg")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rep", type=float, default=30.0, metavar="MS", help="time of a measurement (default: 30)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turn (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="the suite cpu: a few cases only")
+    parser.add_argument("--full", action="store_true", help="the suite cpu: every case, not a few")
     parser.add_argument("--json", type=Path, metavar="FILE", help="record the results, after every case")
     parser.add_argument("--summary", type=Path, nargs="+", metavar="FILE", help="compare recorded results and stop")
 
@@ -39,9 +40,10 @@ def run(args: argparse.Namespace) -> int:
     """0, or 1 if a result of this package is wrong or the GPU was lost, or 2 for a misuse."""
     if args.summary:
         try:
-            print(summary.table([report.read_json(file) for file in args.summary]))
+            results = [report.read_json(file) for file in args.summary]
         except (OSError, ValueError) as error:
             return report.fail(str(error))
+        print("\n".join([summary.table(results), *summary.problems(results, only_ours=True)]))
         return 0
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -56,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
     result["settings"] = {"rep_ms": args.rep, "rounds": args.rounds, "suites": suites}
     print(report.heading(result["environment"]), flush=True)
     settings = runner.Settings(device, args.rep, args.rounds)
-    lost = _measure(args, cases, implementations, settings, CPU_PATH in suites, result)
-    for line in report.problems(result["rows"]):
-        print(line)
-    print("\n" + summary.table([result]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of every backend that refuses a call; the table tells it
+        lost = _measure(args, cases, implementations, settings, CPU_PATH in suites, result)
+    print("\n".join([*summary.problems([result]), "", summary.table([result])]))
     return 1 if lost or report.wrong_ones(result["rows"], "ours") else 0
 
 
@@ -107,7 +109,7 @@ def _measure(
     result: dict[str, Any],
 ) -> bool:
     """Fills result["rows"]. True if the GPU was lost on the way."""
-    more = cpu_path.declared(args.quick, args.only) if with_cpu_path else None
+    more = cpu_path.declared(not args.full, args.only) if with_cpu_path else None
     total = len(cases) + (len(more.cases) if more else 0)
     table = report.Table(settings.device, total, sys.stdout)
 
@@ -130,6 +132,9 @@ def _measure(
             for row in more.rows(settings.rep_ms * settings.rounds / 1e3, table.progress):
                 add(row)
     except runner.DeviceLost as error:
-        print(f"# {error}", flush=True)
+        result["stopped"] = f"{case.suite} {case.title}: {error}"
+        print(f"# {result['stopped']}", flush=True)
+        if args.json:
+            report.write_json(args.json, result)
         return True
     return False

@@ -17,6 +17,7 @@ import flash_attn
 from flash_attn.bench.suites import CPU_PATH
 
 SCRIPT = Path(flash_attn.__file__).resolve().parents[1] / "benchmarks" / "cpu_path.py"
+NAMES = ("ours", "sdpa")
 
 
 def load_script() -> ModuleType:
@@ -38,17 +39,28 @@ class Declared:
 
     def rows(self, seconds: float, progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
         """Peaks are measured last, as the script does: they need the allocator set up in a way that costs time."""
-        results = []
+        results: list[Any] = []
         for case in self.cases:
             progress(f"{case.name}: time")
-            results.append(self.script.measure(case, seconds))
+            results.append(_attempt(lambda case=case: self.script.measure(case, seconds)))
         has_memory = self.script.measures_memory()
         for case, result in zip(self.cases, results, strict=True):
+            if isinstance(result, str):
+                yield row_of(case.name, dict.fromkeys(NAMES, {"failed": result}))
+                continue
             if has_memory:
                 progress(f"{case.name}: memory")
                 result.ours_peak_mib = self.script.peak_mib(case.ours)
                 result.sdpa_peak_mib = self.script.peak_mib(case.sdpa)
-            yield row_of(result)
+            yield row_of(case.name, {name: figure_of(result, name) for name in NAMES})
+
+
+def _attempt(measured: Callable[[], Any]) -> Any:
+    """The result, or what went wrong: the script measures both implementations at once, so the failure is of both."""
+    try:
+        return measured()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def declared(quick: bool, only: str) -> Declared:
@@ -57,12 +69,12 @@ def declared(quick: bool, only: str) -> Declared:
     return Declared(script, tuple(case for case in script.cases(quick) if only in case.name))
 
 
-def row_of(result: Any) -> dict[str, Any]:
-    figures = {}
-    for name in ("ours", "sdpa"):
-        error = getattr(result, f"{name}_error")
-        figures[name] = {"ms": getattr(result, f"{name}_median_ms"), "best_ms": getattr(result, f"{name}_ms")}
-        figures[name] |= {} if math.isnan(error) else {"error": error}
-        peak_mib = getattr(result, f"{name}_peak_mib")
-        figures[name] |= {"peak_bytes": int(peak_mib * 2**20)} if peak_mib else {}
-    return {"suite": CPU_PATH, "case": result.name, "parameters": None, "flops": None, "results": figures}
+def figure_of(result: Any, name: str) -> dict[str, Any]:
+    error, peak_mib = getattr(result, f"{name}_error"), getattr(result, f"{name}_peak_mib")
+    figure = {"ms": getattr(result, f"{name}_median_ms"), "best_ms": getattr(result, f"{name}_ms")}
+    figure |= {} if math.isnan(error) else {"error": error}
+    return figure | ({"peak_bytes": int(peak_mib * 2**20)} if peak_mib else {})
+
+
+def row_of(case: str, figures: dict[str, Any]) -> dict[str, Any]:
+    return {"suite": CPU_PATH, "case": case, "parameters": None, "flops": None, "results": figures}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -20,11 +21,22 @@ def time_ms(call: Call, device: str, rep_ms: float) -> float:
     """Median time of a call, repeated for about rep_ms: on the GPU by its own clock, from a cold L2."""
     if device == "cpu":
         return _host_ms(call, rep_ms)
-    try:
-        from triton.testing import do_bench
-    except ImportError:  # torch for the CPU, or for a platform that triton does not have
+    do_bench = _do_bench()
+    if do_bench is None:
         return _event_ms(call, rep_ms)
     return do_bench(call, warmup=WARMUP_MS, rep=rep_ms, return_mode="median")
+
+
+@cache
+def _do_bench() -> Callable[..., float] | None:
+    """Triton's, where it works: it needs a C compiler the first time."""
+    try:
+        from triton.testing import do_bench
+
+        do_bench(lambda: None, warmup=1, rep=1)
+    except Exception:
+        return None
+    return do_bench
 
 
 def _host_ms(call: Call, rep_ms: float) -> float:
@@ -52,7 +64,7 @@ def _event_ms(call: Call, rep_ms: float) -> float:
         return [start.elapsed_time(end) for start, end in pairs]
 
     call()
-    estimate = statistics.median(measured(_MIN_REPEATS))
+    estimate = max(statistics.median(measured(_MIN_REPEATS)), 1e-3)  # the events' resolution
     measured(max(1, int(WARMUP_MS / estimate)))
     return statistics.median(measured(max(_MIN_REPEATS, int(rep_ms / estimate))))
 

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from flash_attn.bench.suites import SUITES
 
 FORMAT = 1
 COMMIT_VARIABLE = "FLASH_ATTN_COMMIT"
-_CASE_WIDTH, _FIGURE_WIDTH = 52, 11
+_TITLE_WIDTH, _FIGURE_WIDTH, _BAR_WIDTH = 62, 11, 20
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def cell(figure: dict[str, Any] | None, unit: str) -> str:
 
 
 class Table:
-    """Prints a suite's heading when it begins, then a line per row; on a terminal, what is being measured below."""
+    """Prints a suite's heading when it begins, then a line per row; on a terminal, a progress bar below."""
 
     def __init__(self, device: str, total: int, out: TextIO) -> None:
         self.device, self.total, self.out = device, total, out
@@ -124,8 +125,13 @@ class Table:
         self.above: tuple[str, tuple[str, ...]] | None = None
 
     def progress(self, what: str) -> None:
-        if self.out.isatty():
-            print(f"\r\033[K[{self.done + 1}/{self.total}] {what}", end="", file=self.out, flush=True)
+        if not self.out.isatty():
+            return
+        full = _BAR_WIDTH * self.done // max(self.total, 1)
+        line = f"[{'#' * full}{'.' * (_BAR_WIDTH - full)}] {self.done + 1}/{self.total} {what}"
+        # A line that wraps could not be taken back.
+        line = line[: shutil.get_terminal_size().columns - 1]
+        print(f"\r\033[K{line}", end="", file=self.out, flush=True)
 
     def add(self, row: dict[str, Any]) -> None:
         if self.out.isatty():
@@ -141,19 +147,7 @@ class Table:
 
 
 def _line(title: str, cells: Any) -> str:
-    return f"{title:{_CASE_WIDTH + 10}}" + "".join(f"{value:>{_FIGURE_WIDTH}}" for value in cells)
-
-
-def problems(rows: list[dict[str, Any]]) -> list[str]:
-    """A line per kind of failure and wrong result, with how many cases it has and the first of them."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        for name, figure in row["results"].items():
-            for kind in ("failed", "wrong"):
-                if kind in figure:
-                    message = figure[kind] if kind == "failed" else f"wrong: {figure[kind]}"
-                    found.setdefault((name, message), []).append(f"{row['suite']} {row['case']}")
-    return [f"# {name}, {len(cases)} case(s), first {cases[0]}: {text}" for (name, text), cases in found.items()]
+    return f"{title:{_TITLE_WIDTH}}" + "".join(f"{value:>{_FIGURE_WIDTH}}" for value in cells)
 
 
 def wrong_ones(rows: list[dict[str, Any]], prefix: str) -> list[str]:

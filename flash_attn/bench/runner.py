@@ -112,4 +112,4 @@ def _free_cuda(failure: str | None) -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except Exception as error:
-        raise DeviceLost(f"the GPU is lost after {failure}: {error}") from error
+        raise DeviceLost(f"the GPU is lost, after {failure}: {error}") from error

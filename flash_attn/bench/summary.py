@@ -58,15 +58,18 @@ def _pairs(row: Row) -> Iterable[tuple[str, str]]:
     return [(ours, peer) for ours in names for peer in names if ours.startswith("ours") and not peer.startswith("ours")]
 
 
-def missing(results: Iterable[dict[str, Any]]) -> list[str]:
-    """Cells in which ours is wrong or failed: no ratio shows them."""
-    return [
-        f"{row['suite']} {row['case']}: {name} {figure.get('wrong') or figure.get('failed')}"
-        for result in results
-        for row in result["rows"]
-        for name, figure in row["results"].items()
-        if name.startswith("ours") and ("wrong" in figure or "failed" in figure)
-    ]
+def problems(results: Iterable[dict[str, Any]], only_ours: bool = False) -> list[str]:
+    """A line per kind of failure and wrong result, with the number of its cases and the first; no ratio shows them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for row in result["rows"]:
+            for name, figure in row["results"].items():
+                if only_ours and not name.startswith("ours"):
+                    continue
+                for kind in ("failed", "wrong"):
+                    if kind in figure:
+                        found.setdefault((name, f"{kind}: {figure[kind]}"), []).append(f"{row['suite']} {row['case']}")
+    return [f"# {name}, {len(cases)} case(s), first {cases[0]}: {text}" for (name, text), cases in found.items()]
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -82,5 +85,4 @@ def table(results: list[dict[str, Any]]) -> str:
         if SUITES[one.suite].overhead:
             worst = max(one.added_us, key=one.added_us.__getitem__)
             notes.append(f"{one.suite}: {one.ours} - {one.peer} is {one.added_us[worst]:+.1f} us at most, at {worst}")
-    notes += [f"not counted: {text}" for text in missing(results)]
     return "\n".join(lines + [""] * bool(notes) + notes)
