@@ -3,7 +3,8 @@
     python docs/fill_readme.py
 
 The support table is what `python -m flash_attn support` prints; the CPU path's table holds the figures of
-benchmarks/results/cpu_path.json, which benchmarks/cpu_path.py --json writes.
+benchmarks/results/cpu_path.json, which benchmarks/cpu_path.py --json writes; the GPU's those of h200_forward.json there,
+which `python -m flash_attn bench --json` wrote on an H200.
 """
 
 from __future__ import annotations
@@ -13,15 +14,26 @@ import re
 from pathlib import Path
 
 from flash_attn import _dispatch
+from flash_attn.bench import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+GPU_RESULTS = ROOT / "benchmarks" / "results" / "h200_forward.json"
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu_path.json"
 
 
 def sections() -> dict[str, str]:
     """Marker -> the Markdown that belongs between `<!-- marker -->` and `<!-- /marker -->`."""
-    return {"support table": _dispatch.support_table(), "cpu table": cpu_table()}
+    return {"support table": _dispatch.support_table(), "cpu table": cpu_table(), "gpu table": gpu_table()}
+
+
+def gpu_table() -> str:
+    if not GPU_RESULTS.exists():
+        return "No measurement has been recorded yet: `make bench` on a GPU makes one."
+    recorded = json.loads(GPU_RESULTS.read_text())
+    made_on = recorded["environment"]
+    where = f"{made_on['gpu']}, driver {made_on['driver']}, torch {made_on['torch']}, commit {made_on['commit'][:10]}"
+    return f"Measured on {where}.\n\n{summary.table([recorded])}"
 
 
 def cpu_table() -> str:

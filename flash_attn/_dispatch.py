@@ -158,9 +158,8 @@ def objections(name: str, q: torch.Tensor, head_dim_v: int, features: frozenset[
     reasons = plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features, smem_bytes)
     if capability < first or (last is not None and capability > last):
         upper = "or later" if last is None else f"to {last[0]}.{last[1]}"
-        reasons.append(
-            f"needs compute capability {first[0]}.{first[1]} {upper}, and {q.device} has {capability[0]}.{capability[1]}"
-        )
+        here = f"{q.device} has {capability[0]}.{capability[1]}"
+        reasons.append(f"needs compute capability {first[0]}.{first[1]} {upper}, and {here}")
     return reasons
 
 
