@@ -3,8 +3,8 @@
     python docs/fill_readme.py
 
 The support table is what `python -m flash_attn support` prints; the CPU path's table holds the figures of
-benchmarks/results/cpu_path.json, which benchmarks/cpu_path.py --json writes; the GPU's those of h200_forward.json there,
-which `python -m flash_attn bench --json` wrote on an H200.
+benchmarks/results/cpu_path.json, which benchmarks/cpu_path.py --json writes; the GPU's those of h200_forward.json
+there, which `python -m flash_attn bench --json` wrote on an H200.
 """
 
 from __future__ import annotations
