@@ -2,7 +2,8 @@
 
 What the kernel leaves to its caller, found by test with torch 2.11: the last dimension must be contiguous
 and the three head sizes equal (neither is checked); no dimension may be empty (the process dies); a row
-that sees no key gets a wrong LSE. `trim` and `split` keep empty rows and dimensions away from here.
+that sees no key gets a wrong LSE; is_causal gives NaN for a scale that is not positive, since it scales the
+-inf that it masks with. `trim` and `split` keep empty rows and dimensions away from here.
 """
 
 from __future__ import annotations
@@ -36,13 +37,18 @@ def _heads_first(x: Tensor, head_dim: int) -> Tensor:
     return x.transpose(1, 2)
 
 
-def _plain_mask(num_rows: int, num_keys: int, window_left: int, window_right: int) -> bool | None:
+def _takes(keys: KeyRange, slopes: Tensor | None, scale: float) -> bool:
+    """Whether the kernel's is_causal flag says all that there is to say about these keys."""
+    return slopes is None and (keys.is_full or (keys.is_square_causal and scale > 0))
+
+
+def _plain_mask(num_rows: int, num_keys: int, window_left: int, window_right: int, scale: float) -> bool | None:
     """The kernel's is_causal for this window, None where the window needs more than that flag."""
     if 0 <= window_left < num_keys - 1 or num_rows == 0 or num_keys == 0:
         return None
     if not 0 <= window_right < num_rows - 1:
         return False
-    return True if window_right == 0 and num_rows == num_keys else None
+    return True if window_right == 0 and num_rows == num_keys and scale > 0 else None
 
 
 def forward_dense(
@@ -50,7 +56,7 @@ def forward_dense(
 ) -> tuple[Tensor, Tensor] | None:
     """The short way for a call that the kernel takes as it is; None for any other."""
     num_rows, head_dim = q.shape[1], q.shape[3]
-    causal = _plain_mask(num_rows, k.shape[1], window_left, window_right)
+    causal = _plain_mask(num_rows, k.shape[1], window_left, window_right, scale)
     if causal is None or q.shape[0] == 0 or (num_rows == 1 and q.shape[2] > k.shape[2]):
         return None
     if not (_fits(q, head_dim) and _fits(k, head_dim) and _fits(v, head_dim)):
@@ -72,7 +78,7 @@ def backward_dense(
 ) -> tuple[Tensor, ...] | None:
     """dq, dk, dv the short way, for a call that the kernel takes as it is; None for any other."""
     head_dim = q.shape[3]
-    causal = _plain_mask(q.shape[1], k.shape[1], window_left, window_right)
+    causal = _plain_mask(q.shape[1], k.shape[1], window_left, window_right, scale)
     # 16-bit inputs are widened first: see backward.
     if causal is None or q.shape[0] == 0 or q.dtype not in (torch.float32, torch.float64):
         return None
@@ -106,7 +112,7 @@ def forward(
     if slopes is None and keys.is_full and _reads_keys_once(q, k, keys):
         out, lse = _whole(_heads_as_rows(q, k.shape[2]), k, v, head_dim, False, scale)
         out, lse = out.transpose(1, 2).reshape(*q.shape[:3], head_dim), lse.reshape(*q.shape[:1], -1, 1)
-    elif slopes is None and (keys.is_full or keys.is_square_causal):
+    elif _takes(keys, slopes, scale):
         out, lse = _whole(q, k, v, head_dim, not keys.is_full, scale)
     else:
         out, lse = _by_blocks(q, k, v, head_dim, keys, slopes, scale)
@@ -170,7 +176,7 @@ def backward(
         out = torch.cat((out, torch.ones_like(out[..., :1])), dim=-1)
         dout = torch.cat((dout, -dlse.to(dtype).transpose(1, 2).unsqueeze(-1)), dim=-1)
     k, v = _heads_first(k, head_dim), _heads_first(v, head_dim)
-    if slopes is None and (keys.is_full or keys.is_square_causal):
+    if _takes(keys, slopes, scale):
         dout, q, out = (_heads_first(x, head_dim) for x in (dout, q, out))
         grads = _kernel_backward(dout, q, k, v, out, lse, 0.0, not keys.is_full, scale=scale)
     else:
