@@ -66,6 +66,6 @@ def assert_same_bits(name, ours, expected):
     assert ours.shape == expected.shape and ours.dtype == expected.dtype, f"{name}: shape or dtype differs"
     if ours.numel() == 0:
         return
-    ours, expected = (x.detach().cpu().flatten().view(torch.uint8) for x in (ours, expected))
+    ours, expected = (x.detach().cpu().contiguous().flatten().view(torch.uint8) for x in (ours, expected))
     differing = int((ours != expected).sum())
     assert differing == 0, f"{name}: {differing} of {ours.numel()} bytes differ"

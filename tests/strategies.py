@@ -1,0 +1,222 @@
+"""Hypothesis strategies for cases and calls: any shape, stride, mask, list of lengths and page size that the spec
+allows."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from cases import BF16, FP16, FP32, FP64, Case
+from hypothesis import strategies as st
+from memory import Memory
+
+HEADS = st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (6, 3)])
+
+
+class Sizes(NamedTuple):
+    """Strategies for everything whose size decides how long a case takes."""
+
+    length: st.SearchStrategy
+    cached_queries: st.SearchStrategy  # rows of q of an entry that reads a cache
+    capacity: st.SearchStrategy  # of a cache; at least 1
+    head_dim: st.SearchStrategy
+    side: st.SearchStrategy  # of a window
+
+
+SMALL = Sizes(
+    length=st.one_of(st.integers(0, 10), st.integers(0, 90)),
+    cached_queries=st.integers(1, 9),
+    capacity=st.integers(1, 70),
+    head_dim=st.one_of(st.sampled_from([8, 16, 32, 64]), st.integers(1, 72)),
+    side=st.one_of(st.just(-1), st.integers(0, 40)),
+)
+_TILE_EDGES = [edge + by for edge in (16, 32, 64, 128) for by in (0, -1, 1)]
+_DIM_EDGES = [edge + by for edge in (32, 64, 96, 128, 192, 256, 512) for by in (0, -1, 1, -8, 8) if edge + by <= 512]
+# The sizes at which kernels change their ways: ends of tiles, ends of head-dim buckets.
+EDGES = Sizes(
+    length=st.one_of(st.sampled_from([0, 1, *_TILE_EDGES]), st.integers(0, 70), st.integers(0, 300)),
+    cached_queries=st.one_of(st.integers(0, 9), st.sampled_from(_TILE_EDGES)),
+    capacity=st.one_of(st.sampled_from([1, *_TILE_EDGES]), st.integers(1, 70), st.integers(1, 300)),
+    head_dim=st.one_of(st.sampled_from(_DIM_EDGES), st.integers(1, 512)),
+    side=st.one_of(st.sampled_from([-1, 0, 1, -3, *_TILE_EDGES]), st.integers(0, 40), st.integers(0, 300)),
+)
+
+
+@st.composite
+def scores(draw, sizes=SMALL):
+    """The options of a case that concern its scores."""
+    dims = draw(st.one_of(sizes.head_dim.map(lambda d: (d, d)), st.tuples(sizes.head_dim, sizes.head_dim)))
+    dropout_p = draw(st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.6]))
+    return {
+        "heads": draw(HEADS),
+        "dims": dims,
+        "dtype": draw(st.sampled_from([BF16, FP16, FP32, FP64])),
+        "causal": draw(st.booleans()),
+        "window": draw(st.one_of(st.just((-1, -1)), st.tuples(sizes.side, sizes.side))),
+        "softcap": 0.0 if dropout_p else draw(st.sampled_from([0.0, 0.0, 1.5, 30.0])),
+        "alibi": draw(st.sampled_from([None, None, "heads", "batch"])),
+        "sinks": draw(st.sampled_from([None, None, FP32, BF16])),
+        "scale": draw(st.sampled_from([None, None, 0.3, -0.1, 0.0])),
+        "lse_grad": draw(st.booleans()),
+        "dropout_p": dropout_p,
+    }
+
+
+@st.composite
+def dense(draw, sizes=SMALL):
+    batch, length_q, length_k = draw(st.integers(1, 3)), draw(sizes.length), draw(sizes.length)
+    return _named(Case("", "generated", "dense", (length_q,) * batch, (length_k,) * batch, **draw(scores(sizes))))
+
+
+def _within(draw, lengths):
+    return tuple(draw(st.integers(0, length)) for length in lengths)
+
+
+@st.composite
+def varlen(draw, sizes=SMALL):
+    lens_q, lens_k = _pairs_of_lengths(draw, sizes)
+    seqused = {}
+    for name, lengths in (("seqused_q", lens_q), ("seqused_k", lens_k)):
+        if draw(st.booleans()):
+            seqused[name] = _within(draw, lengths)
+    return _named(Case("", "generated", "varlen", lens_q, lens_k, **seqused, **draw(scores(sizes))))
+
+
+def _pairs_of_lengths(draw, sizes):
+    pairs = draw(st.lists(st.tuples(sizes.length, sizes.length), min_size=1, max_size=5))
+    return tuple(zip(*pairs, strict=True))
+
+
+PAGES = st.sampled_from([1, 2, 7, 16, 64])
+
+
+@st.composite
+def paged_varlen(draw, sizes=SMALL):
+    """Keys in pages, whose lengths either of the two arguments may give, perhaps with left padding."""
+    lens_q, lens_k = _pairs_of_lengths(draw, sizes)
+    options = draw(scores(sizes)) | {"page": draw(PAGES)}
+    if draw(st.booleans()):
+        options["lengths_by_cu_seqlens_k"] = True
+    else:
+        options["seqused_k"] = _within(draw, lens_k)
+    if draw(st.booleans()):
+        options["seqused_q"] = _within(draw, lens_q)
+    if draw(st.booleans()):
+        options["leftpad"] = _within(draw, options.get("seqused_k", lens_k))
+    return _named(Case("", "generated", "varlen", lens_q, lens_k, **options))
+
+
+@st.composite
+def cached(draw, sizes=SMALL):
+    """A cache, paged or not, perhaps with left padding, perhaps with new tokens and rotary."""
+    batch, capacity = draw(st.integers(1, 3)), draw(sizes.capacity)
+    options = draw(scores(sizes)) | {"dropout_p": 0.0, "lse_grad": False}
+    options["varlen_q"] = draw(st.booleans())
+    num_new = draw(st.sampled_from([None, 0, 1, min(4, capacity)]))
+    if options["varlen_q"]:
+        lens_q = tuple(draw(sizes.cached_queries) for _ in range(batch))
+        new = None if num_new is None else tuple(draw(st.integers(0, num_new)) for _ in range(batch))
+    else:
+        lens_q = (draw(sizes.cached_queries),) * batch
+        new = None if num_new is None else (num_new,) * batch
+    before = _within(draw, [capacity - count for count in new or (0,) * batch])
+    if draw(st.booleans()):
+        options["page"] = draw(PAGES)
+    elif draw(st.booleans()):
+        options["cache_rows"] = tuple(draw(st.permutations(range(batch + 2))))[:batch]
+    if draw(st.booleans()):
+        options["leftpad"] = _within(draw, before)
+    if new is not None:
+        options["new"] = new
+        # The harness's rotary tables end 8 positions past the cache.
+        if options["dims"][0] >= 16 and max(lens_q) <= 8 and draw(st.booleans()):
+            options["rotary"] = (draw(st.sampled_from(range(16, options["dims"][0] + 1, 16))), draw(st.booleans()))
+    return _named(Case("", "generated", "kvcache", lens_q, (capacity,) * batch, seqused_k=before, **options))
+
+
+def _named(case):
+    """The id seeds the numbers, so it has to tell cases apart."""
+    return replace(case, id=repr(case))
+
+
+@st.composite
+def memories(draw, num_dims, expandable=(), last_is_dense=False):
+    """A memory layout; `last_is_dense` keeps the last dimension at stride 1, as `out=` must have it."""
+    order = draw(st.permutations(range(num_dims - last_is_dense)))
+    return Memory(
+        order=(*order, *range(len(order), num_dims)),
+        step=(draw(st.integers(0, len(order) - 1)), draw(st.sampled_from([1, 1, 2, 3]))),
+        offset=draw(st.sampled_from([0, 0, 8, 1, 5])),
+        expanded=draw(st.sampled_from([None, None, *expandable])),
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """A case and all else that a caller may choose; None for a memory is what torch would give."""
+
+    case: Case
+    q: Memory | None = None
+    k: Memory | None = None
+    v: Memory | None = None
+    passes_out: bool = False
+    out: Memory | None = None
+    garbage: float = math.nan  # in memory that the call must not use
+    max_seqlen: str = "exact"  # or "none", or "loose": larger than any length
+    pack_gqa: bool | None = None
+    num_splits: int = 0
+
+    @property
+    def features(self):
+        more = {"out": self.passes_out, "num_splits": self.num_splits > 1}
+        return self.case.features | {name for name, needed in more.items() if needed}
+
+
+def _expandable(case, name, num_dims):
+    """The dimensions that may have stride 0: none of a cache that is written, and of memory that is partly unused
+    only heads and head_dim, since the unused part differs from one sequence to the next."""
+    if name != "q" and case.new is not None:
+        return []
+    lengths = (case.seqused_q, case.seqused_k, case.leftpad, case.cache_rows)
+    partly_unused = case.page is not None or any(given is not None for given in lengths)
+    return range(num_dims - 2 if partly_unused else 0, num_dims)
+
+
+def _simplest(case, served):
+    """The case without the features that no path in question serves."""
+    options = {"page": "paged", "leftpad": "leftpad", "cache_rows": "cache_batch_idx", "new": "append"}
+    unserved = {field: None for field, feature in options.items() if feature not in served}
+    if "new" in unserved:
+        unserved["rotary"] = None
+    if case.dtype in (FP32, FP64):
+        unserved["dtype"] = BF16 if case.dtype is FP32 else FP16
+    return replace(case, lengths_by_cu_seqlens_k=case.lengths_by_cu_seqlens_k and "paged" in served, **unserved)
+
+
+@st.composite
+def calls(draw, served=None):
+    """A whole call. Given the features that a path serves, seven calls of eight use no others."""
+    layouts = [dense(EDGES), varlen(EDGES), cached(EDGES), paged_varlen(EDGES)]
+    case = replace(draw(st.one_of(layouts)), id="", lse_grad=False)
+    num_splits = draw(st.sampled_from([0, 0, 1, 3]))
+    if served is not None and draw(st.integers(0, 7)):
+        case = _simplest(case, served)
+        num_splits = num_splits if "num_splits" in served else min(num_splits, 1)
+    packed_q = case.layout == "varlen" or case.varlen_q
+    num_dims = {"q": 3 if packed_q else 4, "k": 3 if case.layout == "varlen" and case.page is None else 4}
+    num_dims["v"] = num_dims["k"]
+    placed = {
+        name: draw(st.one_of(st.none(), memories(count, _expandable(case, name, count))))
+        for name, count in num_dims.items()
+    }
+    passes_out = draw(st.booleans())
+    out = draw(st.one_of(st.none(), memories(num_dims["q"], last_is_dense=True))) if passes_out else None
+    return Call(
+        case,
+        **placed,
+        passes_out=passes_out,
+        out=out,
+        garbage=draw(st.sampled_from([math.nan, math.inf])),
+        max_seqlen=draw(st.sampled_from(["exact", "none", "loose"])),
+        pack_gqa=draw(st.sampled_from([None, None, True, False])),
+        num_splits=num_splits,
+    )

@@ -1,0 +1,47 @@
+"""A short run of tests/fuzz.py, the same calls every time; and that a wrong answer would not pass it."""
+
+import fuzz
+import pytest
+import torch
+from harness import Inputs
+
+from flash_attn import _dispatch
+
+SEED = 1
+
+
+def test_drawn_calls(path):
+    calls = 40 if path == "cpu" else 300 if _dispatch.PATHS[path].features else 20
+    tally = fuzz.fuzz([path], calls, SEED)
+    assert tally.failure is None, fuzz.describe(tally.failure)
+    assert tally.served > 0.6 * calls or not _dispatch.PATHS[path].features
+
+
+@pytest.fixture
+def wrong_past_64_keys(monkeypatch):
+    """Every path's answers are 5 % too large where there are more than 64 keys."""
+    right = Inputs.call
+
+    def call(self, **options):
+        out, lse = right(self, **options)
+        return out.mul_(1.05) if max(self.case.lens_k) > 64 else out, lse
+
+    monkeypatch.setattr(Inputs, "call", call)
+
+
+def test_a_wrong_answer_fails_with_a_reproducer(wrong_past_64_keys):
+    tally = fuzz.fuzz(["cpu"], 100, SEED, seconds=60)
+    assert tally.failure is not None and "exceeds" in tally.failure.error
+    assert max(tally.failure.call.case.lens_k) == 65
+    script = fuzz.reproducer("cpu", tally.failure.call)
+    body = script.split("END'\n")[1].removesuffix("END")
+    with pytest.raises(AssertionError, match="exceeds"):
+        exec(body, {})
+
+
+def test_main_reports_and_returns_its_verdict(capsys, monkeypatch):
+    assert fuzz.main(["--path", "cpu", "--calls", "5"]) == 0
+    assert "5 calls" in capsys.readouterr().out
+    monkeypatch.setattr(fuzz, "check", lambda path, call: torch.zeros(1)[2])
+    assert fuzz.main(["--path", "cpu", "--calls", "5"]) == 1
+    assert "FAILED on cpu: IndexError" in capsys.readouterr().out
