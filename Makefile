@@ -7,6 +7,8 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PLOT_ARGS ?=
+FUZZ_ARGS ?=
+SANITIZER ?= compute-sanitizer
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
@@ -23,7 +25,7 @@ TIMES = build/times
 timed = @mkdir -p $(TIMES); start=$$(date +%s); ( set -x; $(2) ); status=$$?; \
 	echo $$(( $$(date +%s) - start )) >> $(TIMES)/$(1); exit $$status
 
-.PHONY: help demo test run-tests install wheel test-gpu test-abi bench plot format lint clean options
+.PHONY: help demo test run-tests install wheel test-gpu sanitize fuzz test-abi bench plot format lint clean options
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,6 +55,18 @@ test-gpu: PYTHON = $(PYTHON3)
 test-gpu:  ## run the tests with the python3 (or PYTHON=...) and the flash_attn that are installed
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
 	cd tests && $(PYTHON) -m pytest --ignore=test_build.py $(PYTEST_ARGS) .
+
+# Without torch's cache of memory each tensor is an allocation of its own, whose end the tools know; the padding keeps
+# the next one away from it.
+sanitize: PYTHON = $(PYTHON3)
+sanitize:  ## run a small selection of the tests under compute-sanitizer, set up as for test-gpu
+	cd tests && for tool in "memcheck --padding 512 --report-api-errors no" initcheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
+			$(PYTHON) -m pytest -m sanitize --ignore=test_build.py $(PYTEST_ARGS) . || exit 1; \
+	done
+
+fuzz: $(INSTALLED)/flash_attn $(INSTALLED)/test  ## draw calls and compare them with the oracle (FUZZ_ARGS=--help)
+	$(PYTHON) tests/fuzz.py $(FUZZ_ARGS)
 
 test-abi: wheel  ## try the wheel under three torch versions (slow; downloads each)
 	$(PYTHON) tests/abi/run.py dist

@@ -64,8 +64,7 @@ def _answer(path, call, number):
         options |= _max_seqlens(call)
     shape = (*inputs.q.shape[:-1], case.dims[1])
     if not call.passes_out:
-        # Likely the memory that the result will get.
-        del [torch.full(shape, torch.nan, dtype=case.dtype, device=device)][0]
+        torch.full(shape, torch.nan, dtype=case.dtype, device=device)  # likely the memory that the result will get
         answer = answer_of(path, call.features, inputs, **options)
         assert answer is None or answer.out.is_contiguous(), "out is not contiguous"
         return answer
@@ -158,7 +157,8 @@ def fuzz(paths, num_calls, seed, seconds=None, on_call=lambda tally: None):
             except Exception as error:
                 if tally.failure is None:
                     deadline = time.monotonic() + _SECONDS_TO_SHRINK
-                tally.failure = Failure(path, call, f"{type(error).__name__}: {error}")
+                if tally.failure is None or not _is_fatal(error):
+                    tally.failure = Failure(path, call, f"{type(error).__name__}: {error}")
                 if _is_fatal(error):
                     raise Stop from error
                 raise

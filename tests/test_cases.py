@@ -2,12 +2,22 @@
 
 import cases
 import pytest
+import test_hard_cases as hard
+import test_sanitize
 from harness import build
 
 import flash_attn
 from flash_attn import _dispatch
 
 EVERY_FEATURE_BUT = {"num_splits", "combine", "attn_probs", "out", "backward"}  # options of a call, not of a case
+
+
+# harness.on_path takes a refusal for an answer, so what the SM80 kernels must not refuse is said here.
+SM80_SERVES = [
+    *hard.UNUSED_CACHE[:3], hard.DECODE, *hard.ZERO_LENGTHS, *hard.LOUD, *hard.STRIDED,
+    *(case for case in cases.DROPOUT if case.dtype is not cases.FP64),
+    *test_sanitize.BUCKETS, *test_sanitize.EVERYTHING, test_sanitize.PACKED_QUERIES, *test_sanitize.DECLARED,
+]  # fmt: skip
 
 
 def test_ids_are_unique_and_reasons_given():
@@ -33,3 +43,13 @@ def test_declared_features_are_what_the_dispatcher_is_told(case, monkeypatch):
     monkeypatch.setattr(flash_attn._dispatch, "choose_path", choose_path)
     build(case).call()
     assert told == [(case.dims[1], case.features)]
+
+
+@pytest.mark.parametrize("case", SM80_SERVES, ids=lambda case: case.id)
+def test_sm80_serves(case, monkeypatch):
+    monkeypatch.setattr(_dispatch._extension, "is_loaded", lambda: False)  # whatever is left out of this build
+    assert not _dispatch.plan_objections(_dispatch.PATHS["sm80"], case.dtype, *case.dims, case.features)
+
+
+def test_sanitize_finds_what_it_names():
+    assert {case.id for case in test_sanitize.DECLARED} == set(test_sanitize._IDS)

@@ -70,6 +70,25 @@ def test_keep_rate(path, dropout_p):
         assert abs(kept - rule) < 5 * deviation + 2e-3 * kept
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256, 512])
+def test_mask_is_that_of_the_rule(path, head_dim):
+    """With q = 0 and one-hot values each output is one entry of the mask: as many keys a call as v has columns."""
+    case = Case(f"mask-{head_dim}", "several tiles of rows and keys", "dense", (140,) * 2, (300,) * 2, heads=(2, 1),
+                dims=(head_dim, head_dim), dtype=cases.FP16, dropout_p=0.4)  # fmt: skip
+    inputs = build(case, device_of(path))
+    inputs.q.zero_()
+    mask = torch.stack([reference.keep_mask(inputs.rng_state, 0.4, b, 2, 140, 300) for b in range(2)])
+    for first in range(0, 300, head_dim):
+        column = torch.arange(min(head_dim, 300 - first))
+        inputs.v.zero_()
+        inputs.v[:, first + column, :, column] = 1.0
+        result = on_path(path, case.features, inputs, inputs.call)
+        if result is None:
+            return
+        kept = result[0][..., column].transpose(1, 2) != 0
+        assert torch.equal(kept.cpu(), mask[..., first + column]), f"keys from {first}"
+
+
 def test_seeds_rule_the_mask(path):
     inputs = build(SMALL, device_of(path))
 

@@ -32,7 +32,7 @@ def wrong_past_64_keys(monkeypatch):
 def test_a_wrong_answer_fails_with_a_reproducer(wrong_past_64_keys):
     tally = fuzz.fuzz(["cpu"], 100, SEED, seconds=60)
     assert tally.failure is not None and "exceeds" in tally.failure.error
-    assert max(tally.failure.call.case.lens_k) == 65
+    assert 64 < max(tally.failure.call.case.lens_k) <= 129
     script = fuzz.reproducer("cpu", tally.failure.call)
     body = script.split("END'\n")[1].removesuffix("END")
     with pytest.raises(AssertionError, match="exceeds"):
