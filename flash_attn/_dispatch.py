@@ -108,6 +108,7 @@ PATHS = {
 }
 
 _forced = threading.local()
+_chosen: dict[tuple[object, ...], str] = {}
 _devices: dict[int, tuple[tuple[int, int], int]] = {}
 _LARGEST_SMEM_BYTES = 227 * 1024
 
@@ -142,6 +143,17 @@ def choose_path(q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> s
     forced = getattr(_forced, "path", None)
     if forced is None and not q.is_cuda:
         return "cpu"
+    if torch.compiler.is_compiling():
+        return _first_that_serves(forced, q, head_dim_v, features)
+    # Everything that the choice depends on, so that a small call doesn't pay for it each time.
+    key = (forced, q.device, q.dtype, q.shape[-1], head_dim_v, features)
+    path = _chosen.get(key)
+    if path is None:
+        path = _chosen[key] = _first_that_serves(forced, q, head_dim_v, features)
+    return path
+
+
+def _first_that_serves(forced: str | None, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:
     for name in (forced,) if forced is not None else ("sm90", "sm80"):
         if not objections(name, q, head_dim_v, features):
             return name
