@@ -23,11 +23,16 @@ int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1
 // their length a multiple of 16 bytes.
 Tensor with_vector_rows(const Tensor& tensor) {
   if (has_vector_rows(tensor)) return tensor;
-  const int64_t head_dim = tensor.size(tensor.dim() - 1);
-  const int64_t padded = round_up(head_dim, kVectorElements);
-  if (padded != head_dim) return torch::stable::pad(tensor, {0, padded - head_dim});
-  Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());
-  return torch::stable::copy_(copy, tensor);
+  const int64_t last = tensor.dim() - 1;
+  const int64_t head_dim = tensor.size(last);
+  std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
+  shape.back() = round_up(head_dim, kVectorElements);
+  // Not aten::pad, which keeps the order of dimensions in memory: rows that were not contiguous would stay so.
+  Tensor copy =
+      shape.back() == head_dim ? torch::stable::new_empty(tensor, shape) : torch::stable::new_zeros(tensor, shape);
+  Tensor head_dim_part = torch::stable::narrow(copy, last, 0, head_dim);
+  torch::stable::copy_(head_dim_part, tensor);
+  return copy;
 }
 
 // Where the kernel writes: `out`, unless its rows can't be written in pieces of 16 bytes.
