@@ -66,6 +66,8 @@ def assert_same_bits(name, ours, expected):
     assert ours.shape == expected.shape and ours.dtype == expected.dtype, f"{name}: shape or dtype differs"
     if ours.numel() == 0:
         return
-    ours, expected = (x.detach().cpu().contiguous().flatten().view(torch.uint8) for x in (ours, expected))
+    # A clone, since tensors of one element count as contiguous whatever their strides, and view() minds those.
+    ours, expected = (x.detach().cpu().clone(memory_format=torch.contiguous_format) for x in (ours, expected))
+    ours, expected = (x.flatten().view(torch.uint8) for x in (ours, expected))
     differing = int((ours != expected).sum())
     assert differing == 0, f"{name}: {differing} of {ours.numel()} bytes differ"
