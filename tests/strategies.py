@@ -178,7 +178,7 @@ def _expandable(case, name, num_dims):
         return []
     lengths = (case.seqused_q, case.seqused_k, case.leftpad, case.cache_rows)
     partly_unused = case.page is not None or any(given is not None for given in lengths)
-    # Where a wide dtype's head_dim has stride 0, torch multiplies without BLAS, and rounds four times as much.
+    # In float32 and float64 scores over a head_dim of stride 0 rounded up to four times as much as the naive ones.
     return range(num_dims - 2 if partly_unused else 0, num_dims - (case.dtype in (FP32, FP64)))
 
 
