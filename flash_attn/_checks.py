@@ -56,6 +56,7 @@ class ForwardCall(NamedTuple):
     dropout_p: float
     num_splits: int
     pack_gqa: bool | None
+    deterministic: bool
     # Not arguments of the op:
     features: frozenset[str]
     needs_grad: bool
@@ -290,6 +291,7 @@ def finish_call(
         None,  # rng_state is drawn when the call runs
         *sequences[1:],
         scale, left, right, softcap, dropout_p, num_splits, pack_gqa,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
         frozenset(features), needs_grad, out, return_softmax_lse, return_attn_probs,
     )  # fmt: skip
 

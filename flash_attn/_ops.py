@@ -29,7 +29,7 @@ _SCORE = (
 )
 _FORWARD = (
     f"Tensor q, Tensor k, Tensor v, Tensor? s_aux, Tensor? alibi_slopes, Tensor? rng_state, {_LENGTHS}, "
-    f"{_PLACES}, Tensor? scheduler_metadata, {_SCORE}, SymInt num_splits, bool? pack_gqa"
+    f"{_PLACES}, Tensor? scheduler_metadata, {_SCORE}, SymInt num_splits, bool? pack_gqa, bool deterministic"
 )
 _SCHEMAS = {
     "cpu_forward": f"({_FORWARD}) -> (Tensor out, Tensor lse)",
@@ -123,13 +123,13 @@ def _fake_combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dty
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     call = inputs[:_NUM_FORWARD_ARGUMENTS]
     (q, k, v, s_aux, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-     leftpad_k, block_table, cache_batch_idx, _, *score) = call[:-2]  # fmt: skip
+     leftpad_k, block_table, cache_batch_idx, _, *score) = call[:-3]  # fmt: skip
     ctx.set_materialize_grads(False)
     places = {"leftpad_k": leftpad_k, "block_table": block_table, "cache_batch_idx": cache_batch_idx}
     ctx.without_backward = [name for name, value in places.items() if value is not None]
     if ctx.without_backward:
         return
-    ctx.score = score
+    ctx.score, ctx.deterministic = score, call[-1]
     ctx.save_for_backward(
         q, k, v, *output, s_aux, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     )
@@ -145,8 +145,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     # A second differentiation has to meet the op, which refuses it.
     direct = not torch.is_grad_enabled() and _is_plain(*saved[:3])
     backward = cpu.backward if direct else torch.ops.flash_attn.cpu_backward
-    # The CPU path adds in a fixed order, so it is deterministic whether asked or not.
-    grads = backward(dout, dlse, *saved, *ctx.score, True)
+    grads = backward(dout, dlse, *saved, *ctx.score, ctx.deterministic)
     needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[:4], strict=True))
     return (*needed, *no_grads[4:])
 

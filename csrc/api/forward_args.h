@@ -15,7 +15,8 @@ namespace flash_attn {
   "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? leftpad_k, " \
   "Tensor? block_table, Tensor? cache_batch_idx, Tensor? scheduler_metadata, SymInt max_seqlen_q, "       \
   "SymInt max_seqlen_k, float softmax_scale, SymInt window_left, SymInt window_right, float softcap, "    \
-  "float dropout_p, SymInt num_splits, bool? pack_gqa, int arch"
+  "float dropout_p, SymInt num_splits, bool? pack_gqa, "                                                  \
+  "bool deterministic, int arch"
 
 struct ForwardArgs {
   Tensor q;
@@ -41,6 +42,7 @@ struct ForwardArgs {
   double dropout_p;
   int64_t num_splits;
   std::optional<bool> pack_gqa;
+  bool deterministic;  // of the backward that autograd will run
   int64_t arch;
 };
 
@@ -83,6 +85,7 @@ inline ForwardArgs take_forward_args(StackReader& stack) {
           .dropout_p = stack.take<double>(),
           .num_splits = stack.take<int64_t>(),
           .pack_gqa = stack.take<std::optional<bool>>(),
+          .deterministic = stack.take<bool>(),
           .arch = stack.take<int64_t>()};
 }
 

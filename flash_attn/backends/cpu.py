@@ -45,6 +45,7 @@ def forward(
     dropout_p: float,
     num_splits: int,
     pack_gqa: bool | None,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """out with q's layout and dtype, lse (B, H, Sq) or (H, Tq). Hints and maximal lengths change nothing."""
     layout = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, block_table, cache_batch_idx)

@@ -5,7 +5,6 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/common/params.h"
-#include "kernels/common/seq_info.h"
 
 namespace flash_attn {
 
@@ -38,12 +37,12 @@ __device__ inline uint4 philox(uint4 counter, uint2 key) {
 // apart.
 class DropoutMask {
  public:
-  __device__ DropoutMask(const ForwardParams& params, const TileCoord& tile)
-      : threshold_(params.dropout.keep_threshold) {
-    const unsigned long long seed = params.dropout.rng_state[0];
+  __device__ DropoutMask(const DropoutParams& dropout, int num_heads, int batch_idx, int head_idx)
+      : threshold_(dropout.keep_threshold) {
+    const unsigned long long seed = dropout.rng_state[0];
     key_ = {static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32)};
-    offset_ = static_cast<unsigned>(params.dropout.rng_state[1]);
-    head_ = static_cast<unsigned>(tile.seq.batch_idx) * params.heads.num_heads + tile.head_idx;
+    offset_ = static_cast<unsigned>(dropout.rng_state[1]);
+    head_ = static_cast<unsigned>(batch_idx) * num_heads + head_idx;
   }
 
   // Zeroes what is dropped. `probs` and `coords` are (rows, columns) views. A warp that owns all columns finds kPairs =

@@ -18,34 +18,47 @@ __device__ inline float fast_tanh(float x) { return 1.f - __fdividef(2.f, __expf
 
 }  // namespace detail
 
-// The scores of one tile still have to be multiplied by params.score.softmax_scale, which the softmax does. It takes
-// its maximum before it scales, which only a positive scale allows: another one is multiplied in here, and the
-// softmax's is 1.
-template <Score kScore, class Scores, class Coords>
-__device__ void apply_score(Scores&& scores, const Coords& coords, const ForwardParams& params, const TileCoord& tile,
-                            int n_begin) {
-  const ScoreParams& score = params.score;
-  if (score.factor != 1.f) {
+// The scores of one tile still have to be multiplied by softmax_scale, which the softmax does. It takes its maximum
+// before it scales, which only a positive scale allows: another one is multiplied in here, and the softmax's is 1.
+template <class Scores>
+__device__ void apply_factor(Scores&& scores, const ScoreParams& score) {
+  if (score.factor == 1.f) return;
+  CUTE_UNROLL
+  for (int i = 0; i < size(scores); ++i) scores(i) *= score.factor;
+}
+
+template <class Scores>
+__device__ void apply_softcap(Scores&& scores, const ScoreParams& score) {
+  if (!score.has_softcap) return;
+  CUTE_UNROLL
+  for (int i = 0; i < size(scores); ++i) scores(i) = detail::fast_tanh(scores(i));
+}
+
+// `coords` holds the (row, column) within the tile of each score, both in (rows, columns) view; the tile begins at
+// query row m_begin and key n_begin of its entry.
+template <class Scores, class Coords>
+__device__ void apply_alibi(Scores&& scores, const Coords& coords, const ScoreParams& score, const SeqInfo& seq,
+                            int head_idx, int m_begin, int n_begin) {
+  if (score.alibi_slopes == nullptr) return;
+  const float slope = score.alibi_slopes[seq.batch_idx * score.alibi_batch_stride + head_idx];
+  const float bias = -slope / score.softmax_scale;
+  CUTE_UNROLL
+  for (int row = 0; row < size<0>(scores); ++row) {
+    const int diagonal = m_begin + static_cast<int>(get<0>(coords(row, 0))) + seq.diagonal() - n_begin;
     CUTE_UNROLL
-    for (int i = 0; i < size(scores); ++i) scores(i) *= score.factor;
+    for (int col = 0; col < size<1>(scores); ++col) {
+      scores(row, col) += bias * static_cast<float>(abs(diagonal - static_cast<int>(get<1>(coords(row, col)))));
+    }
   }
+}
+
+template <Score kScore, class Scores, class Coords>
+__device__ void apply_score(Scores&& scores, const Coords& coords, const ScoreParams& score, const SeqInfo& seq,
+                            int head_idx, int m_begin, int n_begin) {
+  apply_factor(scores, score);
   if constexpr (kScore == Score::kGeneral) {
-    if (score.has_softcap) {
-      CUTE_UNROLL
-      for (int i = 0; i < size(scores); ++i) scores(i) = detail::fast_tanh(scores(i));
-    }
-    if (score.alibi_slopes != nullptr) {
-      const float slope = score.alibi_slopes[tile.seq.batch_idx * score.alibi_batch_stride + tile.head_idx];
-      const float bias = -slope / score.softmax_scale;
-      CUTE_UNROLL
-      for (int row = 0; row < size<0>(scores); ++row) {
-        const int diagonal = tile.m_begin + static_cast<int>(get<0>(coords(row, 0))) + tile.seq.diagonal() - n_begin;
-        CUTE_UNROLL
-        for (int col = 0; col < size<1>(scores); ++col) {
-          scores(row, col) += bias * static_cast<float>(abs(diagonal - static_cast<int>(get<1>(coords(row, col)))));
-        }
-      }
-    }
+    apply_softcap(scores, score);
+    apply_alibi(scores, coords, score, seq, head_idx, m_begin, n_begin);
   }
 }
 

@@ -11,7 +11,8 @@ struct SeqInfo {
   int batch_idx;
   int64_t row_begin_q;  // 0 where the tensors have a batch dimension
   int64_t row_begin_k;
-  int rows_q;    // rows of O and LSE that belong to the entry
+  int rows_q;    // rows of Q, O and LSE that belong to the entry
+  int rows_k;    // rows of K and V that do
   int seqlen_q;  // of which these are in use; the others get O = 0, LSE = -inf
   int seqlen_k;
 
@@ -39,13 +40,12 @@ __device__ inline int row_at(const int* cu_seqlens, int idx, int num_rows) {
 }
 
 // Last entry whose first slot is at most `slot`; batch if the slot lies past all entries.
-__device__ inline int entry_of_slot(const SeqParams& seq, int slot, int tile_m) {
+__device__ inline int entry_of_slot(const int* cu_seqlens, int batch, int num_rows, int slot, int tile_rows) {
   int low = 0;
-  int high = seq.batch;
+  int high = batch;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    const int row = row_at(seq.cu_seqlens_q, middle, seq.rows_q);
-    if (first_varlen_slot(row, middle, tile_m) <= slot) {
+    if (first_varlen_slot(row_at(cu_seqlens, middle, num_rows), middle, tile_rows) <= slot) {
       low = middle;
     } else {
       high = middle - 1;
@@ -59,43 +59,57 @@ __device__ inline int used(const int* seqused, int entry, int num_rows) {
   return seqused == nullptr ? num_rows : clamp_to(seqused[entry], 0, num_rows);
 }
 
-__device__ inline TileCoord varlen_tile(const SeqParams& seq, int slot, int head_idx, int tile_m) {
-  const int entry = entry_of_slot(seq, slot, tile_m);
-  const int begin_q = row_at(seq.cu_seqlens_q, entry, seq.rows_q);
-  const int m_begin = (slot - static_cast<int>(first_varlen_slot(begin_q, entry, tile_m))) * tile_m;
-  if (entry == seq.batch) {  // rows past the last entry belong to none
-    return {{entry, begin_q, 0, seq.rows_q - begin_q, 0, 0}, head_idx, m_begin};
-  }
-  const int rows_q = max(row_at(seq.cu_seqlens_q, entry + 1, seq.rows_q) - begin_q, 0);
-  int begin_k = 0;
-  int rows_k = seq.rows_k;
-  if (seq.cu_seqlens_k != nullptr) {
-    begin_k = row_at(seq.cu_seqlens_k, entry, seq.rows_k);
-    rows_k = max(row_at(seq.cu_seqlens_k, entry + 1, seq.rows_k) - begin_k, 0);
-  }
-  return {{entry, begin_q, begin_k, rows_q, used(seq.seqused_q, entry, rows_q), used(seq.seqused_k, entry, rows_k)},
-          head_idx,
-          m_begin};
+struct RowSpan {
+  int begin;
+  int count;
+};
+
+// An entry's rows in a packed tensor; those past the last entry are entry `batch`, and belong to none.
+__device__ inline RowSpan rows_of_entry(const int* cu_seqlens, int batch, int num_rows, int entry) {
+  if (cu_seqlens == nullptr) return {0, num_rows};
+  const int begin = row_at(cu_seqlens, entry, num_rows);
+  const int end = entry == batch ? num_rows : row_at(cu_seqlens, entry + 1, num_rows);
+  return {begin, max(end - begin, 0)};
+}
+
+__device__ inline SeqInfo entry_info(const SeqParams& seq, int entry) {
+  const RowSpan q = rows_of_entry(seq.cu_seqlens_q, seq.batch, seq.rows_q, entry);
+  const RowSpan k = rows_of_entry(seq.cu_seqlens_k, seq.batch, seq.rows_k, entry);
+  if (entry == seq.batch) return {entry, q.begin, k.begin, q.count, k.count, 0, 0};
+  return {entry,
+          q.begin,
+          k.begin,
+          q.count,
+          k.count,
+          used(seq.seqused_q, entry, q.count),
+          used(seq.seqused_k, entry, k.count)};
+}
+
+struct TileSlot {
+  int entry;
+  int row_begin;  // within the entry
+};
+
+// The tile at `slot` of a packed tensor's run of tiles.
+__device__ inline TileSlot varlen_tile(const int* cu_seqlens, int batch, int num_rows, int slot, int tile_rows) {
+  const int entry = entry_of_slot(cu_seqlens, batch, num_rows, slot, tile_rows);
+  const int64_t first_slot = first_varlen_slot(row_at(cu_seqlens, entry, num_rows), entry, tile_rows);
+  return {entry, (slot - static_cast<int>(first_slot)) * tile_rows};
 }
 
 }  // namespace detail
 
-// Decodes a block index. Blocks run through a head's tiles from the last row up, so that under a causal mask the
-// longest start first, then through heads, so that neighbours read the same K and V from L2.
+// Decodes the index of a tile of query rows. Indices run through a head's tiles from the last row up, so that under a
+// causal mask the longest start first, then through heads, so that neighbours read the same K and V from L2.
 template <int kTileM>
-__device__ TileCoord locate_tile(const ForwardParams& params, int block_idx) {
-  const int tile_idx = params.tiles_per_head - 1 - block_idx % params.tiles_per_head;
-  const int run = block_idx / params.tiles_per_head;
-  const int head_idx = run % params.heads.num_heads;
-  if (params.seq.cu_seqlens_q != nullptr) {
-    return detail::varlen_tile(params.seq, tile_idx, head_idx, kTileM);
+__device__ TileCoord locate_tile(const SeqParams& seq, int num_heads, int tiles_per_head, int idx) {
+  const int tile_idx = tiles_per_head - 1 - idx % tiles_per_head;
+  const int run = idx / tiles_per_head;
+  if (seq.cu_seqlens_q == nullptr) {
+    return {detail::entry_info(seq, run / num_heads), run % num_heads, tile_idx * kTileM};
   }
-  const int batch_idx = run / params.heads.num_heads;
-  const SeqParams& seq = params.seq;
-  return {{batch_idx, 0, 0, seq.rows_q, detail::used(seq.seqused_q, batch_idx, seq.rows_q),
-           detail::used(seq.seqused_k, batch_idx, seq.rows_k)},
-          head_idx,
-          tile_idx * kTileM};
+  const detail::TileSlot slot = detail::varlen_tile(seq.cu_seqlens_q, seq.batch, seq.rows_q, tile_idx, kTileM);
+  return {detail::entry_info(seq, slot.entry), run % num_heads, slot.row_begin};
 }
 
 }  // namespace flash_attn

@@ -53,7 +53,7 @@ template <class Traits, class AccO>
 __device__ void store_output(const ForwardParams& params, const TileCoord& tile, typename Traits::SharedStorage& smem,
                              const AccO& tOrO) {
   using Element = typename Traits::Element;
-  using TiledStore = typename Traits::template TiledStore<Traits::kHeadDimV>;
+  using TiledStore = typename Traits::template Access<Traits::kHeadDimV>::TiledStore;
   const SeqInfo& seq = tile.seq;
   Tensor sO = make_tensor(make_smem_ptr(smem.q_or_o), typename Traits::SmemLayoutO{});
 

@@ -88,12 +88,12 @@ __device__ void forward_mainloop(const ForwardParams& params, const TileCoord& t
     gemm_smem_smem(mma, tSrS, tSrQ, tSrK, tSsQ, tSsK, copy_q, copy_k);
 
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
-    apply_score<Traits::kScore>(scores, score_coords, params, tile, n * kTileN);
+    apply_score<Traits::kScore>(scores, score_coords, params.score, seq, tile.head_idx, tile.m_begin, n * kTileN);
     if (range.needs_mask(n)) apply_mask(scores, score_coords, keys, tile.m_begin, n * kTileN);
     softmax.update(scores, output, reducer);
     if constexpr (Traits::kScore == Score::kGeneral) {
       if (params.dropout.rng_state != nullptr) {
-        DropoutMask(params, tile)
+        DropoutMask(params.dropout, params.heads.num_heads, seq.batch_idx, tile.head_idx)
             .template apply<(Traits::kWarpsN > 1 ? 1 : 4)>(scores, score_coords, tile.m_begin, n * kTileN);
       }
     }
@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads) forward_kernel(const __gr
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
 
-  const TileCoord tile = locate_tile<Traits::kTileM>(params, blockIdx.x);
+  const TileCoord tile =
+      locate_tile<Traits::kTileM>(params.seq, params.heads.num_heads, params.tiles_per_head, blockIdx.x);
   if (!tile.has_rows()) return;
 
   typename Traits::TiledMma mma;

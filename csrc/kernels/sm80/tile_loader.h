@@ -4,7 +4,7 @@
 
 #include <cute/tensor.hpp>
 
-#include "kernels/sm80/forward_traits.h"
+#include "kernels/sm80/tile_types.h"
 
 namespace flash_attn::sm80 {
 
@@ -21,7 +21,7 @@ template <class Traits, int kRows, int kCols>
 class TileLoader {
  public:
   using Element = typename Traits::Element;
-  using TiledLoad = typename Traits::template TiledLoad<kCols>;
+  using TiledLoad = typename Traits::template Access<kCols>::TiledLoad;
 
   __device__ TileLoader(const Element* head, int64_t row_stride, int num_rows, int num_cols)
       : head_(head), row_stride_(row_stride), num_rows_(num_rows), num_cols_(num_cols) {}
