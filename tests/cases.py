@@ -321,6 +321,22 @@ LARGE = [
             heads=(4, 1), large=True),
 ]  # fmt: skip
 
+_BWD_DIMS = ((16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 512),
+             (512, 512), (33, 7))  # fmt: skip
+_BWD_OPTIONS = {
+    "full": {"dtype": FP16, "lse_grad": True},
+    "causal-gqa": {"causal": True, "heads": (4, 2)},
+    "window-softcap": {"window": (70, 20), "softcap": 5.0, "dtype": FP16, "heads": (3, 1), "lse_grad": True},
+    "everything": {"window": (200, 0), "alibi": "batch", "sinks": BF16, "dropout_p": 0.2, "heads": (4, 2),
+                   "seqused_q": (250, 0, 65), "seqused_k": (140, 30, 333)},
+}  # fmt: skip
+BACKWARD = [
+    _varlen(f"bwd-{d}x{dv}-{name}", "several tiles of rows and of keys, with ends inside tiles, per head dim",
+            (270, 0, 65), (150, 30, 391), dims=(d, dv), large=d not in (16, 33), **options)
+    for d, dv in _BWD_DIMS
+    for name, options in _BWD_OPTIONS.items()
+]  # fmt: skip
+
 FORWARD = LENGTHS + HEAD_DIMS + DENSE + [case for case in LARGE if case.layout == "dense"]
 VARLEN_FORWARD = VARLEN + VARLEN_FORWARD_ONLY + [case for case in LARGE if case.layout == "varlen"]
-ALL = FORWARD + VARLEN_FORWARD + KVCACHE + DROPOUT
+ALL = FORWARD + VARLEN_FORWARD + KVCACHE + DROPOUT + BACKWARD

@@ -113,28 +113,68 @@ def gradients(inputs, dout, dlse, attend, dtype=None):
     return out, dict(zip((f"d{name}" for name in wanted), found, strict=True))
 
 
+def output_gradients(inputs):
+    """(dout, dlse or None), drawn for the case."""
+    case, generator = inputs.case, generator_for(inputs.case)
+    shape = (*inputs.q.shape[:-1], case.dims[1])
+    dout = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
+    if not case.lse_grad:
+        return dout, None
+    return dout, torch.randn(inputs.q.shape[:-1], generator=generator).movedim(-1, -2).contiguous()
+
+
+class Gradients(NamedTuple):
+    """The gradients that a call gave, by name, beside the oracle's in float64 and at the inputs' precision."""
+
+    ours: dict
+    exact: dict
+    low: dict
+    sizes: dict  # reference.gradient_magnitudes
+
+
+def gradients_on(path, features, inputs, dout, dlse, **options):
+    """{name: gradient} of a call of `inputs` with `options`, or None where the path refuses it."""
+    features = features | {"backward"}
+    result = on_path(path, features, inputs, lambda: gradients(inputs, dout, dlse, lambda x: x.call(**options)))
+    if result is None:
+        return None
+    for name, gradient in result[1].items():
+        leaf = inputs.score["s_aux"] if name == "ds_aux" else getattr(inputs, name[1:])
+        assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape and gradient.device == leaf.device
+    return result[1]
+
+
+def oracle_gradients(inputs, dout, dlse):
+    """What Gradients holds beside ours."""
+    _, exact = gradients(inputs, dout, dlse, lambda x: x.expected(), torch.float64)
+    _, low = gradients(inputs, dout, dlse, lambda x: x.expected(inputs.case.dtype))
+    sizes = reference.gradient_magnitudes(inputs.q, inputs.k, inputs.v, dout, dlse, **inputs.score, **inputs.layout)
+    return exact, low, sizes
+
+
+def assert_gradients_right(*answers):
+    """The tolerance rule, applied to all answers as if one call had given them."""
+    for name in answers[0].ours:
+        parts = [(a.ours[name].cpu(), a.exact[name], a.low[name], a.sizes.get(name)) for a in answers]
+        if len(parts) > 1:
+            columns = zip(*parts, strict=True)
+            parts = [[None if x[0] is None else torch.cat([y.flatten() for y in x]) for x in columns]]
+        assert_close(name, *parts[0])
+
+
 def check_backward(path, case):
     """One case through autograd: dq, dk, dv and the sinks' gradient, against the oracle's."""
     needs(path, case)
     inputs = build(case, device_of(path))
-    generator = generator_for(case)
-    shape = (*inputs.q.shape[:-1], case.dims[1])
-    dout = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
-    dlse = None
-    if case.lse_grad:
-        dlse = torch.randn(inputs.q.shape[:-1], generator=generator).movedim(-1, -2).contiguous()
-    features = case.features | {"backward"}
-    result = on_path(path, features, inputs, lambda: gradients(inputs, dout, dlse, lambda x: x.call()))
-    if result is None:
-        return
-    out, ours = result
-    _, exact = gradients(inputs, dout, dlse, lambda x: x.expected(), torch.float64)
-    _, low = gradients(inputs, dout, dlse, lambda x: x.expected(case.dtype))
-    sizes = reference.gradient_magnitudes(inputs.q, inputs.k, inputs.v, dout, dlse, **inputs.score, **inputs.layout)
-    for name, gradient in ours.items():
-        leaf = inputs.score["s_aux"] if name == "ds_aux" else getattr(inputs, name[1:])
-        assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
-        assert_close(name, gradient, exact[name], low[name], sizes.get(name))
+    dout, dlse = output_gradients(inputs)
+    oracle = None
+    # The kernels add in another way where they are asked for the same bits every time; the CPU path has one way.
+    for deterministic in (False,) if path == "cpu" else (False, True):
+        ours = gradients_on(path, case.features, inputs, dout, dlse, deterministic=deterministic)
+        if ours is None:
+            return
+        oracle = oracle or oracle_gradients(inputs, dout, dlse)
+        assert_gradients_right(Gradients(ours, *oracle))
 
 
 def check_garbage(path, case, garbage):
@@ -155,8 +195,9 @@ def check_garbage(path, case, garbage):
             assert_same_bits(name, gradient, expected[name])
 
 
-def gradients_of_a_loss(inputs, **options):
+def gradients_of_a_loss(inputs, deterministic=True, **options):
+    """{name: gradient}, by default with the same bits every time, for comparisons of bits."""
     leafy, wanted = inputs.leaves()
-    loss = leafy.call(**options)[0].float().square().sum()
+    loss = leafy.call(deterministic=deterministic, **options)[0].float().square().sum()
     found = torch.autograd.grad(loss, list(wanted.values()))
     return dict(zip((f"d{name}" for name in wanted), found, strict=True))

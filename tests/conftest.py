@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from harness import GPU_PATHS
+from harness import GPU_PATHS, met
 from hypothesis import HealthCheck, settings
 
 _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
@@ -26,6 +26,20 @@ def path(request):
         if capability < ((9, 0) if request.param == "sm90" else (8, 0)):
             pytest.skip(f"a device of compute capability {capability} can't run {request.param}")
     return request.param
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test whose calls a path refused is skipped with the path's reasons, whatever else it checked.
+
+    Of drawn calls some are meant to be refused: such a test is skipped only if all were.
+    """
+    met.served, refused = 0, met.refused
+    refused.clear()
+    result = yield
+    if refused and not (met.served and pyfuncitem.get_closest_marker("drawn")):
+        pytest.skip("no kernel for it: " + " | ".join(refused))
+    return result
 
 
 @pytest.fixture

@@ -230,22 +230,32 @@ def drawn_rng_state(seed, device="cpu"):
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
 
 
+@dataclass
+class Met:
+    """What the calls of the running test met: conftest.py reports a test that was refused as skipped."""
+
+    served: int = 0
+    refused: dict = field(default_factory=dict)  # "path: reason", in order
+
+
+met = Met()
+
+
 def on_path(path, features, inputs, call):
     """`call()` with the path forced. Where the path has no kernel for it, the refusal is checked and None
     returned.
 
     Nothing is skipped in silence: the call itself must raise NotImplementedError, which has to name the way
-    out, and the dispatcher's own answer for these features must agree with what the call did.
+    out, and the dispatcher's own answer for these features must agree with what the call did. The test is
+    then reported as skipped, with the path's reasons.
     """
     with flash_attn.use_path(path):
-        try:
-            flash_attn._dispatch.choose_path(inputs.q, inputs.v.shape[-1], frozenset(features))
-            supported = True
-        except NotImplementedError:
-            supported = False
-        assert supported or path != "cpu", "the CPU path has every feature"
-        if supported:
+        reasons = flash_attn._dispatch.objections(path, inputs.q, inputs.v.shape[-1], frozenset(features))
+        assert not reasons or path != "cpu", "the CPU path has every feature"
+        if not reasons:
+            met.served += 1
             return call()
         with pytest.raises(NotImplementedError, match=r"use_path\(.cpu.\)"):
             call()
+    met.refused[f"{path}: {'; '.join(reasons)}"] = None
     return None

@@ -1,10 +1,11 @@
 """The table of declared cases is itself checked: nothing hides behind a wrong declaration."""
 
 import cases
+import conftest
 import pytest
 import test_hard_cases as hard
 import test_sanitize
-from harness import build
+from harness import build, met
 
 import flash_attn
 from flash_attn import _dispatch
@@ -53,3 +54,23 @@ def test_sm80_serves(case, monkeypatch):
 
 def test_sanitize_finds_what_it_names():
     assert {case.id for case in test_sanitize.DECLARED} == set(test_sanitize._IDS)
+
+
+@pytest.mark.parametrize(
+    "served, drawn, skips", [(0, False, True), (1, False, True), (0, True, True), (1, True, False)]
+)
+def test_refused_calls_are_reported_as_skipped(served, drawn, skips):
+    class Item:
+        def get_closest_marker(self, name):
+            return drawn and name == "drawn"
+
+    running = conftest.pytest_pyfunc_call(Item())
+    next(running)
+    met.served = served
+    met.refused["sm80: backward"] = None
+    try:
+        with pytest.raises(pytest.skip.Exception if skips else StopIteration) as ended:
+            running.send(True)
+    finally:
+        met.refused.clear()
+    assert not skips or "sm80: backward" in str(ended.value)

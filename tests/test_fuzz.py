@@ -10,6 +10,7 @@ from flash_attn import _dispatch
 SEED = 1
 
 
+@pytest.mark.drawn
 def test_drawn_calls(path):
     calls = 40 if path == "cpu" else 300 if _dispatch.PATHS[path].features else 20
     tally = fuzz.fuzz([path], calls, SEED)

@@ -20,6 +20,7 @@ shared_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixtur
 LAYOUTS = memories(4, expandable=(0, 2))
 
 
+@pytest.mark.drawn
 @shared_path
 @given(case=dense())
 def test_dense(path, case):
@@ -27,6 +28,7 @@ def test_dense(path, case):
     check_backward(path, case)
 
 
+@pytest.mark.drawn
 @shared_path
 @given(case=varlen())
 def test_varlen(path, case):
@@ -34,12 +36,14 @@ def test_varlen(path, case):
     check_backward(path, case)
 
 
+@pytest.mark.drawn
 @shared_path
 @given(case=cached())
 def test_cached(path, case):
     check_forward(path, case)
 
 
+@pytest.mark.drawn
 @shared_path
 @given(of_q=LAYOUTS, of_k=LAYOUTS, of_v=LAYOUTS, causal=st.booleans())
 def test_strides(path, of_q, of_k, of_v, causal):
