@@ -31,7 +31,7 @@ PLAIN = score()
 def forward_arguments(
     q=Q, k=K, v=V, s_aux=None, slopes=None, rng=None, lengths=(None,) * 4, places=(None,) * 3, score=PLAIN
 ):
-    return (q, k, v, s_aux, slopes, rng, *lengths, *places, None, *score, 0, None)
+    return (q, k, v, s_aux, slopes, rng, *lengths, *places, None, *score, 0, None, False)
 
 
 # One call per layout and per way to compute; small, since opcheck traces each several times.

@@ -16,6 +16,7 @@ except ImportError as reason:
 def problem(**changes):
     values = {
         "layout": planner.Layout.DENSE,
+        "layout_k": planner.Layout.DENSE,
         "dtype": planner.Dtype.BF16,
         "batch": 2,
         "num_heads": 8,

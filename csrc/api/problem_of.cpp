@@ -112,6 +112,7 @@ Problem make_problem(const ForwardArgs& args) {
   check_score(args, batch, num_heads);
   check_plain(args);
   return {.layout = packed_q ? Layout::kVarlen : Layout::kDense,
+          .layout_k = packed_k ? Layout::kVarlen : Layout::kDense,
           .dtype = dtype,
           .batch = batch,
           .num_heads = num_heads,

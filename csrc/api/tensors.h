@@ -11,7 +11,7 @@
 #include <string>
 
 #include "kernels/common/params.h"
-#include "variant/variant.h"
+#include "variant/tiles.h"
 
 namespace flash_attn {
 
@@ -53,10 +53,11 @@ inline Dtype dtype_of(const Tensor& q) {
   return dtype == ScalarType::Half ? Dtype::kFp16 : Dtype::kBf16;
 }
 
-// The kernels read rows in pieces of 16 bytes.
+// The kernels read and write rows in pieces of 16 bytes.
+inline constexpr int64_t kVectorBytes = 16;
+inline constexpr int64_t kVectorElements = kVectorBytes / kElementBytes;
+
 inline bool has_vector_rows(const Tensor& tensor) {
-  constexpr int64_t kVectorBytes = 16;
-  constexpr int64_t kVectorElements = kVectorBytes / 2;
   const int64_t last = tensor.dim() - 1;
   if (tensor.size(last) % kVectorElements != 0 || tensor.stride(last) != 1) return false;
   for (int64_t dim = 0; dim < last; ++dim) {

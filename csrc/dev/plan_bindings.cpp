@@ -21,6 +21,7 @@ PYBIND11_MODULE(flash_attn_plan, module) {
   py::class_<Problem>(module, "Problem")
       .def(py::init([] { return Problem{}; }))
       .def_readwrite("layout", &Problem::layout)
+      .def_readwrite("layout_k", &Problem::layout_k)
       .def_readwrite("dtype", &Problem::dtype)
       .def_readwrite("batch", &Problem::batch)
       .def_readwrite("num_heads", &Problem::num_heads)

@@ -10,10 +10,6 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Score score_of(const Problem& problem) {
-  return problem.has_softcap || problem.has_alibi || problem.has_dropout ? Score::kGeneral : Score::kPlain;
-}
-
 // The general score is compiled with the general mask only, which is as good as any other where most of the time goes
 // into the score.
 Mask mask_of(const Problem& problem) {

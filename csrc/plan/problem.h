@@ -7,11 +7,12 @@
 
 namespace flash_attn {
 
-// Of the queries. kVarlen: the rows of all entries are packed, and their lengths are on the device.
+// kVarlen: the rows of all entries are packed, and their lengths are on the device.
 enum class Layout { kDense, kVarlen };
 
 struct Problem {
-  Layout layout;
+  Layout layout;    // of the queries
+  Layout layout_k;  // of the keys: packed queries may go with dense ones
   Dtype dtype;
   int64_t batch;
   int64_t num_heads;
@@ -19,7 +20,7 @@ struct Problem {
   int head_dim;
   int head_dim_v;
   int64_t rows_q;  // kDense: query length of each entry; kVarlen: query rows of all entries together
-  int64_t rows_k;  // likewise; packed queries may go with dense keys
+  int64_t rows_k;  // likewise
   // Keys visible to the left and right of the diagonal; negative: all of them.
   int64_t window_left;
   int64_t window_right;
@@ -30,5 +31,9 @@ struct Problem {
   // A dense batch has its own tiles per entry; the entries of a varlen batch share one run of tile slots.
   int64_t num_tile_runs() const { return layout == Layout::kDense ? batch : 1; }
 };
+
+inline Score score_of(const Problem& problem) {
+  return problem.has_softcap || problem.has_alibi || problem.has_dropout ? Score::kGeneral : Score::kPlain;
+}
 
 }  // namespace flash_attn

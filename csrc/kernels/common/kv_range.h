@@ -1,4 +1,4 @@
-// Which tiles of keys a block of query rows visits, and which of them hold scores that must be masked.
+// Which tiles of keys a block of query rows visits, which of them hold scores that must be masked, and the reverse.
 #pragma once
 
 #include "kernels/common/seq_info.h"
@@ -41,6 +41,21 @@ __device__ KvRange kv_range(const VisibleKeys<kMask>& keys, int m_begin) {
   const auto tile_after = [](int key) { return (max(key, 0) + kTileN - 1) / kTileN; };
   return {keys.begin(m_begin) / kTileN, tile_after(keys.end(m_last)), tile_after(keys.begin(m_last)),
           max(keys.end(m_begin), 0) / kTileN};
+}
+
+// The query rows that see any of the keys [n_begin, n_end): [begin, end). A tile of rows meets one of keys exactly
+// where kv_range says that the tile of keys is visited.
+struct RowRange {
+  int begin;
+  int end;
+
+  __device__ bool is_empty() const { return begin >= end; }
+};
+
+__device__ inline RowRange query_range(const VisibleKeys<Mask::kGeneral>& keys, int n_begin, int n_end) {
+  if (n_begin >= keys.seq.seqlen_k) return {0, 0};
+  const int diagonal = keys.seq.diagonal();
+  return {max(n_begin - diagonal - keys.window.right, 0), min(n_end - diagonal + keys.window.left, keys.seq.seqlen_q)};
 }
 
 }  // namespace flash_attn

@@ -7,6 +7,8 @@ namespace flash_attn {
 
 using namespace cute;
 
+inline constexpr float kLog2E = 1.4426950408889634f;
+
 namespace detail {
 
 // One instruction; exp2f would add the handling of subnormal results, which are nothing beside a row's maximum of 1.
@@ -74,7 +76,6 @@ class OnlineSoftmax {
   }
 
  private:
-  static constexpr float kLog2E = 1.4426950408889634f;
   static constexpr float kLn2 = 0.6931471805599453f;
 
   // A row without a visible key so far has maximum -inf; subtracting it would make NaN.

@@ -39,4 +39,18 @@ CUTE_DEVICE void gemm_register_smem(const TiledMma& mma, Acc& acc, const FragA& 
   }
 }
 
+// acc += A B with nothing kept between calls. A is (M, K) and B is (N, K), in shared memory; each copy atom is
+// ldmatrix, transposed where its operand's memory is.
+template <class Mma, class CopyAtomA, class CopyAtomB, class Acc, class SmemA, class SmemB>
+CUTE_DEVICE void gemm_tiles(Acc& acc, const SmemA& sA, const SmemB& sB) {
+  Mma mma;
+  const auto thread_mma = mma.get_slice(threadIdx.x);
+  Tensor a = thread_mma.partition_fragment_A(sA);  // (MMA, MMA_M, MMA_K)
+  Tensor b = thread_mma.partition_fragment_B(sB);  // (MMA, MMA_N, MMA_K)
+  const auto copy_a = make_tiled_copy_A(CopyAtomA{}, mma);
+  const auto copy_b = make_tiled_copy_B(CopyAtomB{}, mma);
+  gemm_smem_smem(mma, acc, a, b, copy_a.get_slice(threadIdx.x).partition_S(sA),
+                 copy_b.get_slice(threadIdx.x).partition_S(sB), copy_a, copy_b);
+}
+
 }  // namespace flash_attn::sm80

@@ -4,11 +4,19 @@
 
 #include <cute/tensor.hpp>
 
+#include "kernels/common/params.h"
 #include "kernels/sm80/tile_types.h"
 
 namespace flash_attn::sm80 {
 
 using namespace cute;
+
+// First element of one head of one batch entry.
+template <class Element>
+CUTE_DEVICE Element* head_of(const Operand& operand, int batch_idx, int64_t row_begin, int head_idx) {
+  return static_cast<Element*>(operand.ptr) + batch_idx * operand.batch_stride + row_begin * operand.row_stride +
+         head_idx * operand.head_stride;
+}
 
 // Global tensor of (rows, kCols) over one head of one sequence; `row_begin` may lie anywhere in it.
 template <int kRows, int kCols, class Element>

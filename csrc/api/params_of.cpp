@@ -1,0 +1,115 @@
+#include "api/params_of.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace flash_attn {
+namespace {
+
+const int* int_pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
+}
+
+}  // namespace
+
+int64_t round_up_to_vector(int64_t head_dim) {
+  return (head_dim + kVectorElements - 1) / kVectorElements * kVectorElements;
+}
+
+Tensor with_vector_rows(const Tensor& tensor) {
+  if (has_vector_rows(tensor)) return tensor;
+  const int64_t last = tensor.dim() - 1;
+  const int64_t head_dim = tensor.size(last);
+  std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
+  shape.back() = round_up_to_vector(head_dim);
+  // Not aten::pad, which keeps the order of dimensions in memory: rows that were not contiguous would stay so.
+  Tensor copy =
+      shape.back() == head_dim ? torch::stable::new_empty(tensor, shape) : torch::stable::new_zeros(tensor, shape);
+  Tensor head_dim_part = torch::stable::narrow(copy, last, 0, head_dim);
+  torch::stable::copy_(head_dim_part, tensor);
+  return copy;
+}
+
+void OutputTarget::finish() {
+  if (written.get() == returned.get()) return;
+  const int64_t last = returned.dim() - 1;
+  torch::stable::copy_(returned, torch::stable::narrow(written, last, 0, returned.size(last)));
+}
+
+OutputTarget output_target_of(const Tensor& returned) {
+  if (has_vector_rows(returned)) return {returned, returned};
+  std::vector<int64_t> shape(returned.sizes().begin(), returned.sizes().end());
+  shape.back() = round_up_to_vector(shape.back());
+  return {torch::stable::new_empty(returned, shape), returned};
+}
+
+SeqParams seq_params_of(const ForwardArgs& args, const Problem& problem) {
+  return {.batch = static_cast<int>(problem.batch),
+          .rows_q = static_cast<int>(problem.rows_q),
+          .rows_k = static_cast<int>(problem.rows_k),
+          .cu_seqlens_q = int_pointer(args.cu_seqlens_q),
+          .cu_seqlens_k = int_pointer(args.cu_seqlens_k),
+          .seqused_q = int_pointer(args.seqused_q),
+          .seqused_k = int_pointer(args.seqused_k)};
+}
+
+// The head dims are those of the padded rows: the zeros that padding adds to a row of Q and K add nothing to a score.
+HeadParams head_params_of(const Problem& problem) {
+  return {.num_heads = static_cast<int>(problem.num_heads),
+          .num_heads_per_kv = static_cast<int>(problem.num_heads / problem.num_heads_k),
+          .head_dim = static_cast<int>(round_up_to_vector(problem.head_dim)),
+          .head_dim_v = static_cast<int>(round_up_to_vector(problem.head_dim_v))};
+}
+
+// An infinite side is as wide as the keys are many, which hides none of them.
+WindowParams window_params_of(const Problem& problem) {
+  const int64_t widest = std::max(problem.rows_q, problem.rows_k);
+  const auto side = [&](int64_t width) { return static_cast<int>(width < 0 ? widest : std::min(width, widest)); };
+  return {.left = side(problem.window_left), .right = side(problem.window_right)};
+}
+
+ScoreParams score_params_of(const ForwardArgs& args) {
+  const float scale = static_cast<float>(args.softmax_scale);
+  const float softcap = static_cast<float>(args.softcap);
+  const bool has_slopes = args.alibi_slopes.has_value();
+  ScoreParams score{
+      .factor = 1.f,
+      .softmax_scale = scale,
+      .has_softcap = softcap > 0.f,
+      .alibi_slopes = has_slopes ? static_cast<const float*>(args.alibi_slopes->const_data_ptr()) : nullptr,
+      .alibi_batch_stride = has_slopes && args.alibi_slopes->dim() == 2 ? args.alibi_slopes->stride(0) : 0};
+  if (score.has_softcap) {
+    score.factor = scale / softcap;
+    score.softmax_scale = softcap;
+  } else if (scale <= 0.f) {
+    score.factor = scale;
+    score.softmax_scale = 1.f;
+  }
+  return score;
+}
+
+DropoutParams dropout_params_of(const ForwardArgs& args) {
+  if (args.dropout_p == 0.0) return {.rng_state = nullptr, .keep_threshold = 255, .rescale = 1.f};
+  constexpr double kLargestByte = 255.0;
+  return {.rng_state = static_cast<const int64_t*>(args.rng_state->const_data_ptr()),
+          .keep_threshold = static_cast<int>(std::floor(kLargestByte * (1.0 - args.dropout_p))),
+          .rescale = static_cast<float>(1.0 / (1.0 - args.dropout_p))};
+}
+
+int smem_limit_of(const Tensor& tensor) {
+  int bytes = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, tensor.get_device_index());
+  check(error == cudaSuccess, "reading the shared memory of q's device failed: ", cudaGetErrorString(error));
+  return bytes;
+}
+
+Arch arch_of(int64_t arch) {
+  check(arch == 80 || arch == 90, "arch must be 80 or 90, got ", arch);
+  return static_cast<Arch>(arch);
+}
+
+}  // namespace flash_attn

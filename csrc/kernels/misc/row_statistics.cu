@@ -1,0 +1,115 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/misc/row_statistics.h"
+
+namespace flash_attn {
+namespace {
+
+constexpr int kNumThreads = 256;
+constexpr int kLanesPerRow = 8;
+constexpr int kRowsPerBlock = kNumThreads / kLanesPerRow;
+constexpr int kSinkThreads = 1024;
+constexpr int kVectorElements = 8;
+constexpr int kWarpSize = 32;
+constexpr float kLog2E = 1.4426950408889634f;
+
+// A batch of one where lengths vary: the rows of all entries are packed.
+__host__ __device__ int num_row_runs(const SeqParams& seq) { return seq.cu_seqlens_q == nullptr ? seq.batch : 1; }
+
+__device__ float2 to_floats(__half2 pair) { return __half22float2(pair); }
+__device__ float2 to_floats(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
+
+template <class Pair>
+__device__ float dot(const uint4& a, const uint4& b) {
+  const Pair* a_pairs = reinterpret_cast<const Pair*>(&a);
+  const Pair* b_pairs = reinterpret_cast<const Pair*>(&b);
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kVectorElements / 2; ++i) {
+    const float2 x = to_floats(a_pairs[i]);
+    const float2 y = to_floats(b_pairs[i]);
+    sum += x.x * y.x + x.y * y.y;
+  }
+  return sum;
+}
+
+template <class Pair>
+__device__ const Pair* row_of(const Operand& operand, int batch_idx, int64_t row, int head_idx) {
+  const int64_t offset = batch_idx * operand.batch_stride + row * operand.row_stride + head_idx * operand.head_stride;
+  return static_cast<const Pair*>(operand.ptr) + offset / 2;
+}
+
+// Eight lanes share a row, so that a row of 64 columns is read in whole sectors.
+template <class Pair>
+__global__ void __launch_bounds__(kNumThreads) row_statistics_kernel(const __grid_constant__ BackwardParams params) {
+  const int blocks_per_head = (params.seq.rows_q + kRowsPerBlock - 1) / kRowsPerBlock;
+  const int run = blockIdx.x / blocks_per_head;
+  const int head_idx = run % params.heads.num_heads;
+  const int batch_idx = run / params.heads.num_heads;
+  const int row = blockIdx.x % blocks_per_head * kRowsPerBlock + threadIdx.x / kLanesPerRow;
+  if (row >= params.seq.rows_q) return;  // all lanes of a row, or none
+
+  const RowStatistics& rows = params.rows;
+  const int64_t idx = batch_idx * rows.batch_stride + head_idx * rows.head_stride + row;
+  const float lse = rows.lse[idx];
+  const bool saw_keys = lse != -INFINITY;
+  const auto* o = reinterpret_cast<const uint4*>(row_of<Pair>(params.o, batch_idx, row, head_idx));
+  const auto* dout = reinterpret_cast<const uint4*>(row_of<Pair>(params.dout, batch_idx, row, head_idx));
+  const int lane = threadIdx.x % kLanesPerRow;
+  float delta = 0.f;
+  for (int i = lane; i < params.heads.head_dim_v / kVectorElements; i += kLanesPerRow)
+    delta += dot<Pair>(o[i], dout[i]);
+  const unsigned row_lanes = ((1u << kLanesPerRow) - 1) << (threadIdx.x % kWarpSize / kLanesPerRow * kLanesPerRow);
+#pragma unroll
+  for (int distance = kLanesPerRow / 2; distance > 0; distance /= 2) {
+    delta += __shfl_xor_sync(row_lanes, delta, distance);
+  }
+  if (lane != 0) return;
+  if (rows.dlse != nullptr) delta -= rows.dlse[idx];
+  rows.lse_log2[idx] = saw_keys ? lse * kLog2E : INFINITY;
+  // A row that is not in use may hold anything in dO.
+  rows.delta[idx] = saw_keys ? delta : 0.f;
+}
+
+// One thread block per head, whose order of summation never changes. The sink is one more key, of value 0, so that its
+// dP is 0 and its gradient -P * delta.
+__global__ void __launch_bounds__(kSinkThreads) sink_gradient_kernel(const __grid_constant__ BackwardParams params) {
+  const int head_idx = blockIdx.x;
+  const RowStatistics& rows = params.rows;
+  const float sink_log2 = params.sink.scores[head_idx] * kLog2E;
+  float sum = 0.f;
+  for (int batch_idx = 0; batch_idx < num_row_runs(params.seq); ++batch_idx) {
+    const int64_t first = batch_idx * rows.batch_stride + head_idx * rows.head_stride;
+    for (int row = threadIdx.x; row < params.seq.rows_q; row += kSinkThreads) {
+      sum -= exp2f(sink_log2 - rows.lse_log2[first + row]) * rows.delta[first + row];
+    }
+  }
+  __shared__ float sums[kSinkThreads];
+  sums[threadIdx.x] = sum;
+  for (int half = kSinkThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) params.ds_aux[head_idx] = sums[0];
+}
+
+}  // namespace
+
+cudaError_t launch_row_statistics(const BackwardParams& params, Dtype dtype, cudaStream_t stream) {
+  const int64_t blocks_per_head = (params.seq.rows_q + kRowsPerBlock - 1) / kRowsPerBlock;
+  const auto num_blocks = static_cast<unsigned>(blocks_per_head * params.heads.num_heads * num_row_runs(params.seq));
+  if (num_blocks > 0) {
+    const auto kernel =
+        dtype == Dtype::kFp16 ? &row_statistics_kernel<__half2> : &row_statistics_kernel<__nv_bfloat162>;
+    kernel<<<num_blocks, kNumThreads, 0, stream>>>(params);
+  }
+  if (params.sink.scores != nullptr && params.heads.num_heads > 0) {
+    sink_gradient_kernel<<<params.heads.num_heads, kSinkThreads, 0, stream>>>(params);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace flash_attn

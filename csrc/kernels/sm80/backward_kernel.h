@@ -1,0 +1,220 @@
+// The SM80 backward kernel: one thread block computes dK and dV of one tile of keys, or of a part of their columns, and
+// that tile's share of dQ (Dao et al. 2022, arXiv:2205.14135, algorithm 4; Dao 2023, arXiv:2307.08691, algorithm 2).
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "kernels/common/backward_params.h"
+#include "kernels/common/key_tile.h"
+#include "kernels/common/kv_range.h"
+#include "kernels/sm80/backward_traits.h"
+#include "kernels/sm80/dq_sums.h"
+#include "kernels/sm80/gemm.h"
+#include "kernels/sm80/softmax_backward.h"
+#include "kernels/sm80/tile_loader.h"
+#include "kernels/sm80/tile_store.h"
+
+namespace flash_attn::sm80 {
+
+using namespace cute;
+
+// One tile of query rows of one of the query heads that share the keys. Steps run through rows, then heads.
+struct QueryStep {
+  int head_idx;
+  int m_idx;
+
+  __device__ QueryStep after(int m_first, int m_end) const {
+    return m_idx + 1 < m_end ? QueryStep{head_idx, m_idx + 1} : QueryStep{head_idx + 1, m_first};
+  }
+};
+
+// Starts the copies of a step's Q and dO.
+template <class Traits>
+__device__ void load_queries(const BackwardParams& params, const SeqInfo& seq, const QueryStep& step,
+                             typename Traits::SharedStorage& smem, int stage) {
+  using Element = typename Traits::Element;
+  const TileLoader<Traits, Traits::kTileM, Traits::kHeadDim> load_q(
+      head_of<Element>(params.q, seq.batch_idx, seq.row_begin_q, step.head_idx), params.q.row_stride, seq.seqlen_q,
+      params.heads.head_dim);
+  const TileLoader<Traits, Traits::kTileM, Traits::kHeadDimV> load_dout(
+      head_of<Element>(params.dout, seq.batch_idx, seq.row_begin_q, step.head_idx), params.dout.row_stride,
+      seq.seqlen_q, params.heads.head_dim_v);
+  const int m_begin = step.m_idx * Traits::kTileM;
+  load_q.load(m_begin, make_tensor(make_smem_ptr(smem.q[stage]), typename Traits::SmemLayoutQ{}));
+  load_dout.load(m_begin, make_tensor(make_smem_ptr(smem.dout[stage]), typename Traits::SmemLayoutDout{}));
+}
+
+// Starts the copies of the thread block's K and V.
+template <class Traits>
+__device__ void load_keys(const BackwardParams& params, const KeyTileCoord& tile,
+                          typename Traits::SharedStorage& smem) {
+  using Element = typename Traits::Element;
+  const SeqInfo& seq = tile.seq;
+  const TileLoader<Traits, Traits::kTileN, Traits::kHeadDim> load_k(
+      head_of<Element>(params.k, seq.batch_idx, seq.row_begin_k, tile.kv_head_idx), params.k.row_stride, seq.seqlen_k,
+      params.heads.head_dim);
+  const TileLoader<Traits, Traits::kTileN, Traits::kHeadDimV> load_v(
+      head_of<Element>(params.v, seq.batch_idx, seq.row_begin_k, tile.kv_head_idx), params.v.row_stride, seq.seqlen_k,
+      params.heads.head_dim_v);
+  load_k.load(tile.n_begin, make_tensor(make_smem_ptr(smem.k), typename Traits::SmemLayoutK{}));
+  load_v.load(tile.n_begin, make_tensor(make_smem_ptr(smem.v), typename Traits::SmemLayoutV{}));
+}
+
+// The (row, column) within the tile of each score that this lane holds.
+template <class Traits>
+__device__ auto score_coords() {
+  const auto thread_mma = typename Traits::MmaScores{}.get_slice(threadIdx.x);
+  const Tensor coords = thread_mma.partition_C(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<Traits::kTileN>>{}));
+  return make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
+}
+
+// Rounds this lane's part of P or dS into shared memory.
+template <class Traits, class Scores>
+__device__ void put_scores(typename Traits::Element* smem, const Scores& tSr) {
+  using Element = typename Traits::Element;
+  Tensor target = make_tensor(make_smem_ptr(smem), typename Traits::SmemLayoutScores{});
+  const auto to_smem = make_tiled_copy_C(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<32>, Element>{},
+                                         typename Traits::MmaScores{});
+  const auto thread_to_smem = to_smem.get_slice(threadIdx.x);
+  const Tensor rounded = convert_to<Element>(tSr);
+  copy(to_smem, thread_to_smem.retile_S(rounded), thread_to_smem.partition_D(target));
+}
+
+// S = Q K', dP = dO V', and from them P and dS, which go to shared memory.
+template <class Traits, class Tile>
+__device__ void compute_scores(const BackwardParams& params, const VisibleKeys<Mask::kGeneral>& keys, const Tile& tile,
+                               typename Traits::SharedStorage& smem, int stage) {
+  using Rows = typename Traits::SmemCopyAtom;
+  typename Traits::MmaScores mma;
+  const auto shape_of_scores = Shape<Int<Traits::kTileM>, Int<Traits::kTileN>>{};
+  const Tensor sQ = make_tensor(make_smem_ptr(smem.q[stage]), typename Traits::SmemLayoutQ{});
+  const Tensor sDout = make_tensor(make_smem_ptr(smem.dout[stage]), typename Traits::SmemLayoutDout{});
+  const Tensor sK = make_tensor(make_smem_ptr(smem.k), typename Traits::SmemLayoutK{});
+  const Tensor sV = make_tensor(make_smem_ptr(smem.v), typename Traits::SmemLayoutV{});
+
+  Tensor tSrS = partition_fragment_C(mma, shape_of_scores);  // (MMA, MMA_M, MMA_N)
+  clear(tSrS);
+  gemm_tiles<typename Traits::MmaScores, Rows, Rows>(tSrS, sQ, sK);
+  Tensor tSrDp = partition_fragment_C(mma, shape_of_scores);
+  clear(tSrDp);
+  gemm_tiles<typename Traits::MmaScores, Rows, Rows>(tSrDp, sDout, sV);
+
+  Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
+  Tensor grads = make_tensor(tSrDp.data(), as_rows_and_columns(tSrDp.layout()));
+  softmax_backward<Traits>(scores, grads, score_coords<Traits>(), params, keys, tile);
+  put_scores<Traits>(smem.p, tSrS);
+  put_scores<Traits>(smem.ds, tSrDp);
+}
+
+// dV += P' dO and dK += dS' Q, on this thread block's columns.
+template <class Traits, class AccDk, class AccDv>
+__device__ void accumulate_dkv(typename Traits::SharedStorage& smem, int stage, int column_block, AccDk& tKrDk,
+                               AccDv& tVrDv) {
+  using Columns = typename Traits::SmemCopyAtomTransposed;
+  using Mma = typename Traits::MmaDkv;
+  auto* dout = columns_of<Traits::kTileM, Traits::kColumnsV>(smem.dout[stage], column_block);
+  auto* q = columns_of<Traits::kTileM, Traits::kColumns>(smem.q[stage], column_block);
+  const Tensor sPt = make_tensor(make_smem_ptr(smem.p), typename Traits::SmemLayoutScoresT{});
+  const Tensor sDst = make_tensor(make_smem_ptr(smem.ds), typename Traits::SmemLayoutScoresT{});
+  const Tensor sDoutT = make_tensor(make_smem_ptr(dout), typename Traits::SmemLayoutDoutT{});
+  const Tensor sQt = make_tensor(make_smem_ptr(q), typename Traits::SmemLayoutQt{});
+  gemm_tiles<Mma, Columns, Columns>(tVrDv, sPt, sDoutT);
+  gemm_tiles<Mma, Columns, Columns>(tKrDk, sDst, sQt);
+}
+
+// dQ += dS K, on this thread block's columns.
+template <class Traits>
+__device__ void accumulate_dq(const BackwardParams& params, const SeqInfo& seq, const QueryStep& step, int turn,
+                              typename Traits::SharedStorage& smem, int column_block) {
+  using Mma = typename Traits::MmaDq;
+  auto* k = columns_of<Traits::kTileN, Traits::kColumns>(smem.k, column_block);
+  const Tensor sDs = make_tensor(make_smem_ptr(smem.ds), typename Traits::SmemLayoutScores{});
+  const Tensor sKt = make_tensor(make_smem_ptr(k), typename Traits::SmemLayoutKt{});
+  Tensor tQrDq = partition_fragment_C(Mma{}, Shape<Int<Traits::kTileM>, Int<Traits::kColumns>>{});
+  clear(tQrDq);
+  gemm_tiles<Mma, typename Traits::SmemCopyAtom, typename Traits::SmemCopyAtomTransposed>(tQrDq, sDs, sKt);
+
+  const int64_t tile_idx = dq_tile_idx<Traits>(params, seq, step.head_idx, step.m_idx);
+  float* sums = dq_sums_of<Traits>(params, tile_idx, column_block);
+  if (params.turns.counters == nullptr) {
+    add_to_dq<Traits>(sums, tQrDq);
+  } else {
+    int* counter = params.turns.counters + tile_idx * Traits::kColumnBlocks + column_block;
+    add_to_dq_in_turn<Traits>(sums, tQrDq, counter, turn);
+  }
+}
+
+// With two stages, a step's Q and dO arrive while the step before it is computed.
+template <class Traits, class AccDk, class AccDv>
+__device__ void backward_mainloop(const BackwardParams& params, const KeyTileCoord& tile, int column_block,
+                                  typename Traits::SharedStorage& smem, AccDk& tKrDk, AccDv& tVrDv) {
+  constexpr int kTileM = Traits::kTileM;
+  constexpr int kTileN = Traits::kTileN;
+  const SeqInfo& seq = tile.seq;
+  const VisibleKeys<Mask::kGeneral> keys{seq, params.window};
+  const RowRange rows = query_range(keys, tile.n_begin, tile.n_begin + kTileN);
+  if (rows.is_empty()) return;
+  const int m_first = rows.begin / kTileM;
+  const int m_end = (rows.end + kTileM - 1) / kTileM;
+  const int n_idx = tile.n_begin / kTileN;
+  const int head_end = (tile.kv_head_idx + 1) * params.heads.num_heads_per_kv;
+
+  QueryStep step{tile.kv_head_idx * params.heads.num_heads_per_kv, m_first};
+  load_keys<Traits>(params, tile, smem);
+  load_queries<Traits>(params, seq, step, smem, 0);
+  cp_async_fence();
+
+  for (int stage = 0; step.head_idx < head_end; stage = (stage + 1) % Traits::kStages) {
+    const QueryStep next = step.after(m_first, m_end);
+    const KvRange range = kv_range<Mask::kGeneral, kTileM, kTileN>(keys, step.m_idx * kTileM);
+    ScoreTile<Traits::kRowsPerLane> scores{step.head_idx, step.m_idx * kTileM, tile.n_begin, range.needs_mask(n_idx)};
+    scores.load_rows(params.rows, seq, score_coords<Traits>());
+
+    cp_async_wait<0>();
+    __syncthreads();  // Q and dO have landed, and every warp is done with the step before
+    if (Traits::kStages > 1 && next.head_idx < head_end) load_queries<Traits>(params, seq, next, smem, 1 - stage);
+    cp_async_fence();
+
+    compute_scores<Traits>(params, keys, scores, smem, stage);
+    __syncthreads();  // P and dS are there
+    accumulate_dkv<Traits>(smem, stage, column_block, tKrDk, tVrDv);
+    accumulate_dq<Traits>(params, seq, step, n_idx - range.begin, smem, column_block);
+
+    if (Traits::kStages == 1 && next.head_idx < head_end) {
+      __syncthreads();  // every warp is done with Q and dO
+      load_queries<Traits>(params, seq, next, smem, 0);
+      cp_async_fence();
+    }
+    step = next;
+  }
+  __syncthreads();  // dK and dV leave through the shared memory of K and V
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kNumThreads) backward_kernel(const __grid_constant__ BackwardParams params) {
+  extern __shared__ __align__(128) unsigned char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+
+  const int column_block = blockIdx.x % Traits::kColumnBlocks;
+  const KeyTileCoord tile =
+      locate_key_tile<Traits::kTileN>(params.seq, params.heads.num_heads / params.heads.num_heads_per_kv,
+                                      params.key_tiles_per_head, blockIdx.x / Traits::kColumnBlocks);
+  if (!tile.has_rows()) return;
+
+  using Mma = typename Traits::MmaDkv;
+  Tensor tKrDk = partition_fragment_C(Mma{}, Shape<Int<Traits::kTileN>, Int<Traits::kColumns>>{});   // (MMA, M, N)
+  Tensor tVrDv = partition_fragment_C(Mma{}, Shape<Int<Traits::kTileN>, Int<Traits::kColumnsV>>{});  // (MMA, M, N)
+  clear(tKrDk);
+  clear(tVrDv);
+  backward_mainloop<Traits>(params, tile, column_block, smem, tKrDk, tVrDv);
+
+  for (int i = 0; i < size(tKrDk); ++i) tKrDk(i) *= params.grad_scale;
+  for (int i = 0; i < size(tVrDv); ++i) tVrDv(i) *= params.dropout.rescale;
+  const RowBlock rows{tile.seq.batch_idx, tile.seq.row_begin_k, tile.n_begin, tile.seq.rows_k};
+  store_tile<Traits, Mma, Traits::kTileN, Traits::kColumns>(
+      params.dk, rows, tile.kv_head_idx, {column_block * Traits::kColumns, params.heads.head_dim}, smem.k, tKrDk);
+  store_tile<Traits, Mma, Traits::kTileN, Traits::kColumnsV>(
+      params.dv, rows, tile.kv_head_idx, {column_block * Traits::kColumnsV, params.heads.head_dim_v}, smem.v, tVrDv);
+}
+
+}  // namespace flash_attn::sm80

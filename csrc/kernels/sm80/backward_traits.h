@@ -1,0 +1,88 @@
+// Everything about an SM80 backward kernel that is known when it is compiled, derived once from its tile row.
+#pragma once
+
+#include "kernels/sm80/tile_types.h"
+#include "variant/backward_tiles.h"
+
+namespace flash_attn::sm80 {
+
+using namespace cute;
+
+template <BackwardVariant kVariantValue>
+struct BackwardTraits {
+  static constexpr BackwardVariant kVariant = kVariantValue;
+  static constexpr BackwardTile kTile = tile_for(kVariant);
+  static constexpr Score kScore = kVariant.score;
+  static constexpr int kTileM = kTile.m;
+  static constexpr int kTileN = kTile.n;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kHeadDim = kVariant.head_dim.qk;
+  static constexpr int kHeadDimV = kVariant.head_dim.v;
+  static constexpr int kColumnBlocks = kTile.column_blocks;
+  static constexpr int kColumns = kHeadDim / kColumnBlocks;    // of dQ and dK
+  static constexpr int kColumnsV = kHeadDimV / kColumnBlocks;  // of dV
+  static constexpr int kNumThreads = num_threads(kTile);
+
+  using Element = ElementOf<kVariant.dtype>;
+
+  template <WarpGrid kGrid>
+  using Mma = WarpMma<kVariant.dtype, kGrid.rows, kGrid.cols>;
+  using MmaScores = Mma<kTile.scores>;
+  using MmaDkv = Mma<kTile.dkv>;
+  using MmaDq = Mma<kTile.dq>;
+  static constexpr int kScoreWarpsN = kTile.scores.cols;
+  static constexpr int kRowsPerLane = 2 * kTileM / (16 * kTile.scores.rows);
+
+  static constexpr bool divides(WarpGrid grid, int rows, int cols) {
+    return grid.num_warps() * kThreadsPerWarp == kNumThreads && rows % (16 * grid.rows) == 0 &&
+           cols % (16 * grid.cols) == 0;
+  }
+  static_assert(divides(kTile.scores, kTileM, kTileN), "S doesn't divide over the warps");
+  static_assert(divides(kTile.dkv, kTileN, kColumns) && divides(kTile.dkv, kTileN, kColumnsV),
+                "dK or dV doesn't divide over the warps");
+  static_assert(divides(kTile.dq, kTileM, kColumns), "dQ doesn't divide over the warps");
+
+  using SmemLayoutQ = SmemTile<kTileM, kHeadDim>;
+  using SmemLayoutDout = SmemTile<kTileM, kHeadDimV>;
+  using SmemLayoutK = SmemTile<kTileN, kHeadDim>;
+  using SmemLayoutV = SmemTile<kTileN, kHeadDimV>;
+  using SmemLayoutScores = SmemTile<kTileM, kTileN>;  // P and dS
+  // This thread block's columns, and the transposed views in which the later products read their operands.
+  using SmemLayoutQt = TransposedSmemTile<kTileM, kColumns>;
+  using SmemLayoutDoutT = TransposedSmemTile<kTileM, kColumnsV>;
+  using SmemLayoutKt = TransposedSmemTile<kTileN, kColumns>;
+  using SmemLayoutScoresT = TransposedSmemTile<kTileM, kTileN>;
+  using SmemLayoutDk = SmemTile<kTileN, kColumns>;
+  using SmemLayoutDv = SmemTile<kTileN, kColumnsV>;
+  using SmemLayoutDq = SmemTile<kTileM, kColumns>;
+
+  struct SharedStorage {
+    alignas(128) Element q[kStages][kTileM * kHeadDim];
+    alignas(128) Element dout[kStages][kTileM * kHeadDimV];
+    alignas(128) Element k[kTileN * kHeadDim];
+    alignas(128) Element v[kTileN * kHeadDimV];
+    alignas(128) Element p[kTileM * kTileN];
+    alignas(128) Element ds[kTileM * kTileN];
+  };
+  static_assert(sizeof(SharedStorage) == smem_bytes(kVariant), "the planner and the kernel disagree on shared memory");
+  static_assert(sizeof(SharedStorage) <= bytes_of(kVariant.smem), "the tile doesn't fit the GPUs that its row is for");
+
+  using SmemCopyAtom = Copy_Atom<SM75_U32x4_LDSM_N, Element>;
+  using SmemCopyAtomTransposed = Copy_Atom<SM75_U16x8_LDSM_T, Element>;
+
+  template <int kCols>
+  using Access = RowAccess<Element, kNumThreads, kCols>;
+  template <int kCols>
+  static constexpr bool kAccessesWholeTiles =
+      kTileM % Access<kCols>::kRowsPerPass == 0 && kTileN % Access<kCols>::kRowsPerPass == 0;
+  static_assert(kAccessesWholeTiles<kHeadDim> && kAccessesWholeTiles<kHeadDimV>, "a load would pass its tile's end");
+};
+
+// First element of the column block's part of a tile, whose 64 columns are together in memory.
+template <int kRows, int kCols, class Element>
+CUTE_DEVICE Element* columns_of(Element* tile, int column_block) {
+  static_assert(kCols % 64 == 0 || kCols == 32 || kCols == 96);
+  return tile + column_block * kRows * kCols;
+}
+
+}  // namespace flash_attn::sm80

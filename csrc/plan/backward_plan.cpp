@@ -1,0 +1,70 @@
+#include "plan/backward_plan.h"
+
+#include <limits>
+#include <sstream>
+
+#include "plan/plan.h"
+#include "variant/varlen_tiles.h"
+
+namespace flash_attn {
+namespace {
+
+// Tiles of one head of one dense entry, or of all packed entries.
+int64_t count_tiles(Layout layout, int64_t rows, int64_t batch, int tile_rows) {
+  if (layout == Layout::kVarlen) return num_varlen_slots(rows, batch, tile_rows);
+  return (rows + tile_rows - 1) / tile_rows;
+}
+
+void check_grid(const char* name, int64_t num_blocks) {
+  if (num_blocks <= std::numeric_limits<int32_t>::max()) return;
+  throw UnsupportedProblem(std::string(name) + ": a launch has at most 2147483647 tiles, got " +
+                           std::to_string(num_blocks));
+}
+
+}  // namespace
+
+BackwardPlan make_backward_plan(const Problem& problem, Arch arch, int smem_limit) {
+  const BackwardTileRow* row = find_backward_tile_row(arch, problem.head_dim, problem.head_dim_v, smem_limit);
+  if (row == nullptr) {
+    throw UnsupportedProblem("head_dim: no SM" + std::to_string(static_cast<int>(arch)) + " backward kernel for " +
+                             std::to_string(problem.head_dim) + "/" + std::to_string(problem.head_dim_v) + " in " +
+                             std::to_string(smem_limit / 1024) + " KB of shared memory");
+  }
+  const BackwardTile& tile = row->tile;
+  const BackwardVariant variant{arch, problem.dtype, row->head_dim, row->smem, score_of(problem)};
+  const int64_t key_tiles = count_tiles(problem.layout_k, problem.rows_k, problem.batch, tile.n);
+  const int64_t query_tiles = count_tiles(problem.layout, problem.rows_q, problem.batch, tile.m);
+  const int64_t key_runs = problem.num_heads_k * (problem.layout_k == Layout::kDense ? problem.batch : 1);
+  const int64_t query_runs = problem.num_heads * problem.num_tile_runs();
+  const int64_t num_query_blocks = query_tiles * query_runs * tile.column_blocks;
+  BackwardPlan plan{.variant = variant,
+                    .tile = tile,
+                    .key_tiles_per_head = key_tiles,
+                    .query_tiles_per_head = query_tiles,
+                    .num_key_blocks = key_tiles * key_runs * tile.column_blocks,
+                    .num_query_blocks = num_query_blocks,
+                    .num_dq_sums = query_tiles * query_runs * tile.m * row->head_dim.qk,
+                    .num_dq_counters = num_query_blocks,
+                    .num_threads = num_threads(tile),
+                    .smem_bytes = smem_bytes(variant)};
+  check_grid("k", plan.num_key_blocks);
+  check_grid("q", plan.num_query_blocks);
+  return plan;
+}
+
+std::string describe(const BackwardPlan& plan) {
+  std::ostringstream json;
+  json << "{\"arch\": " << static_cast<int>(plan.variant.arch)                //
+       << ", \"dtype\": \"" << name_of(plan.variant.dtype) << "\""            //
+       << ", \"head_dim\": " << plan.variant.head_dim.qk                      //
+       << ", \"head_dim_v\": " << plan.variant.head_dim.v                     //
+       << ", \"score\": \"" << name_of(plan.variant.score) << "\""            //
+       << ", \"tile_m\": " << plan.tile.m << ", \"tile_n\": " << plan.tile.n  //
+       << ", \"num_threads\": " << plan.num_threads                           //
+       << ", \"smem_bytes\": " << plan.smem_bytes                             //
+       << ", \"num_blocks\": " << plan.num_key_blocks                         //
+       << ", \"workspace_bytes\": " << (plan.num_dq_sums + plan.num_dq_counters) * 4 << "}";
+  return json.str();
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,84 @@
+// Tile shapes of the backward kernels, one row per head-dim bucket and shared-memory class, each with the limit that
+// chose it. The planner and the kernels' traits are made from the same rows.
+#pragma once
+
+#include "variant/tiles.h"
+
+namespace flash_attn {
+
+// One backward kernel. Masks are run-time values: a tile that every row sees whole skips the test.
+struct BackwardVariant {
+  Arch arch;
+  Dtype dtype;
+  HeadDimBucket head_dim;
+  SmemClass smem;
+  Score score;
+
+  friend constexpr bool operator==(const BackwardVariant&, const BackwardVariant&) = default;
+};
+
+// How the warps of a thread block share a matrix product.
+struct WarpGrid {
+  int rows;
+  int cols;
+
+  constexpr int num_warps() const { return rows * cols; }
+};
+
+struct BackwardTile {
+  int m;              // query rows per step
+  int n;              // keys per thread block
+  int stages;         // of Q and of dO in shared memory
+  int column_blocks;  // thread blocks that share a tile of keys: each has its part of the columns of dQ, dK and dV
+  WarpGrid scores;    // of S and dP: m x n
+  WarpGrid dkv;       // of dK and dV: n x columns
+  WarpGrid dq;        // m x columns
+};
+
+struct BackwardTileRow {
+  HeadDimBucket head_dim;
+  SmemClass smem;
+  BackwardTile tile;
+  const char* reason;
+};
+
+// Smallest bucket first, then most shared memory: a call takes the first row that holds it and that the GPU can hold.
+inline constexpr BackwardTileRow kBackwardTilesSm80[] = {
+    {{32, 32}, SmemClass::k99KB, {64, 128, 2, 1, {2, 4}, {8, 1}, {4, 2}}, "exponentials outweigh the products"},
+    {{64, 64}, SmemClass::k163KB, {128, 128, 2, 1, {4, 2}, {4, 2}, {4, 2}}, "registers: S and dP (64 each) of 255"},
+    {{64, 64}, SmemClass::k99KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {4, 2}}, "96 KB: SM86"},
+    {{96, 96}, SmemClass::k163KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {2, 4}}, "registers"},
+    {{96, 96}, SmemClass::k99KB, {64, 64, 2, 1, {4, 2}, {4, 2}, {4, 2}}, "88 KB: SM86"},
+    {{128, 128}, SmemClass::k163KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {2, 4}}, "160 KB; dK and dV take 128 registers"},
+    {{128, 128}, SmemClass::k99KB, {64, 64, 1, 1, {4, 2}, {4, 2}, {4, 2}}, "80 KB: SM86"},
+    {{192, 192}, SmemClass::k163KB, {64, 64, 2, 1, {4, 2}, {2, 4}, {2, 4}}, "160 KB"},
+    {{256, 256}, SmemClass::k227KB, {64, 64, 2, 1, {4, 2}, {2, 4}, {2, 4}}, "208 KB"},
+    {{256, 256}, SmemClass::k163KB, {64, 64, 1, 1, {4, 2}, {2, 4}, {2, 4}}, "144 KB: SM80"},
+    {{512, 512}, SmemClass::k227KB, {32, 64, 1, 2, {2, 4}, {2, 4}, {2, 4}}, "200 KB; dK and dV take 128 registers"},
+    {{512, 512}, SmemClass::k163KB, {32, 32, 1, 2, {2, 2}, {2, 2}, {2, 2}}, "132 KB: SM80"},
+};
+
+// Row of the backward tile table for a pair of head dims on a GPU with this much shared memory; nullptr if none fits.
+constexpr const BackwardTileRow* find_backward_tile_row(Arch arch, int head_dim, int head_dim_v, int smem_limit) {
+  if (arch != Arch::kSm80) return nullptr;
+  for (const BackwardTileRow& row : kBackwardTilesSm80) {
+    const bool holds = head_dim <= row.head_dim.qk && head_dim_v <= row.head_dim.v;
+    if (holds && bytes_of(row.smem) <= smem_limit) return &row;
+  }
+  return nullptr;
+}
+
+constexpr BackwardTile tile_for(const BackwardVariant& variant) {
+  return find_backward_tile_row(variant.arch, variant.head_dim.qk, variant.head_dim.v, bytes_of(variant.smem))->tile;
+}
+
+constexpr int num_threads(const BackwardTile& tile) { return tile.scores.num_warps() * kThreadsPerWarp; }
+
+// The stages of Q and dO, K, V, and P and dS, which go from one product to the next.
+constexpr int smem_bytes(const BackwardVariant& variant) {
+  const BackwardTile tile = tile_for(variant);
+  const HeadDimBucket d = variant.head_dim;
+  return ((tile.stages * tile.m + tile.n) * (d.qk + d.v) + 2 * tile.m * tile.n) * kElementBytes;
+}
+
+}  // namespace flash_attn
