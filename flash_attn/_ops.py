@@ -20,6 +20,7 @@ from flash_attn.backends import cpu
 _Outputs = tuple[Tensor, Tensor]
 
 _LIB = torch.library.Library("flash_attn", "FRAGMENT")
+_CUDA_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 _LENGTHS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
 _PLACES = "Tensor? leftpad_k, Tensor? block_table, Tensor? cache_batch_idx"
@@ -241,10 +242,13 @@ if _extension.is_loaded():
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether nothing but autograd would watch an op with these tensors: no tracer, mode, subclass or transform."""
+    """Whether nothing but autograd would watch an op with these tensors: no tracer, profiler, mode, subclass or
+    transform."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch._C._autograd._profiler_enabled():
         return False
     for tensor in tensors:
         if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or tensor.is_meta:
@@ -286,9 +290,8 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
 
 
 def _eager_kernel_forward(*arguments: Any) -> _Outputs:
-    """The kernel op below autograd, whose Python kernel for it costs more than a small call on a GPU."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.flash_attn.forward.default(*arguments)
+    """Straight to the CUDA kernel: what the dispatcher does before it costs more than a small call on a GPU."""
+    return torch.ops.flash_attn.forward.default.redispatch(_CUDA_KEY, *arguments)
 
 
 def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ OutputTarget make_output(const ForwardArgs& args, const std::optional<Tensor>& o
   std::vector<int64_t> shape(args.q.sizes().begin(), args.q.sizes().end());
   const int64_t head_dim_v = args.v.size(args.v.dim() - 1);
   shape.back() = head_dim_v;
-  Tensor returned = out ? *out : torch::stable::new_empty(args.q, shape);
+  Tensor returned = out ? *out : allocate_like(args.q, shape);
   if (out) {
     check(out->scalar_type() == args.q.scalar_type(), "out must have q's dtype");
     check(out->device() == args.q.device(), "out must be on q's device");
@@ -33,7 +33,7 @@ Tensor make_lse(const ForwardArgs& args, const Problem& problem) {
   std::vector<int64_t> shape;
   if (problem.layout == Layout::kDense) shape.push_back(problem.batch);
   shape.insert(shape.end(), {problem.num_heads, problem.rows_q});
-  return torch::stable::new_empty(args.q, shape, ScalarType::Float);
+  return allocate_float(args.q, shape);
 }
 
 LseOperand lse_operand_of(const Tensor& lse) {
@@ -48,7 +48,7 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
   const Problem problem = make_problem(args);
   const Plan plan = make_plan(problem, arch_of(args.arch), smem_limit_of(args.q));
   const ForwardLaunch launch = find_forward_kernel(plan.variant);
-  check(launch != nullptr, "the kernel for ", describe(plan),
+  check(launch != nullptr, "the kernel for ", plan,
         " was left out of this build by FLASH_ATTN_ARCHS, "
         "FLASH_ATTN_HEAD_DIMS or FLASH_ATTN_DTYPES");
 
@@ -76,7 +76,7 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
                              .dropout = dropout_params_of(args)};
   if (plan.num_blocks > 0) {
     const cudaError_t error = launch(params, {static_cast<int>(plan.num_blocks), current_stream(args.q)});
-    check(error == cudaSuccess, "launching ", describe(plan), " failed: ", cudaGetErrorString(error));
+    check(error == cudaSuccess, "launching ", plan, " failed: ", cudaGetErrorString(error));
   }
   output.finish();
   return {output.returned, lse};

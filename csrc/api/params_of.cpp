@@ -26,8 +26,7 @@ Tensor with_vector_rows(const Tensor& tensor) {
   std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
   shape.back() = round_up_to_vector(head_dim);
   // Not aten::pad, which keeps the order of dimensions in memory: rows that were not contiguous would stay so.
-  Tensor copy =
-      shape.back() == head_dim ? torch::stable::new_empty(tensor, shape) : torch::stable::new_zeros(tensor, shape);
+  Tensor copy = shape.back() == head_dim ? allocate_like(tensor, shape) : torch::stable::new_zeros(tensor, shape);
   Tensor head_dim_part = torch::stable::narrow(copy, last, 0, head_dim);
   torch::stable::copy_(head_dim_part, tensor);
   return copy;
@@ -43,7 +42,7 @@ OutputTarget output_target_of(const Tensor& returned) {
   if (has_vector_rows(returned)) return {returned, returned};
   std::vector<int64_t> shape(returned.sizes().begin(), returned.sizes().end());
   shape.back() = round_up_to_vector(shape.back());
-  return {torch::stable::new_empty(returned, shape), returned};
+  return {allocate_like(returned, shape), returned};
 }
 
 SeqParams seq_params_of(const ForwardArgs& args, const Problem& problem) {

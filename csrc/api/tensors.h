@@ -1,14 +1,17 @@
 // Checks and conversions between libtorch's stable tensors and the plain structs of the layers below.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
-#include <string>
+#include <vector>
 
 #include "kernels/common/params.h"
 #include "variant/tiles.h"
@@ -19,23 +22,30 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Throws what Python sees as a RuntimeError. The Python interface has checked its arguments before; these checks are
-// the last line in front of memory, for callers of torch.ops.flash_attn.
+// the last line in front of memory, for callers of torch.ops.flash_attn. `parts` are evaluated whether they are needed
+// or not and written only if they are: a part that takes time to put into words is a type with an operator<<.
 template <class... Parts>
 void check(bool condition, const Parts&... parts) {
-  if (condition) return;
+  if (condition) [[likely]]
+    return;
   std::ostringstream message;
   message << "flash_attn: ";
   ((message << parts), ...);
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
-  text << ")";
-  return text.str();
-}
+// A tensor's shape as a part of a message.
+struct Shape {
+  const Tensor& tensor;
+
+  friend std::ostream& operator<<(std::ostream& text, const Shape& shape) {
+    text << "(";
+    for (int64_t i = 0; i < shape.tensor.dim(); ++i) text << (i > 0 ? ", " : "") << shape.tensor.size(i);
+    return text << ")";
+  }
+};
+
+inline Shape shape_of(const Tensor& tensor) { return {tensor}; }
 
 inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
   bool equal = tensor.dim() == static_cast<int64_t>(shape.size());
@@ -64,6 +74,33 @@ inline bool has_vector_rows(const Tensor& tensor) {
     if (tensor.size(dim) > 1 && tensor.stride(dim) % kVectorElements != 0) return false;
   }
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kVectorBytes == 0;
+}
+
+// An uninitialised contiguous tensor on `like`'s device. torch::stable::new_empty looks its op up by name each time,
+// which takes longer than the allocation.
+inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, int32_t dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t dim = shape.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= std::max<int64_t>(shape[dim], 1);
+  }
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  dtype, device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor allocate_like(const Tensor& like, const std::vector<int64_t>& shape) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return allocate(like, shape, dtype);
+}
+
+inline Tensor allocate_float(const Tensor& like, const std::vector<int64_t>& shape) {
+  return allocate(like, shape, aoti_torch_dtype_float32());
 }
 
 // Dense (batch, row, head, head_dim) or variable-length (row, head, head_dim).

@@ -52,18 +52,22 @@ BackwardPlan make_backward_plan(const Problem& problem, Arch arch, int smem_limi
   return plan;
 }
 
+std::ostream& operator<<(std::ostream& json, const BackwardPlan& plan) {
+  return json << "{\"arch\": " << static_cast<int>(plan.variant.arch)                //
+              << ", \"dtype\": \"" << name_of(plan.variant.dtype) << "\""            //
+              << ", \"head_dim\": " << plan.variant.head_dim.qk                      //
+              << ", \"head_dim_v\": " << plan.variant.head_dim.v                     //
+              << ", \"score\": \"" << name_of(plan.variant.score) << "\""            //
+              << ", \"tile_m\": " << plan.tile.m << ", \"tile_n\": " << plan.tile.n  //
+              << ", \"num_threads\": " << plan.num_threads                           //
+              << ", \"smem_bytes\": " << plan.smem_bytes                             //
+              << ", \"num_blocks\": " << plan.num_key_blocks                         //
+              << ", \"workspace_bytes\": " << (plan.num_dq_sums + plan.num_dq_counters) * 4 << "}";
+}
+
 std::string describe(const BackwardPlan& plan) {
   std::ostringstream json;
-  json << "{\"arch\": " << static_cast<int>(plan.variant.arch)                //
-       << ", \"dtype\": \"" << name_of(plan.variant.dtype) << "\""            //
-       << ", \"head_dim\": " << plan.variant.head_dim.qk                      //
-       << ", \"head_dim_v\": " << plan.variant.head_dim.v                     //
-       << ", \"score\": \"" << name_of(plan.variant.score) << "\""            //
-       << ", \"tile_m\": " << plan.tile.m << ", \"tile_n\": " << plan.tile.n  //
-       << ", \"num_threads\": " << plan.num_threads                           //
-       << ", \"smem_bytes\": " << plan.smem_bytes                             //
-       << ", \"num_blocks\": " << plan.num_key_blocks                         //
-       << ", \"workspace_bytes\": " << (plan.num_dq_sums + plan.num_dq_counters) * 4 << "}";
+  json << plan;
   return json.str();
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <ostream>
 #include <string>
 
 #include "plan/problem.h"
@@ -25,7 +26,8 @@ struct BackwardPlan {
 
 BackwardPlan make_backward_plan(const Problem& problem, Arch arch, int smem_limit);
 
-// The plan as JSON, for flash_attn.explain.
+// The plan as JSON, for flash_attn.explain and messages.
+std::ostream& operator<<(std::ostream& json, const BackwardPlan& plan);
 std::string describe(const BackwardPlan& plan);
 
 }  // namespace flash_attn

@@ -48,19 +48,23 @@ Plan make_plan(const Problem& problem, Arch arch, int smem_limit) {
           .smem_bytes = smem_bytes(variant)};
 }
 
+std::ostream& operator<<(std::ostream& json, const Plan& plan) {
+  return json << "{\"arch\": " << static_cast<int>(plan.variant.arch)                //
+              << ", \"dtype\": \"" << name_of(plan.variant.dtype) << "\""            //
+              << ", \"head_dim\": " << plan.variant.head_dim.qk                      //
+              << ", \"head_dim_v\": " << plan.variant.head_dim.v                     //
+              << ", \"mask\": \"" << name_of(plan.variant.mask) << "\""              //
+              << ", \"score\": \"" << name_of(plan.variant.score) << "\""            //
+              << ", \"tile_m\": " << plan.tile.m << ", \"tile_n\": " << plan.tile.n  //
+              << ", \"num_threads\": " << plan.num_threads                           //
+              << ", \"smem_bytes\": " << plan.smem_bytes                             //
+              << ", \"num_blocks\": " << plan.num_blocks                             //
+              << ", \"num_splits\": " << plan.num_splits << "}";
+}
+
 std::string describe(const Plan& plan) {
   std::ostringstream json;
-  json << "{\"arch\": " << static_cast<int>(plan.variant.arch)                //
-       << ", \"dtype\": \"" << name_of(plan.variant.dtype) << "\""            //
-       << ", \"head_dim\": " << plan.variant.head_dim.qk                      //
-       << ", \"head_dim_v\": " << plan.variant.head_dim.v                     //
-       << ", \"mask\": \"" << name_of(plan.variant.mask) << "\""              //
-       << ", \"score\": \"" << name_of(plan.variant.score) << "\""            //
-       << ", \"tile_m\": " << plan.tile.m << ", \"tile_n\": " << plan.tile.n  //
-       << ", \"num_threads\": " << plan.num_threads                           //
-       << ", \"smem_bytes\": " << plan.smem_bytes                             //
-       << ", \"num_blocks\": " << plan.num_blocks                             //
-       << ", \"num_splits\": " << plan.num_splits << "}";
+  json << plan;
   return json.str();
 }
 

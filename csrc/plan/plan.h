@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <ostream>
 #include <stdexcept>
 #include <string>
 
@@ -29,7 +30,8 @@ struct UnsupportedProblem : std::runtime_error {
 // `smem_limit`: bytes of shared memory that a thread block of the GPU can have.
 Plan make_plan(const Problem& problem, Arch arch, int smem_limit);
 
-// The plan as JSON, for flash_attn.explain.
+// The plan as JSON, for flash_attn.explain and messages.
+std::ostream& operator<<(std::ostream& json, const Plan& plan);
 std::string describe(const Plan& plan);
 
 }  // namespace flash_attn

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdint>
+
 #include "kernels/common/backward_params.h"
 #include "kernels/common/params.h"
 #include "variant/backward_tiles.h"
@@ -12,6 +15,27 @@ namespace flash_attn {
 struct LaunchConfig {
   int num_blocks;
   cudaStream_t stream;
+};
+
+// Lets one kernel have more dynamic shared memory than the 48 KB that every launch may have. CUDA is asked once per
+// device, not once per launch: on an H200's machine that takes as long as a tenth of a small call.
+class SmemOptIn {
+ public:
+  cudaError_t apply(const void* kernel, int bytes) {
+    constexpr int kWithoutOptIn = 48 * 1024;
+    if (bytes <= kWithoutOptIn) return cudaSuccess;
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    // Devices past the word's bits are asked every time.
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (devices_.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess) devices_.fetch_or(bit, std::memory_order_relaxed);
+    return error;
+  }
+
+ private:
+  std::atomic<uint64_t> devices_{0};
 };
 
 using ForwardLaunch = cudaError_t (*)(const ForwardParams&, const LaunchConfig&);

@@ -12,7 +12,8 @@ cudaError_t launch_backward(const BackwardParams& params, const BackwardLaunchCo
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   constexpr int kStoreSmemBytes = Traits::kTileM * Traits::kColumns * sizeof(typename Traits::Element);
   const auto kernel = &backward_kernel<Traits>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
+  static SmemOptIn smem_opt_in;
+  const cudaError_t error = smem_opt_in.apply(reinterpret_cast<const void*>(kernel), kSmemBytes);
   if (error != cudaSuccess) return error;
   if (config.num_key_blocks > 0) {
     kernel<<<config.num_key_blocks, Traits::kNumThreads, kSmemBytes, config.stream>>>(params);

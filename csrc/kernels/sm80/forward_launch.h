@@ -11,7 +11,8 @@ cudaError_t launch_forward(const ForwardParams& params, const LaunchConfig& conf
   using Traits = ForwardTraits<kVariant>;
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   const auto kernel = &forward_kernel<Traits>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
+  static SmemOptIn smem_opt_in;
+  const cudaError_t error = smem_opt_in.apply(reinterpret_cast<const void*>(kernel), kSmemBytes);
   if (error != cudaSuccess) return error;
   kernel<<<config.num_blocks, Traits::kNumThreads, kSmemBytes, config.stream>>>(params);
   return cudaGetLastError();
