@@ -68,18 +68,21 @@ def assert_right(*answers):
     judge("lse", allowance=lse_allowance(answers[0].out.dtype))
 
 
-def check_forward(path, case):
-    """One forward case: values against the oracle, then the same with a poisoned `out=`."""
+def check_forward(path, case, features=frozenset(), **options):
+    """One forward case: values against the oracle, then the same with a poisoned `out=`.
+
+    `options` go to the call; `features` are those that they need beside the case's.
+    """
     needs(path, case)
-    device = device_of(path)
-    answer = answer_of(path, case.features, build(case, device))
+    device, features = device_of(path), case.features | features
+    answer = answer_of(path, features, build(case, device), **options)
     if answer is None:
         return
     assert answer.out.is_contiguous()
     assert_right(answer)
     again = build(case, device)
     poisoned = torch.full_like(answer.out, math.nan)
-    result = on_path(path, case.features | {"out"}, again, lambda: again.call(out=poisoned))
+    result = on_path(path, features | {"out"}, again, lambda: again.call(out=poisoned, **options))
     if result is not None:
         assert result[0].data_ptr() == poisoned.data_ptr()
         assert_same_bits("out=", poisoned, answer.out)

@@ -7,8 +7,11 @@ import signal
 
 import pytest
 import torch
-from harness import GPU_PATHS, met
+from harness import GPU_PATHS, met, require_features
 from hypothesis import HealthCheck, settings
+
+import flash_attn
+from flash_attn import _dispatch
 
 _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("ci", max_examples=30, derandomize=True, database=None, **_COMMON)
@@ -26,6 +29,18 @@ def path(request):
         if capability < ((9, 0) if request.param == "sm90" else (8, 0)):
             pytest.skip(f"a device of compute capability {capability} can't run {request.param}")
     return request.param
+
+
+@pytest.fixture(params=GPU_PATHS)
+def gpu_path(request):
+    """Each path of kernels, forced for the whole test; skipped where this machine or the package has none."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if torch.cuda.get_device_capability() < _dispatch.PATHS[request.param].capability[0]:
+        pytest.skip(f"the device can't run {request.param}")
+    require_features(request.param)
+    with flash_attn.use_path(request.param):
+        yield request.param
 
 
 @pytest.hookimpl(wrapper=True)

@@ -259,3 +259,18 @@ def on_path(path, features, inputs, call):
             call()
     met.refused[f"{path}: {'; '.join(reasons)}"] = None
     return None
+
+
+def require_features(path, *features):
+    """Skips a test that calls the path without on_path, where the path lacks what the test needs."""
+    spec = flash_attn._dispatch.PATHS[path]
+    lacks = [flash_attn._dispatch.FEATURES[name] for name in features if name not in spec.features]
+    if not spec.features or lacks:
+        pytest.skip(f"no kernel for it: {path}: {'; '.join(lacks) or 'there are none yet'}")
+
+
+def require_memory(gib):
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of GPU memory, and {free:.0f} GiB are free")

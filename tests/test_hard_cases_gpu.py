@@ -7,32 +7,15 @@ free, it is skipped.
 import pytest
 import reference
 import torch
-from harness import GPU_PATHS
+from harness import require_memory
 from tolerance import assert_close, assert_same_bits, lse_allowance
 
 import flash_attn
-from flash_attn import _dispatch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = pytest.mark.usefixtures("gpu_path")
 
 BF16 = torch.bfloat16
 ROWS_AT_ONCE = 1024  # of a float64 oracle
-
-
-@pytest.fixture(params=[path for path in GPU_PATHS if _dispatch.PATHS[path].features], autouse=True)
-def gpu_path(request):
-    lowest = _dispatch.PATHS[request.param].capability[0]
-    if torch.cuda.get_device_capability() < lowest:
-        pytest.skip(f"{request.param} needs compute capability {lowest}")
-    with flash_attn.use_path(request.param):
-        yield request.param
-
-
-def require_memory(gib):
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gib:
-        pytest.skip(f"needs {gib} GiB of GPU memory, and {free:.0f} GiB are free")
 
 
 def _normal(*shape, dtype=BF16):
