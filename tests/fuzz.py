@@ -1,4 +1,6 @@
-"""Draws whole calls and compares every answer with the float64 oracle: `python tests/fuzz.py --help`."""
+"""Draws whole calls, forward, backward and with a cache, and compares every answer with the float64 oracle:
+`python tests/fuzz.py --help`.
+"""
 
 import argparse
 import os
@@ -10,7 +12,16 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 
 import hypothesis
 import torch
-from checks import answer_of, assert_right
+from checks import (
+    Gradients,
+    answer_of,
+    assert_gradients_right,
+    assert_right,
+    gradients_on,
+    oracle_gradients,
+    output_gradients,
+    poisoned,
+)
 from harness import GPU_PATHS, build, device_of
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from memory import allocate, gaps, place
@@ -51,17 +62,35 @@ class Tally:
 # ---- One call -------------------------------------------------------------------------------------------------
 
 
-def _answer(path, call, number):
-    """The answer to the call with its `number`th set of random numbers, or None where the path refuses it."""
-    device = device_of(path)
+def _inputs(path, call, number):
+    """The call's inputs with their `number`th set of random numbers, laid out as it says, and its options."""
     case = replace(call.case, id=f"{call.case!r} {number}")
-    inputs = build(case, device, garbage=call.garbage)
+    inputs = build(case, device_of(path), garbage=call.garbage)
     placed = {name: getattr(call, name) for name in "qkv"}
     placed = {name: place(getattr(inputs, name), memory) for name, memory in placed.items() if memory is not None}
-    inputs = replace(inputs, **placed)
     options = {"num_splits": call.num_splits, "pack_gqa": call.pack_gqa}
     if case.layout == "varlen" or case.varlen_q:
         options |= _max_seqlens(call)
+    return replace(inputs, **placed), options
+
+
+def _gradients(path, call, number):
+    """As _answer, of the backward pass."""
+    inputs, options = _inputs(path, call, number)
+    dout, dlse = output_gradients(inputs)
+    arriving, arriving_dlse = poisoned(inputs, dout, dlse)
+    arriving = arriving.to(device_of(path))
+    if call.dout is not None:
+        dout, arriving = place(dout, call.dout), place(arriving, call.dout)
+    options["deterministic"] = call.deterministic
+    ours = gradients_on(path, call.features, inputs, arriving, arriving_dlse, **options)
+    return None if ours is None else Gradients(ours, *oracle_gradients(inputs, dout, dlse))
+
+
+def _answer(path, call, number):
+    """The answer to the call with its `number`th set of random numbers, or None where the path refuses it."""
+    inputs, options = _inputs(path, call, number)
+    case, device = inputs.case, device_of(path)
     shape = (*inputs.q.shape[:-1], case.dims[1])
     if not call.passes_out:
         torch.full(shape, torch.nan, dtype=case.dtype, device=device)  # likely the memory that the result will get
@@ -94,13 +123,14 @@ def check(path, call):
     be small by luck, so a call that breaks the rule is drawn again with other numbers, and the rule is applied to
     all of these answers together: a kernel that is wrong still is.
     """
-    answer = _answer(path, call, 0)
-    if answer is None:
+    answers, judge = (_gradients, assert_gradients_right) if call.backward else (_answer, assert_right)
+    first = answers(path, call, 0)
+    if first is None:
         return False
     try:
-        assert_right(answer)
+        judge(first)
     except AssertionError:
-        assert_right(answer, *(_answer(path, call, 1 + number) for number in range(_REDRAWS)))
+        judge(first, *(answers(path, call, 1 + number) for number in range(_REDRAWS)))
     return True
 
 
@@ -116,7 +146,8 @@ def _traits(call):
     strided = [name for name in "qkv" if getattr(call, name) is not None]
     found = [*call.features, case.layout, _bucket(case.dims), str(case.dtype)]
     found += ["unequal head dims"] * (case.dims[0] != case.dims[1]) + ["odd strides"] * bool(strided)
-    found += ["strided out"] * (call.out is not None) + ["scale <= 0"] * (case.scale is not None and case.scale <= 0)
+    found += ["strided out"] * (call.out is not None) + ["strided dout"] * (call.dout is not None)
+    found += ["deterministic"] * call.deterministic + ["scale <= 0"] * (case.scale is not None and case.scale <= 0)
     return {*found}
 
 
@@ -255,6 +286,8 @@ def main(arguments=None):
         print(f"{count:8d}  {name}")
     seconds = time.monotonic() - started
     print(f"{tally.calls} calls in {seconds:.0f} s, {tally.served} answers compared, seed {options.seed}")
+    path = f" --path {options.path}" if options.path else ""
+    print(f"again: python tests/fuzz.py --calls {options.calls} --seed {options.seed}{path}")
     if tally.failure is not None:
         print(describe(tally.failure))
     return 0 if tally.failure is None else 1

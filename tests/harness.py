@@ -48,13 +48,16 @@ class Inputs:
     extra: dict = field(default_factory=dict)
 
     def leaves(self, dtype=None):
-        """The same inputs with gradients wanted, and the tensors to differentiate by, in `dtype` if given."""
+        """The same inputs with gradients wanted, and the tensors to differentiate by, in `dtype` if given.
+
+        They share the inputs' memory, so their strides are the inputs' own.
+        """
         score = dict(self.score)
         wanted = {name: getattr(self, name) for name in "qkv"}
         if score["s_aux"] is not None:
             wanted["s_aux"] = score["s_aux"]
         for name, tensor in wanted.items():
-            wanted[name] = tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_()
+            wanted[name] = tensor.detach().to(dtype or tensor.dtype).requires_grad_()
         score["s_aux"] = wanted.get("s_aux")
         return replace(self, q=wanted["q"], k=wanted["k"], v=wanted["v"], score=score), wanted
 

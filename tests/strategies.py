@@ -164,10 +164,13 @@ class Call:
     max_seqlen: str = "exact"  # or "none", or "loose": larger than any length
     pack_gqa: bool | None = None
     num_splits: int = 0
+    backward: bool = False
+    dout: Memory | None = None
+    deterministic: bool = False
 
     @property
     def features(self):
-        more = {"out": self.passes_out, "num_splits": self.num_splits > 1}
+        more = {"out": self.passes_out, "num_splits": self.num_splits > 1, "backward": self.backward}
         return self.case.features | {name for name, needed in more.items() if needed}
 
 
@@ -185,6 +188,7 @@ def _expandable(case, name, num_dims):
 def _simplest(case, served):
     """The case without the features that no path in question serves."""
     options = {"page": "paged", "leftpad": "leftpad", "cache_rows": "cache_batch_idx", "new": "append"}
+    options["rotary"] = "rotary"
     unserved = {field: None for field, feature in options.items() if feature not in served}
     if "new" in unserved:
         unserved["rotary"] = None
@@ -197,11 +201,15 @@ def _simplest(case, served):
 def calls(draw, served=None):
     """A whole call. Given the features that a path serves, seven calls of eight use no others."""
     layouts = [dense(EDGES), varlen(EDGES), cached(EDGES), paged_varlen(EDGES)]
-    case = replace(draw(st.one_of(layouts)), id="", lse_grad=False)
-    num_splits = draw(st.sampled_from([0, 0, 1, 3]))
+    case = replace(draw(st.one_of(layouts)), id="")
+    num_splits = draw(st.sampled_from([0, 0, 1, 3, 17]))
+    # In float32 the CPU path's backward is torch's own (scaled_dot_product_attention's), whose error is up to three
+    # times that of the naive one where scores are large: exponentials good to 20 units in the last place.
+    backward = case.differentiable and case.dtype is not FP32 and draw(st.booleans())
     if served is not None and draw(st.integers(0, 7)):
         case = _simplest(case, served)
         num_splits = num_splits if "num_splits" in served else min(num_splits, 1)
+        backward = backward and "backward" in served
     packed_q = case.layout == "varlen" or case.varlen_q
     num_dims = {"q": 3 if packed_q else 4, "k": 3 if case.layout == "varlen" and case.page is None else 4}
     num_dims["v"] = num_dims["k"]
@@ -209,10 +217,14 @@ def calls(draw, served=None):
         name: draw(st.one_of(st.none(), memories(count, _expandable(case, name, count))))
         for name, count in num_dims.items()
     }
-    passes_out = draw(st.booleans())
+    passes_out = not backward and draw(st.booleans())
     out = draw(st.one_of(st.none(), memories(num_dims["q"], last_is_dense=True))) if passes_out else None
+    dout = None
+    if backward:  # what is poisoned past seqused_q must not be repeated
+        expandable = range(case.seqused_q is not None, num_dims["q"])
+        dout = draw(st.one_of(st.none(), memories(num_dims["q"], expandable)))
     return Call(
-        case,
+        case if backward else replace(case, lse_grad=False),
         **placed,
         passes_out=passes_out,
         out=out,
@@ -220,4 +232,7 @@ def calls(draw, served=None):
         max_seqlen=draw(st.sampled_from(["exact", "none", "loose"])),
         pack_gqa=draw(st.sampled_from([None, None, True, False])),
         num_splits=num_splits,
+        backward=backward,
+        dout=dout,
+        deterministic=backward and draw(st.booleans()),
     )

@@ -1,18 +1,21 @@
 """The selection that `make sanitize` runs under compute-sanitizer: each kernel and each option of it once.
 
 Under the tools a launch takes a hundred times as long, so shapes are small; most have more than one tile of rows and
-of keys. The oracle runs on the CPU, where they don't see it.
+of keys. What is marked `race` runs under racecheck too. The oracle runs on the CPU, where they don't see it.
 """
+
+from dataclasses import replace
 
 import cases
 import pytest
 import torch
 from cases import BF16, FP16, Case
-from checks import check_forward
+from checks import check_backward, check_forward, gradients_of_a_loss
 from fuzz import check
-from harness import GPU_PATHS
+from harness import GPU_PATHS, build, on_path
 from memory import Memory
 from strategies import Call
+from tolerance import assert_same_bits
 
 from flash_attn import _dispatch
 
@@ -42,9 +45,19 @@ _IDS = """
     len-1x1 len-1x200 len-129x128 len-129x128-causal mqa-decode scale-negative scale-zero
     window-right window-both window-zero window-misses causal-short-k-sinks empty-k empty-q empty-batch softcap alibi
     alibi-batch-causal sinks dropout dropout-varlen dropout-seqused varlen-many-short varlen-zeros varlen-all-empty
-    seqused-k seqused-q cache-full cache-decode
+    seqused-k seqused-q cache-full cache-decode cache-empty cache-leftpad cache-batch-idx cache-paged cache-paged-1
+    append-none append-paged append-batch-idx append-varlen rotary-interleaved rotary-halves rotary-paged-gqa
+    rotary-leftpad rotary-varlen paged-5 paged-cu-seqlens-k paged-leftpad paged-empty
 """.split()
 DECLARED = [case for case in cases.ALL if case.id in _IDS]
+BACKWARD = [case for case in [*BUCKETS, *EVERYTHING, *DECLARED] if case.differentiable]
+DECODE = [
+    Case(f"sanitize-decode-{d}{'-paged' * paged}", "splits that end in tiles, one without a key", "kvcache",
+         (1, 3, 1), (300,) * 3, heads=(4, 1), dims=(d, d), seqused_k=(300, 131, 0), page=8 if paged else None,
+         varlen_q=True, causal=True)
+    for d in (64, 128, 256, 512)
+    for paged in (False, True)
+]  # fmt: skip
 PLAIN_ORDER, HEADS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
 STRIDED = Case("", "strides", "dense", (70,) * 2, (90,) * 2, heads=(2, 1), dims=(64, 64), causal=True)
 CALLS = {
@@ -52,7 +65,21 @@ CALLS = {
     "misaligned": Call(STRIDED, *[Memory(PLAIN_ORDER, offset=1)] * 3, passes_out=True,
                        out=Memory(PLAIN_ORDER, (2, 2), offset=5)),
     "expanded": Call(STRIDED, k=Memory(PLAIN_ORDER, expanded=0), v=Memory(PLAIN_ORDER, expanded=1)),
+    "backward-heads-first": Call(STRIDED, *[Memory(HEADS_FIRST)] * 3, backward=True, dout=Memory(HEADS_FIRST)),
+    "backward-misaligned": Call(STRIDED, *[Memory(PLAIN_ORDER, offset=1)] * 3, backward=True,
+                                dout=Memory(PLAIN_ORDER, (3, 2), offset=5), deterministic=True),
+    "backward-expanded": Call(STRIDED, k=Memory(PLAIN_ORDER, expanded=0), v=Memory(PLAIN_ORDER, expanded=1),
+                              backward=True, dout=Memory(PLAIN_ORDER, expanded=2)),
 }  # fmt: skip
+# Hard case 11 has 300 entries and 50 runs: test_backward_gpu.py has them, without a tool that makes each take seconds.
+MANY_ROWS = Case("sanitize-many-rows", "many row tiles to each key tile", "dense", (2048,) * 3, (128,) * 3,
+                 heads=(1, 1), dims=(128, 128))  # fmt: skip
+RACES = [
+    MANY_ROWS,
+    *(replace(EVERYTHING[index], id=f"race-{index}") for index in range(0, len(EVERYTHING), 2)),
+    *(Case(f"race-{d}", "shared memory is reused by tile after tile", "dense", (200,) * 2, (300,) * 2, heads=(2, 1),
+           dims=(d, d), causal=True) for d in (64, 128, 192, 256, 512)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -62,6 +89,46 @@ def test_case(path, case):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", BACKWARD, ids=lambda case: case.id)
+def test_backward(path, case):
+    check_backward(path, case)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("num_splits", [0, 3])
+@pytest.mark.parametrize("case", DECODE, ids=lambda case: case.id)
+def test_decode(path, case, num_splits):
+    check_forward(path, case, frozenset({"num_splits"} if num_splits > 1 else ()), num_splits=num_splits)
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_strides(path, call):
-    assert check(path, call)
+    if not check(path, call):
+        assert call.backward, "the forward kernels serve every stride"
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("case", RACES, ids=lambda case: case.id)
+def test_races_in_the_backward_pass(path, case, deterministic):
+    inputs = build(case, "cuda")
+
+    def run():
+        first, second = (gradients_of_a_loss(inputs, deterministic=deterministic) for _ in range(2))
+        for name in first if deterministic else ():
+            assert_same_bits(name, second[name], first[name])
+        return True
+
+    on_path(path, case.features | {"backward"}, inputs, run)
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", DECODE, ids=lambda case: case.id)
+def test_races_in_decoding(path, case):
+    inputs = build(case, "cuda")
+    for num_splits in (0, 3):
+        features = case.features | ({"num_splits"} if num_splits else set())
+        on_path(path, features, inputs, lambda n=num_splits: inputs.call(num_splits=n))
