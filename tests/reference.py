@@ -179,10 +179,11 @@ def attention(
     q, k, v = (x.cpu().to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     num_heads = q.shape[-2]
-    # The empty sums tie out to its inputs where no sequence uses them, so that gradients exist.
-    out = q.new_zeros(*q.shape[:-1], v.shape[-1]) + sum(x[..., :0].sum() for x in (q, k, v))
+    # The empty sums tie the results to the inputs where no sequence uses them, so that gradients exist.
+    nothing = sum(x[..., :0].sum() for x in (q, k, v))
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1]) + nothing
     lse_shape = (q.shape[0], num_heads, q.shape[1]) if cu_seqlens_q is None else (num_heads, q.shape[0])
-    lse = q.new_full(lse_shape, -math.inf)
+    lse = q.new_full(lse_shape, -math.inf) + nothing
     all_probs = []
     for entry, seq in enumerate(sequences(q, k, v, cu_seqlens_q=cu_seqlens_q, **layout)):
         seqlen_q, seqlen_k = seq.q.shape[0], seq.k.shape[0]

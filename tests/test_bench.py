@@ -9,7 +9,7 @@ import torch
 
 from flash_attn import __main__ as main_module
 from flash_attn import _dispatch
-from flash_attn.bench import check, cpu_path, impls, measure, report, runner, suites
+from flash_attn.bench import check, cpu_path, gradients, impls, measure, report, runner, suites
 
 TINY = suites.Case("fwd", 2, 4, 2, 24, 24, 16, 16, "fp32", causal=True)
 PACKED = suites.Case("varlen", 3, 4, 2, 20, 20, 16, 8, "fp32", causal=True, lengths=(5, 20, 1))
@@ -35,7 +35,8 @@ def test_declared_cases(name, device):
             assert len(case.lengths) == case.batch and max(case.lengths) == case.seqlen_q == case.seqlen_k
         if device == "cpu":
             assert case.flops < 5e9, "a case on the CPU takes well under a second"
-    assert set(suite.also) <= set(impls.NAMES)
+        assert not case.cached or (case.seqlen_q == 1 and not case.backward)
+    assert set(suite.also) | set(suite.only) <= set(impls.NAMES)
 
 
 def test_lengths_are_skewed():
@@ -140,6 +141,60 @@ def test_dropout_is_judged_by_its_noise():
     assert reference.judge(torch.full_like(out, math.nan)).wrong
 
 
+BACKWARD = dataclasses.replace(TINY, suite="bwd", backward=True)
+
+
+def gradients_of(case, name):
+    inputs = check.make_inputs(case, "cpu")
+    with torch.enable_grad():
+        prepared = impls.backward_of(impls.load(name).prepare(case, inputs), inputs)
+    return prepared.in_our_layout(prepared.call()), gradients.make_gradient_reference(case, inputs)
+
+
+@pytest.mark.parametrize("name", ["ours", "det", "sdpa"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": (4, 0)}, {"alibi": True}], ids=str)
+def test_gradients_of_implementations_are_right(options, packed, name):
+    case = dataclasses.replace(PACKED if packed else TINY, backward=True, **options)
+    found, reference = gradients_of(case, name)
+    verdict = reference.judge(found)
+    assert verdict.wrong is None and verdict.error < 2e-6
+    assert [tuple(x.shape) for x in reference.exact] == [(20 if packed else 24, n, d) for n, d in
+                                                         ((4, 16), (2, 16), (2, 8 if packed else 16))]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_wrong_gradients_are_seen(index):
+    found, reference = gradients_of(BACKWARD, "ours")
+    for damage, words in ((1.001, "relative error"), (math.nan, "relative error nan")):
+        wrong = [x.clone() for x in found]
+        wrong[index][1] *= damage
+        assert words in reference.judge(wrong).wrong and gradients.NAMES[index] in reference.judge(wrong).wrong
+    assert "torch.float64" in reference.judge([x.double() for x in found]).wrong
+
+
+def test_flops_of_the_backward_pass():
+    assert BACKWARD.flops * 2 == TINY.flops * 5
+
+
+@pytest.mark.parametrize("page", [0, 1, 7, 16])
+def test_steps_from_a_cache_are_right(page):
+    case = suites.Case("paged", 2, 4, 2, 1, 40, 16, 8, "fp32", causal=True, cached=True, page=page)
+    out, reference = outputs_of(case, "ours")
+    verdict = reference.judge(out)
+    assert verdict.wrong is None and verdict.error < 1e-6
+    assert case.kv_bytes == 2 * 40 * 2 * (16 + 8) * 4
+    if page:
+        with pytest.raises(impls.Unsupported, match="page"):
+            outputs_of(case, "sdpa")
+
+
+def test_pages_lie_in_random_order():
+    case = suites.Case("paged", 2, 4, 2, 1, 256, 16, 16, "fp32", causal=True, cached=True, page=16)
+    table = check.make_inputs(case, "cpu").block_table
+    assert sorted(table.flatten().tolist()) == list(range(32)) and not (table.diff() == 1).all()
+
+
 # ---- Running -----------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +215,9 @@ def few_cases(monkeypatch):
         "fwd": [TINY, dataclasses.replace(TINY, head_dim=24, head_dim_v=24)],
         "tiny": [dataclasses.replace(PACKED, suite="tiny")],
         "score": [dataclasses.replace(TINY, suite="score", sinks=True)],
+        "bwd": [BACKWARD],
+        "paged": [suites.Case("paged", 2, 4, 2, 1, 40, 16, 16, "fp32", causal=True, cached=True, page=8)],
+        "latency": [suites.Case("latency", 1, 4, 2, 1, 40, 16, 16, "fp32", causal=True, cached=True)],
     }
     for name, cases in small.items():
         suite = dataclasses.replace(suites.SUITES[name], cases=lambda name, device, cases=cases: iter(cases))
@@ -193,6 +251,26 @@ def test_run_end_to_end(tmp_path, capsys, no_cuda, few_cases, monkeypatch):
     assert "GFLOP/s" in printed and "us/call" in printed and "geometric mean" in printed
     assert bench("--summary", file) == 0
     assert "| fwd | ours | sdpa | 2 |" in capsys.readouterr().out
+
+
+def test_run_of_steps_and_of_the_backward_pass(tmp_path, capsys, no_cuda, few_cases):
+    file = tmp_path / "result.json"
+    arguments = ("--device", "cpu", "--suites", "bwd,paged,latency", "--rep", "0.1", "--rounds", "1")
+    assert bench(*arguments, "--json", file) == 0
+    printed = capsys.readouterr().out
+    rows = {row["suite"]: row["results"] for row in report.read_json(file)["rows"]}
+    assert rows["bwd"]["ours"]["ms"] > 0 and rows["bwd"]["sdpa"]["ms"] > 0
+    step = rows["paged"]["ours"]
+    assert step["gb_s"] == pytest.approx(2 * 40 * 2 * 32 * 4 / step["ms"] / 1e6)
+    assert rows["paged"]["sdpa"] == {"skipped": "no page"} and "gb_s" not in rows["latency"]["ours"]
+    assert "GB/s" in printed and ", us " in printed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_graph_timing():
+    x = torch.ones(1 << 24, device="cuda")
+    graphed, eager = measure.graph_ms(lambda: x.mul_(1), "cuda", 5.0), measure._event_ms(lambda: x.mul_(1), 5.0)
+    assert 0.2 * eager < graphed < 2 * eager
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

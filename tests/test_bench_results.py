@@ -49,6 +49,26 @@ def test_summary_tells_what_it_leaves_out():
     assert summary.problems([wrong], only_ours=True) == []
 
 
+def test_steps_table():
+    def row(suite, page, **results):
+        return (suite, f"page {page}", results | {"parameters": {
+            "batch": 2, "seqlen_k": 40, "heads": 4, "heads_k": 2, "head_dim": 16, "page": page}})  # fmt: skip
+
+    result = result_of(
+        row("decode", 0, ours80=figure(0.01, gb_s=3500.0)),
+        row("paged", 16, ours80=figure(0.01, gb_s=3400.0)),
+        row("latency", 64, ours80=figure(0.0123)),
+        row("pages", 1, ours80=figure(0.01, gb_s=9.0, wrong="error")),
+    )
+    for listed in result["rows"]:
+        listed["parameters"] = listed["results"].pop("parameters")
+    assert summary.steps_table([result], "ours80").splitlines() == [
+        "| step | dense | page 16 | page 64 |",
+        "| --- | ---: | ---: | ---: |",
+        "| 2 x 40 keys, 4/2 heads of 16 | 3500 GB/s | 3400 GB/s | 12.3 us |",
+    ]
+
+
 def test_summary_refuses_other_files(tmp_path, capsys):
     file = tmp_path / "other.json"
     file.write_text(json.dumps([]))
@@ -71,11 +91,11 @@ def plot():
 @pytest.fixture
 def synthetic(tmp_path):
     rows = []
-    for name in ("fwd", "fwd_short", "memory"):
+    for name in ("fwd", "fwd_short", "memory", "bwd", "decode", "paged", "pages"):
         for case in suites.SUITES[name].cases(name, "cuda"):
             ms = case.flops / 5e11
             results = {
-                "ours": figure(ms, tflops=501.0, peak_bytes=case.seqlen_q * 1000),
+                "ours": figure(ms, tflops=501.0, peak_bytes=case.seqlen_q * 1000, gb_s=3456.0),
                 "flash": figure(ms, tflops=402.0, peak_bytes=case.seqlen_q * 2000),
                 "math": {"failed": "OutOfMemoryError"},
             }
@@ -104,6 +124,24 @@ def test_memory_plot(plot, synthetic, tmp_path):
     out = tmp_path / "memory.svg"
     plot.main([str(synthetic), "--memory", "--out", str(out)])
     assert "package): 31 MiB at 32k" in out.read_text()
+
+
+def test_backward_plot(plot, synthetic, tmp_path):
+    out = tmp_path / "backward.svg"
+    plot.main([str(synthetic), "--backward", "--out", str(out)])
+    assert "Attention backward" in out.read_text() and "head dim 256" in out.read_text()
+
+
+def test_decode_plot(plot, synthetic, tmp_path):
+    out = tmp_path / "decode.svg"
+    plot.main([str(synthetic), "--decode", "--out", str(out)])
+    drawn = out.read_text()
+    for words in ("16 x 8192 keys, 32/8 heads of 128", "dense", "256", ">3456<", "Decoding"):
+        assert words in drawn, words
+
+
+def test_every_implementation_has_a_colour_and_a_label(plot):
+    assert set(plot.COLORS) == set(plot.LABELS) == set(plot.MEANINGS)
 
 
 def test_plot_needs_its_suite(plot, tmp_path):

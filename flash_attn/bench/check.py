@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ class Inputs:
     cu_seqlens: Tensor
     alibi_slopes: Tensor | None
     sinks: Tensor | None
+    dout: Tensor | None = None
+    cache_seqlens: Tensor | None = None
+    pages: tuple[Tensor, Tensor] | None = None  # k and v, (num_pages, page, heads_k, head_dim)
+    block_table: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,28 @@ def make_inputs(case: Case, device: str) -> Inputs:
     if case.alibi:  # the slopes of the ALiBi paper, for a power of two of heads
         slopes = torch.pow(2.0, -8.0 * (torch.arange(case.heads, device=device) + 1) / case.heads)
     sinks = random(case.heads) if case.sinks else None
-    return Inputs(q, k, v, lengths.cumsum(0).to(torch.int32), slopes, sinks)
+    inputs = Inputs(q, k, v, lengths.cumsum(0).to(torch.int32), slopes, sinks)
+    if case.backward:
+        dout = random(*lead[0], case.heads, case.head_dim_v).to(DTYPES[case.dtype])
+        return replace(inputs, **{name: getattr(inputs, name).requires_grad_() for name in "qkv"}, dout=dout)
+    if case.cached:
+        full = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32, device=device)
+        inputs = replace(inputs, cache_seqlens=full)
+    return _in_pages(case, inputs, generator) if case.page else inputs
+
+
+def _in_pages(case: Case, inputs: Inputs, generator: torch.Generator) -> Inputs:
+    """k and v in pages that lie in random order."""
+    device = inputs.k.device
+    width = -(-case.seqlen_k // case.page)
+    places = torch.randperm(case.batch * width, device=device, generator=generator).view(case.batch, width)
+    pools = []
+    for x in (inputs.k, inputs.v):
+        pool = x.new_empty(case.batch * width, case.page, *x.shape[2:])
+        padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, width * case.page - case.seqlen_k))
+        pool[places.flatten()] = padded.view(case.batch * width, case.page, *x.shape[2:])
+        pools.append(pool)
+    return replace(inputs, pages=tuple(pools), block_table=places.to(torch.int32))
 
 
 def hidden_pairs(seqlen_q: int, seqlen_k: int, sides: Window, device: torch.device, rows: Tensor | None = None):
@@ -127,8 +153,8 @@ def _judge_dropout(ours: Tensor, exact: Tensor, dropout_p: float) -> Verdict:
 
 
 def make_reference(case: Case, inputs: Inputs) -> Reference:
-    """In float32 on a GPU, in float64 on the CPU, a block of rows at a time."""
-    wide = torch.float32 if inputs.q.is_cuda else torch.float64
+    """In the wide dtype, a block of rows at a time."""
+    wide = wide_dtype(inputs.q)
     heads = tuple(sorted({0, case.heads - 1}))
     heads_k = [head // (case.heads // case.heads_k) for head in heads]
     entry = max(range(len(case.lengths)), key=case.lengths.__getitem__) if case.lengths else case.batch - 1
@@ -138,12 +164,22 @@ def make_reference(case: Case, inputs: Inputs) -> Reference:
         rows = x[start : start + case.lengths[entry]] if case.lengths else x[entry]
         tensors.append(rows[:, of_heads].to(wide).transpose(0, 1))
     q, k, v = tensors
-    out = torch.cat([_rows(case, inputs, heads, block, q, k, v) for block in _blocks(q)], dim=1)
+    out = torch.cat([block for _, block in rows_of_blocks(case, inputs, heads, q, k, v)], dim=1)
     return Reference(case, entry, heads, out.transpose(0, 1))
 
 
-def _blocks(q: Tensor) -> tuple[Tensor, ...]:
-    return torch.arange(q.shape[1], device=q.device).split(_ROWS_AT_ONCE)
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Float32 on a GPU, float64 on the CPU."""
+    return torch.float32 if x.is_cuda else torch.float64
+
+
+def rows_of_blocks(
+    case: Case, inputs: Inputs, heads: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, group: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows, their output) of block after block; k and v serve `group` heads of q each."""
+    for rows in torch.arange(q.shape[1], device=q.device).split(_ROWS_AT_ONCE):
+        keys, values = (x.repeat_interleave(group, dim=0) if group > 1 else x for x in (k, v))
+        yield rows, _rows(case, inputs, heads, rows, q, keys, values)
 
 
 def _rows(case: Case, inputs: Inputs, heads: tuple[int, ...], rows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

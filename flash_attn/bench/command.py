@@ -84,7 +84,10 @@ def _implementations(
 ) -> tuple[dict[str, list[str]], dict[str, impls.Implementation]]:
     """Per suite the names to measure, and what they name. A default peer that is not installed is left out."""
     asked = args.impls
-    wanted = {name: list(dict.fromkeys(asked or (*impls.DEFAULTS[device], *SUITES[name].also))) for name in suites}
+    usual = impls.DEFAULTS[device]
+    wanted = {
+        name: list(dict.fromkeys(asked or (*(SUITES[name].only or usual), *SUITES[name].also))) for name in suites
+    }
     loaded = {}
     for name in dict.fromkeys(name for names in wanted.values() for name in names):
         try:

@@ -10,7 +10,9 @@ import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +31,16 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Prepared:
-    call: Callable[[], Tensor]
+    call: Callable[[], Any]
     # From what the call gives to (batch, seqlen, heads, head_dim_v), or (tokens, heads, head_dim_v) for a packed case.
-    in_our_layout: Callable[[Tensor], Tensor] = lambda out: out
+    in_our_layout: Callable[[Any], Any] = lambda out: out
+
+
+def backward_of(prepared: Prepared, inputs: Inputs) -> Prepared:
+    """The backward pass of a prepared call, which runs forward once: (dq, dk, dv) in our layout."""
+    out = prepared.in_our_layout(prepared.call())
+    leaves = (inputs.q, inputs.k, inputs.v)
+    return Prepared(lambda: torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True))
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,13 @@ def _first(result: Tensor | tuple) -> Tensor:
 # ---- This package, and packages with its kind of functions -------------------------------------------------------
 
 
-def _prepare_ours(case: Case, inputs: Inputs) -> Prepared:
+def _prepare_ours(case: Case, inputs: Inputs, deterministic: bool = False) -> Prepared:
+    if case.cached:
+        return _prepare_cache(flash_attn, "block_table", case, inputs)
     options = {"causal": case.causal, "window_size": case.window, "softcap": case.softcap}
     options |= {"dropout_p": case.dropout_p, "alibi_slopes": inputs.alibi_slopes, "s_aux": inputs.sinks}
-    defaults = {"causal": False, "window_size": FULL, "softcap": 0.0, "dropout_p": 0.0}
+    options["deterministic"] = deterministic
+    defaults = {"causal": False, "window_size": FULL, "softcap": 0.0, "dropout_p": 0.0, "deterministic": False}
     # A user of the plain call does not spell the defaults out.
     options = {name: value for name, value in options.items() if value is not None and value != defaults.get(name)}
     q, k, v = inputs.q, inputs.k, inputs.v
@@ -70,11 +82,23 @@ def _prepare_ours(case: Case, inputs: Inputs) -> Prepared:
     return Prepared(lambda: flash_attn.flash_attn_func(q, k, v, **options))
 
 
+def _prepare_cache(module: ModuleType, table: str, case: Case, inputs: Inputs) -> Prepared:
+    """A step of decoding; `table` is what the module calls its block table."""
+    k, v = inputs.pages or (inputs.k, inputs.v)
+    options = {table: inputs.block_table} if case.page else {}
+    options |= {"cache_seqlens": inputs.cache_seqlens, "causal": case.causal}
+    return Prepared(lambda: _first(module.flash_attn_with_kvcache(inputs.q, k, v, **options)))
+
+
 def _prepare_with(module: ModuleType, infinite: int | None):
     """FlashAttention-3 and -4: `infinite` is how they write a side of the window that has no bound."""
 
     def prepare(case: Case, inputs: Inputs) -> Prepared:
         _unless(case, "alibi", "sinks", "dropout_p")
+        if case.cached:
+            if not hasattr(module, "flash_attn_with_kvcache"):
+                raise Unsupported("no flash_attn_with_kvcache")
+            return _prepare_cache(module, "page_table", case, inputs)
         window = tuple(infinite if side < 0 else side for side in case.window)
         options = {"causal": case.causal, "window_size": window}
         options |= {"softcap": case.softcap} if case.softcap else {}
@@ -93,7 +117,7 @@ def _prepare_with(module: ModuleType, infinite: int | None):
 
 def _prepare_sdpa(case: Case, inputs: Inputs) -> Prepared:
     """On a padded batch where the case is packed; with an explicit mask where SDPA has no other way to say it."""
-    _unless(case, "softcap", "sinks")
+    _unless(case, "softcap", "sinks", "page")
     q, k, v = (_padded(case, x).transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
     # Causal self-attention hides the padding, which stands at the end, from every query that counts.
     top_left_is_bottom_right = case.seqlen_q == case.seqlen_k
@@ -167,7 +191,7 @@ def _prepare_torch_math(case: Case, inputs: Inputs) -> Prepared:
 
 
 def _prepare_flex(case: Case, inputs: Inputs) -> Prepared:
-    _unless(case, "sinks", "dropout_p", "lengths")
+    _unless(case, "sinks", "dropout_p", "lengths", "page")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     left, right = case.sides
@@ -210,11 +234,19 @@ _PEERS = {
 }
 # ours80, ours90: this package with one path forced.
 _FORCED = {f"ours{path.arch}": name for name, path in _dispatch.PATHS.items() if path.arch is not None}
+# det, det80, det90: the same with deterministic=True. Their names don't begin with "ours", so that they count as peers.
+_DETERMINISTIC = {"det": None} | {f"det{path.arch}": name for name, path in _dispatch.PATHS.items() if path.arch}
 
-NAMES = ("ours", *_FORCED, "sdpa", *_SDPA_BACKENDS, "flex", *_PEERS)
+NAMES = ("ours", *_FORCED, *_DETERMINISTIC, "sdpa", *_SDPA_BACKENDS, "flex", *_PEERS)
 MEANINGS = {
     "ours": "this package",
     **{name: f"this package, its {_dispatch.PATHS[path].title} forced" for name, path in _FORCED.items()},
+    "det": "this package, deterministic=True",
+    **{
+        name: f"the same, its {_dispatch.PATHS[path].title} forced"
+        for name, path in _DETERMINISTIC.items()
+        if path is not None
+    },
     "sdpa": "torch's scaled_dot_product_attention, its own choice of backend",
     "flash": "the same, FlashAttention-2",
     "cudnn": "the same, cuDNN",
@@ -233,6 +265,10 @@ def load(name: str) -> Implementation:
         return Implementation(name, _prepare_ours)
     if name in _FORCED:
         return Implementation(name, _prepare_ours, lambda: flash_attn.use_path(_FORCED[name]))
+    if name in _DETERMINISTIC:
+        path = _DETERMINISTIC[name]
+        prepare = partial(_prepare_ours, deterministic=True)
+        return Implementation(name, prepare, nullcontext if path is None else lambda: flash_attn.use_path(path))
     if name == "sdpa":
         return Implementation(name, _prepare_sdpa)
     if name in _SDPA_BACKENDS:

@@ -69,6 +69,47 @@ def _event_ms(call: Call, rep_ms: float) -> float:
     return statistics.median(measured(max(_MIN_REPEATS, int(rep_ms / estimate))))
 
 
+_GRAPH_MS = 5.0  # the least that a replay takes, so that its launch does not count
+
+
+def graph_ms(call: Call, device: str, rep_ms: float) -> float:
+    """Median time of a call in a CUDA graph of many, replayed for about rep_ms; on the CPU that of a plain call.
+
+    Nothing is flushed: what fits in the L2 is found there.
+    """
+    if device == "cpu":
+        return _host_ms(call, rep_ms)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+
+    def captured(count: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                call()
+        return graph
+
+    def replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in pairs:
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in pairs)
+
+    one = captured(1)
+    replayed(one, _MIN_REPEATS)
+    count = max(1, min(500, int(_GRAPH_MS / max(replayed(one, _MIN_REPEATS), 1e-3))))
+    many = captured(count)
+    each = replayed(many, _MIN_REPEATS) / count
+    return replayed(many, max(_MIN_REPEATS, int(rep_ms / (each * count)))) / count
+
+
 def overhead_ms(call: Call, device: str) -> float:
     """Median time that the host spends in a call; on a GPU nothing is waited for in between."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None

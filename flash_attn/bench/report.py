@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 
 import flash_attn
-from flash_attn.bench.suites import SUITES
+from flash_attn.bench.suites import SUITES, Measure
 
 FORMAT = 1
 COMMIT_VARIABLE = "FLASH_ATTN_COMMIT"
@@ -95,8 +95,9 @@ def heading(found: dict[str, Any]) -> str:
 
 
 def unit_of(row: dict[str, Any], device: str) -> str:
-    if SUITES[row["suite"]].overhead:
-        return "us/call"
+    what = SUITES[row["suite"]].measure
+    if what is not Measure.DEVICE:
+        return what.value
     if row["flops"] is None:
         return "ms"
     return "TFLOP/s" if device == "cuda" else "GFLOP/s"
@@ -109,10 +110,12 @@ def cell(figure: dict[str, Any] | None, unit: str) -> str:
     if "ms" not in figure:
         return "x"
     mark = "!" if "wrong" in figure else " "
-    if unit == "us/call":
+    if unit in (Measure.HOST.value, Measure.GRAPH.value):
         return f"{figure['ms'] * 1e3:.1f}{mark}"
     if unit == "ms":
         return f"{figure['ms']:.3f}{mark}"
+    if unit == Measure.GRAPH_BANDWIDTH.value:
+        return f"{figure['gb_s']:.0f}{mark}"
     return f"{figure['tflops'] * (1 if unit == 'TFLOP/s' else 1e3):.0f}{mark}"
 
 

@@ -12,8 +12,9 @@ import torch
 
 from flash_attn.bench import measure
 from flash_attn.bench.check import Reference, make_inputs, make_reference
-from flash_attn.bench.impls import Implementation, Prepared, Unsupported
-from flash_attn.bench.suites import SUITES, Case
+from flash_attn.bench.gradients import GradientReference, make_gradient_reference
+from flash_attn.bench.impls import Implementation, Prepared, Unsupported, backward_of
+from flash_attn.bench.suites import SUITES, Case, Measure
 
 _MESSAGE_LENGTH = 300
 
@@ -40,13 +41,15 @@ class Figure:
     skipped: str | None = None
     failed: str | None = None
 
-    def record(self, flops: int | None) -> dict[str, Any]:
+    def record(self, flops: int | None, kv_bytes: int | None = None) -> dict[str, Any]:
         """For JSON: what is known of it."""
         known = {name: value for name, value in asdict(self).items() if value not in (None, [])}
         if self.round_ms and self.failed is None:
             known["ms"] = statistics.median(self.round_ms)
             if flops is not None:
                 known["tflops"] = flops / known["ms"] / 1e9
+            if kv_bytes is not None:
+                known["gb_s"] = kv_bytes / known["ms"] / 1e6
         return known
 
 
@@ -55,15 +58,16 @@ def run_case(
 ) -> dict[str, Any]:
     """A row of the results. The implementations take turns, so that a GPU which heats up slows all of them."""
     inputs = make_inputs(case, settings.device)
-    reference = make_reference(case, inputs)
+    reference = (make_gradient_reference if case.backward else make_reference)(case, inputs)
     figures = {implementation.name: Figure() for implementation in implementations}
     ready: list[tuple[Implementation, Prepared]] = []
-    with torch.no_grad():
+    with torch.set_grad_enabled(case.backward):
         for implementation in implementations:
             progress(f"{case.title}: {implementation.name}, check")
             figure = figures[implementation.name]
             with _failures_in(figure, settings.device), implementation.context():
                 prepared = implementation.prepare(case, inputs)
+                prepared = backward_of(prepared, inputs) if case.backward else prepared
                 _check(figure, prepared, reference, settings.device)
                 ready.append((implementation, prepared))
         for turn in range(settings.rounds):
@@ -74,11 +78,12 @@ def run_case(
                     with _failures_in(figure, settings.device), implementation.context():
                         figure.round_ms.append(_time_ms(prepared, case, settings))
     row = {"suite": case.suite, "case": case.title, "parameters": asdict(case), "flops": case.flops}
-    row["results"] = {name: figure.record(case.flops) for name, figure in figures.items()}
+    kv_bytes = case.kv_bytes if SUITES[case.suite].measure is Measure.GRAPH_BANDWIDTH else None
+    row["results"] = {name: figure.record(case.flops, kv_bytes) for name, figure in figures.items()}
     return row
 
 
-def _check(figure: Figure, prepared: Prepared, reference: Reference, device: str) -> None:
+def _check(figure: Figure, prepared: Prepared, reference: Reference | GradientReference, device: str) -> None:
     out = prepared.call()
     verdict = reference.judge(prepared.in_our_layout(out))
     del out  # its memory would count as the next call's
@@ -87,8 +92,11 @@ def _check(figure: Figure, prepared: Prepared, reference: Reference, device: str
 
 
 def _time_ms(prepared: Prepared, case: Case, settings: Settings) -> float:
-    if SUITES[case.suite].overhead:
+    what = SUITES[case.suite].measure
+    if what is Measure.HOST:
         return measure.overhead_ms(prepared.call, settings.device)
+    if what in (Measure.GRAPH, Measure.GRAPH_BANDWIDTH):
+        return measure.graph_ms(prepared.call, settings.device, settings.rep_ms)
     return measure.time_ms(prepared.call, settings.device, settings.rep_ms)
 
 

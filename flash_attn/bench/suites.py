@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 
@@ -11,9 +12,22 @@ Window = tuple[int, int]
 FULL: Window = (-1, -1)
 
 
+class Measure(Enum):
+    """What is timed, and what a figure counts."""
+
+    DEVICE = "TFLOP/s"  # a call on the device, from a cold L2
+    HOST = "us/call"  # the host's time of an eager call
+    GRAPH = "us"  # a call of a CUDA graph, replayed: what does not fit in the L2 is read from memory
+    GRAPH_BANDWIDTH = "GB/s"  # the same, as KV bytes by time
+
+
 @dataclass(frozen=True)
 class Case:
-    """One attention call. With `lengths` it is a packed batch of self-attention, and the batch and seqlens follow."""
+    """One attention call. With `lengths` it is a packed batch of self-attention, and the batch and seqlens follow.
+
+    With `cached` k and v are a KV cache, with `page` one in pages that lie in random order. With `backward` the call
+    is the backward pass alone.
+    """
 
     suite: str
     batch: int
@@ -31,6 +45,9 @@ class Case:
     alibi: bool = False
     sinks: bool = False
     lengths: tuple[int, ...] = ()
+    backward: bool = False
+    cached: bool = False
+    page: int = 0
 
     @property
     def title(self) -> str:
@@ -43,6 +60,8 @@ class Case:
         options += [f"softcap{self.softcap:g}"] if self.softcap else []
         options += [f"dropout{self.dropout_p:g}"] if self.dropout_p else []
         options += [name for name in ("alibi", "sinks") if getattr(self, name)]
+        options += [f"page{self.page}"] if self.page else ["cache"] if self.cached else []
+        options += ["bwd"] if self.backward else []
         mask = "causal" if self.causal else "full"
         return " ".join([batch, lengths, f"d{self.head_dim}/{self.head_dim_v}", mask, *options, self.dtype])
 
@@ -53,10 +72,17 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the two matrix products, over the pairs that the mask lets through."""
+        """Of the two matrix products, over the pairs that the mask lets through; of the backward pass's five."""
         squares = [(length, length) for length in self.lengths] or [(self.seqlen_q, self.seqlen_k)] * self.batch
         pairs = sum(visible_pairs(*square, *self.sides) for square in squares)
-        return 2 * self.heads * pairs * (self.head_dim + self.head_dim_v)
+        forward = 2 * self.heads * pairs * (self.head_dim + self.head_dim_v)
+        return forward * 5 // 2 if self.backward else forward
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the keys and values, each once."""
+        columns = self.heads_k * (self.head_dim + self.head_dim_v)
+        return self.batch * self.seqlen_k * columns * {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}[self.dtype]
 
 
 def visible_pairs(seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
@@ -73,7 +99,8 @@ class Suite:
     purpose: str
     cases: Callable[[str, str], Iterator[Case]]  # (name, "cuda" or "cpu") -> cases
     also: tuple[str, ...] = ()  # implementations beside the default ones
-    overhead: bool = False  # the host's time per call is what counts
+    only: tuple[str, ...] = ()  # instead of the default ones
+    measure: Measure = Measure.DEVICE
     devices: tuple[str, ...] = ("cuda", "cpu")
 
 
@@ -105,6 +132,23 @@ def _by_head_dim(suite: str, device: str) -> Iterator[Case]:
         heads = max(4 if device == "cuda" else 1, width // head_dim)
         for causal in (False, True):
             yield _dense(suite, device, batch, heads, seqlen, head_dim, head_dim_v=head_dim_v, causal=causal)
+
+
+def _backward(cases: Callable[[str, str], Iterator[Case]]):
+    def of(suite: str, device: str) -> Iterator[Case]:
+        for case in cases(suite, device):
+            yield replace(case, backward=True)
+
+    return of
+
+
+def _by_head_dim_backward(suite: str, device: str) -> Iterator[Case]:
+    batch, width, seqlen = (2, 2048, 8192) if device == "cuda" else (1, 512, 256)
+    for head_dim, head_dim_v in ((32, 32), (96, 96), (192, 192), (192, 128), (512, 512)):
+        heads = max(4 if device == "cuda" else 1, width // head_dim)
+        for causal in (False, True):
+            case = _dense(suite, device, batch, heads, seqlen, head_dim, head_dim_v=head_dim_v, causal=causal)
+            yield replace(case, backward=True)
 
 
 def _local(suite: str, device: str) -> Iterator[Case]:
@@ -165,6 +209,40 @@ def _tiny(suite: str, device: str) -> Iterator[Case]:
     yield _packed(suite, device, (5, 11), 2, 64, causal=True)
 
 
+# batch, query heads, key heads, keys, head dim
+_DECODE = ((1, 32, 8, 65536, 128), (16, 32, 8, 8192, 128), (128, 32, 8, 4096, 128), (128, 64, 8, 2048, 64),
+           (32, 16, 8, 8192, 256), (32, 32, 4, 8192, 512))  # fmt: skip
+_DECODE_ON_CPU = ((1, 8, 2, 2048, 64), (4, 8, 2, 512, 64))
+
+
+def _step(suite: str, device: str, shape: tuple[int, ...], page: int = 0) -> Case:
+    batch, heads, heads_k, seqlen_k, head_dim = shape
+    dtype = "bf16" if device == "cuda" else "fp32"
+    return Case(suite, batch, heads, heads_k, 1, seqlen_k, head_dim, head_dim, dtype, causal=True, cached=True,
+                page=page)  # fmt: skip
+
+
+def _decode(suite: str, device: str) -> Iterator[Case]:
+    for shape in _DECODE if device == "cuda" else _DECODE_ON_CPU:
+        yield _step(suite, device, shape)
+
+
+def _paged(*pages: int):
+    def cases(suite: str, device: str) -> Iterator[Case]:
+        for page in pages:
+            for shape in (_DECODE[1], _DECODE[2], _DECODE[5]) if device == "cuda" else _DECODE_ON_CPU:
+                yield _step(suite, device, shape, page)
+
+    return cases
+
+
+def _latency(suite: str, device: str) -> Iterator[Case]:
+    for seqlen_k in (1024, 4096) if device == "cuda" else (256, 1024):
+        for head_dim in (64, 128):
+            for page in (0, 16):
+                yield _step(suite, device, (1, 32, 8, seqlen_k, head_dim), page)
+
+
 def _memory(suite: str, device: str) -> Iterator[Case]:
     for seqlen in (1024, 2048, 4096, 8192, 16384, 32768):
         yield _dense(suite, device, 1, 8, seqlen, 64)
@@ -185,7 +263,22 @@ SUITES = {
         Suite("local", "a sliding window", _local),
         Suite("score", "options of the score, at one shape", _score),
         Suite("varlen", "packed sequences of skewed lengths", _varlen),
-        Suite("tiny", "the host's time per eager call", _tiny, also=("sdpa",), overhead=True),
+        Suite(
+            "bwd", "the backward pass over length", _backward(_by_length((64, 128, 256), (1024, 4096, 16384), (256,)))
+        ),
+        Suite("hdim_bwd", "the backward pass at other head dims", _by_head_dim_backward),
+        Suite("varlen_bwd", "the backward pass of packed sequences", _backward(_varlen)),
+        Suite(
+            "bwd_det",
+            "the backward pass with the same bits in every run, beside without",
+            _backward(_by_length((64, 128, 256), (1024, 4096, 16384), (256,))),
+            only=("ours", "det"),
+        ),
+        Suite("decode", "one query each, a dense cache", _decode, measure=Measure.GRAPH_BANDWIDTH),
+        Suite("paged", "the same in pages", _paged(16, 64, 256), measure=Measure.GRAPH_BANDWIDTH),
+        Suite("pages", "page sizes of other servers", _paged(1, 8, 32, 128), measure=Measure.GRAPH_BANDWIDTH),
+        Suite("latency", "one request in a graph", _latency, measure=Measure.GRAPH),
+        Suite("tiny", "the host's time per eager call", _tiny, also=("sdpa",), measure=Measure.HOST),
         Suite("memory", "memory over length", _memory, also=("math",), devices=("cuda",)),
         Suite(CPU_PATH, "the CPU path's calls, as benchmarks/cpu_path.py", _declared_elsewhere, devices=("cpu",)),
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from flash_attn.bench.suites import SUITES
+from flash_attn.bench.suites import SUITES, Measure
 
 Row = dict[str, Any]
 
@@ -73,7 +73,7 @@ def problems(results: Iterable[dict[str, Any]], only_ours: bool = False) -> list
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: speed of ours by the peer's, per suite; where a suite measures overhead, microseconds too."""
+    """Markdown: speed of ours by the peer's, per suite; where a suite measures the host's time, microseconds too."""
     lines = [
         "| suite | ours | peer | cells | geometric mean | lowest | where |",
         "| --- | --- | --- | ---: | ---: | ---: | --- |",
@@ -82,7 +82,31 @@ def table(results: list[dict[str, Any]]) -> str:
     for one in compare(results):
         numbers = f"{len(one.speed)} | {one.geometric_mean:.3f} | {one.speed[one.slowest]:.3f} | {one.slowest}"
         lines.append(f"| {one.suite} | {one.ours} | {one.peer} | {numbers} |")
-        if SUITES[one.suite].overhead:
+        if SUITES[one.suite].measure is Measure.HOST:
             worst = max(one.added_us, key=one.added_us.__getitem__)
             notes.append(f"{one.suite}: {one.ours} - {one.peer} is {one.added_us[worst]:+.1f} us at most, at {worst}")
     return "\n".join(lines + [""] * bool(notes) + notes)
+
+
+def steps_table(results: list[dict[str, Any]], name: str) -> str:
+    """Markdown: an implementation's steps of decoding, a row per shape, a column per page size, each with its unit.
+
+    Of several files, the last one's figure counts.
+    """
+    cells: dict[str, dict[int, str]] = {}
+    for result in results:
+        for row in result["rows"]:
+            what = SUITES[row["suite"]].measure
+            if what not in (Measure.GRAPH, Measure.GRAPH_BANDWIDTH) or not usable(row["results"].get(name)):
+                continue
+            case, figure = row["parameters"], row["results"][name]
+            shape = f"{case['batch']} x {case['seqlen_k']} keys, {case['heads']}/{case['heads_k']} heads of "
+            shape += f"{case['head_dim']}"
+            text = f"{figure['gb_s']:.0f} GB/s" if what is Measure.GRAPH_BANDWIDTH else f"{figure['ms'] * 1e3:.1f} us"
+            cells.setdefault(shape, {})[case["page"]] = text
+    pages = sorted({page for by_page in cells.values() for page in by_page})
+    heads = [f"page {page}" if page else "dense" for page in pages]
+    lines = ["| " + " | ".join(["step", *heads]) + " |", "| " + " | ".join(["---"] + ["---:"] * len(pages)) + " |"]
+    for shape, by_page in cells.items():
+        lines.append("| " + " | ".join([shape, *(by_page.get(page, "–") for page in pages)]) + " |")
+    return "\n".join(lines)
