@@ -194,22 +194,26 @@ def plan_objections(
         reasons.append(f"head_dim {head_dim}/{head_dim_v} (it takes up to {path.max_head_dim})")
     reasons += [FEATURES[key] for key in FEATURES if key in features and key not in path.features]
     if not reasons and path.arch is not None and _extension.is_loaded():
-        reasons += _build_objections(path.arch, dtype_name, head_dim, head_dim_v, smem_bytes)
+        for kind in ("forward", "backward") if "backward" in features else ("forward",):
+            reasons += _build_objections(kind, path.arch, dtype_name, head_dim, head_dim_v, smem_bytes)
     return reasons
 
 
-def _build_objections(arch: int, dtype_name: str, head_dim: int, head_dim_v: int, smem_bytes: int) -> list[str]:
+def _build_objections(
+    kind: str, arch: int, dtype_name: str, head_dim: int, head_dim_v: int, smem_bytes: int
+) -> list[str]:
     """What the GPU's shared memory doesn't hold, or FLASH_ATTN_HEAD_DIMS and the like left out of this build."""
-    for row in _extension.kernels.tile_rows[arch]:
+    for row in _extension.kernels.tile_rows[kind, arch]:
         if head_dim <= row[0] and head_dim_v <= row[1] and row[2] <= smem_bytes:
             break
     else:
-        return [f"head_dim {head_dim}/{head_dim_v} needs more shared memory than the {smem_bytes // 1024} KB here"]
-    if (arch, dtype_name, row) in _extension.kernels.built:
+        dims = f"{kind} at head_dim {head_dim}/{head_dim_v}"
+        return [f"{dims} needs more shared memory than the {smem_bytes // 1024} KB here"]
+    if (kind, arch, dtype_name, row) in _extension.kernels.built:
         return []
     build = _extension.build_info
     return [
-        f"this build has no SM{arch} kernel for {dtype_name} and head_dim {row[0]}/{row[1]}: it was made with "
+        f"this build has no SM{arch} {kind} kernel for {dtype_name} and head_dim {row[0]}/{row[1]}: it was made with "
         f"FLASH_ATTN_ARCHS={_joined(build.archs)}, FLASH_ATTN_HEAD_DIMS={_joined(build.head_dims)}, "
         f"FLASH_ATTN_DTYPES={_joined(build.dtypes)}"
     ]

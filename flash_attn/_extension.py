@@ -47,16 +47,24 @@ def _read_build_info() -> BuildInfo:
 class Kernels:
     """What the loaded extension holds."""
 
-    # arch -> its tile table's (head_dim, head_dim_v, bytes of shared memory); a call takes the first that holds it.
-    tile_rows: dict[int, tuple[tuple[int, int, int], ...]]
-    built: frozenset[tuple[int, str, tuple[int, int, int]]]  # (arch, dtype, tile row)
+    # ("forward" or "backward", arch) -> the tile table's (head_dim, head_dim_v, bytes of shared memory); a call takes
+    # the first that holds it.
+    tile_rows: dict[tuple[str, int], tuple[tuple[int, int, int], ...]]
+    built: frozenset[tuple[str, int, str, tuple[int, int, int]]]  # (kind, arch, dtype, tile row)
 
 
 def _loaded_kernels() -> Kernels:
     recorded = json.loads(torch.ops.flash_attn.built_kernels())
     return Kernels(
-        tile_rows={int(arch): tuple(map(tuple, rows)) for arch, rows in recorded["tile_rows"].items()},
-        built=frozenset((row["arch"], row["dtype"], tuple(row["tile_row"])) for row in recorded["forward"]),
+        tile_rows={
+            (kind, int(arch)): tuple(map(tuple, rows))
+            for kind, tables in recorded["tile_rows"].items()
+            for arch, rows in tables.items()
+        },
+        built=frozenset(
+            (kernel["kind"], kernel["arch"], kernel["dtype"], tuple(kernel["tile_row"]))
+            for kernel in recorded["kernels"]
+        ),
     )
 
 

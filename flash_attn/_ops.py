@@ -1,8 +1,7 @@
 """The torch ops: schemas, implementations, fakes and gradients, and the functions that call them.
 
-The Python ops (cpu_*) run backends/cpu.py on any device. The CUDA op `flash_attn::forward`, which the
-extension defines, takes the same arguments and the architecture; it gets its fake and its autograd formula
-here.
+The Python ops (cpu_*) run backends/cpu.py on any device. The CUDA ops without that prefix, which the extension
+defines, take the same arguments and the architecture; they get their fakes and autograd formulas here.
 """
 
 from __future__ import annotations
@@ -93,6 +92,10 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ds_aux
 
 
+def _fake_backward_out(*arguments: Any, **keywords: Any) -> Tensor:
+    return _fake_backward(*arguments, **keywords)[-1]
+
+
 def _fake_attn_probs(
     q: Tensor, k: Tensor, lse: Tensor, alibi_slopes: Tensor | None, rng_state: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seqused_q: Tensor | None, seqused_k: Tensor | None,
@@ -123,6 +126,7 @@ def _fake_combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dty
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     call = inputs[:_NUM_FORWARD_ARGUMENTS]
+    ctx.arch = inputs[_NUM_FORWARD_ARGUMENTS:]  # of the kernels; nothing for the CPU path
     (q, k, v, s_aux, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
      leftpad_k, block_table, cache_batch_idx, _, *score) = call[:-3]  # fmt: skip
     ctx.set_materialize_grads(False)
@@ -139,24 +143,33 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.without_backward:
         raise NotImplementedError(f"there is no backward through {', '.join(ctx.without_backward)}")
-    no_grads = (None,) * _NUM_FORWARD_ARGUMENTS
+    no_grads = (None,) * (_NUM_FORWARD_ARGUMENTS + len(ctx.arch))
     if dout is None and dlse is None:
         return no_grads
     saved = ctx.saved_tensors
     # A second differentiation has to meet the op, which refuses it.
     direct = not torch.is_grad_enabled() and _is_plain(*saved[:3])
-    backward = cpu.backward if direct else torch.ops.flash_attn.cpu_backward
-    grads = backward(dout, dlse, *saved, *ctx.score, ctx.deterministic)
+    arguments = (dout, dlse, *saved, *ctx.score, ctx.deterministic, *ctx.arch)
+    if ctx.arch:
+        grads = _run_kernel("backward", *arguments) if direct else torch.ops.flash_attn.backward(*arguments)
+    else:
+        grads = (cpu.backward if direct else torch.ops.flash_attn.cpu_backward)(*arguments)
     needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[:4], strict=True))
     return (*needed, *no_grads[4:])
 
 
+def _run_kernel(name: str, *arguments: Any) -> Any:
+    """Straight to the CUDA kernel: what the dispatcher does before it costs more than a small call on a GPU."""
+    return getattr(torch.ops.flash_attn, name).default.redispatch(_CUDA_KEY, *arguments)
+
+
 class _EagerForward(torch.autograd.Function):
-    """cpu_forward and its gradient without the dispatcher, whose Python kernels cost more than a small call."""
+    """The forward ops and their gradient without the dispatcher's Python kernels for autograd."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> _Outputs:
-        output = cpu.forward(*arguments)
+        on_cpu_path = len(arguments) == _NUM_FORWARD_ARGUMENTS
+        output = cpu.forward(*arguments) if on_cpu_path else _run_kernel("forward", *arguments)
         _setup_backward(ctx, arguments, output)
         return output
 
@@ -222,11 +235,19 @@ def _register_python_ops() -> None:
 
 
 def _register_cuda_ops() -> None:
-    torch.library.register_fake("flash_attn::forward", _fake_forward, lib=_LIB)
-    torch.library.register_fake("flash_attn::forward_out", _fake_forward_out, lib=_LIB)
-    what = "the CUDA kernels have no backward kernel yet; run under flash_attn.use_path('cpu')"
-    _register_autograd("forward", _refuse_backward(what))
-    torch.library.register_vmap("flash_attn::forward", _refuse_vmap("forward"), lib=_LIB)
+    for name, fake in (
+        ("forward", _fake_forward),
+        ("forward_out", _fake_forward_out),
+        ("backward", _fake_backward),
+        ("backward_out", _fake_backward_out),
+    ):
+        torch.library.register_fake(f"flash_attn::{name}", fake, lib=_LIB)
+    _register_autograd("forward", _backward, _setup_backward)
+    _register_autograd("backward", _refuse_backward("attention has no second derivative"))
+    for name in ("forward", "backward"):
+        torch.library.register_vmap(f"flash_attn::{name}", _refuse_vmap(name), lib=_LIB)
+    for name, mutated in (("forward_out", (-1,)), ("backward_out", (-3, -2, -1))):
+        _LIB.impl(name, _in_place(name, mutated), "ADInplaceOrView", with_keyset=True)
 
 
 def _register_autograd(name: str, backward: Any, setup_context: Any = None) -> None:
@@ -274,10 +295,11 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
     arguments = call.op_arguments()
     ops = torch.ops.flash_attn
     if call.out is None and _is_plain(call.q, call.k, call.v):
-        if path != "cpu" and not call.needs_grad:
-            return _eager_kernel_forward(*arguments, _dispatch.PATHS[path].arch)
-        if path == "cpu":
-            return _EagerForward.apply(*arguments) if call.needs_grad else cpu.forward(*arguments)
+        if path != "cpu":
+            arguments = (*arguments, _dispatch.PATHS[path].arch)
+        if call.needs_grad:
+            return _EagerForward.apply(*arguments)
+        return cpu.forward(*arguments) if path == "cpu" else _run_kernel("forward", *arguments)
     _refuse_transforms()
     if path != "cpu":
         arch = _dispatch.PATHS[path].arch
@@ -287,11 +309,6 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
     if call.out is not None:
         return call.out, ops.cpu_forward_out(*arguments, call.out)
     return ops.cpu_forward(*arguments)
-
-
-def _eager_kernel_forward(*arguments: Any) -> _Outputs:
-    """Straight to the CUDA kernel: what the dispatcher does before it costs more than a small call on a GPU."""
-    return torch.ops.flash_attn.forward.default.redispatch(_CUDA_KEY, *arguments)
 
 
 def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:

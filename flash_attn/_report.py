@@ -87,7 +87,18 @@ class Explanation:
                     f"{plan['smem_bytes'] // 1024} KB of shared memory, {plan['num_blocks']} blocks, "
                     f"{plan['num_splits']} split(s)"
                 )
+                if "backward" in plan:
+                    lines.append(_backward_line(plan["backward"]))
         return "\n".join(lines)
+
+
+def _backward_line(plan: dict[str, Any]) -> str:
+    return (
+        f"    backward d{plan['head_dim']}/{plan['head_dim_v']}, {plan['score']} score, "
+        f"tile {plan['tile_m']} x {plan['tile_n']}, {plan['num_threads']} threads, "
+        f"{plan['smem_bytes'] // 1024} KB of shared memory, {plan['num_blocks']} blocks, "
+        f"{plan['workspace_bytes']} bytes of workspace for dQ"
+    )
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -116,6 +127,8 @@ def explain_call(title: str, call: Any) -> Explanation:
         if spec.arch is None or not _extension.is_loaded():
             continue
         if not _dispatch.plan_objections(spec, call.q.dtype, call.q.shape[-1], call.head_dim_v, call.features):
-            plan = torch.ops.flash_attn.explain_forward(*call.op_arguments(), spec.arch)
-            plans[spec.name] = json.loads(plan)
+            plan = json.loads(torch.ops.flash_attn.explain_forward(*call.op_arguments(), spec.arch))
+            if call.needs_grad:
+                plan["backward"] = json.loads(torch.ops.flash_attn.explain_backward(*call.op_arguments(), spec.arch))
+            plans[spec.name] = plan
     return Explanation(title, path, objections, plans)

@@ -227,7 +227,7 @@ def test_build_of_a_subset(tmp_path):
     assert build.returncode == 0, build.stdout + build.stderr
     assert "at a time" in build.stdout
     generated = {file.name for file in tmp_path.rglob("generated/*.cu")}
-    assert generated == {"forward_bf16_d32_32_99KB_sm80.cu"}
+    assert generated == {f"{kind}_bf16_d32_32_99KB_sm80.cu" for kind in ("forward", "backward")}
 
     (info_file,) = tmp_path.glob("lib*/flash_attn/_build_info.json")
     info = json.loads(info_file.read_text())
@@ -243,5 +243,6 @@ def test_build_of_a_subset(tmp_path):
         text=True,
     )
     assert listing.returncode == 0, listing.stderr
-    kernels = json.loads(listing.stdout)["forward"]
-    assert {(kernel["arch"], kernel["dtype"], *kernel["tile_row"][:2]) for kernel in kernels} == {(80, "bf16", 32, 32)}
+    kernels = json.loads(listing.stdout)["kernels"]
+    found = {(kernel["kind"], kernel["arch"], kernel["dtype"], *kernel["tile_row"][:2]) for kernel in kernels}
+    assert found == {("forward", 80, "bf16", 32, 32), ("backward", 80, "bf16", 32, 32)}

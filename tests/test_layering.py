@@ -11,8 +11,9 @@ CPP_LAYERS = {
     "variant": {"variant"},
     "plan": {"plan", "variant"},
     "kernels/common": {"kernels/common", "variant"},
+    "kernels/misc": {"kernels/common", "kernels/misc", "variant"},
     "kernels": {"kernels", "variant"},
-    "api": {"api", "plan", "kernels/common", "variant"},
+    "api": {"api", "plan", "kernels/common", "kernels/misc", "variant"},
     "dev": {"plan", "variant"},
 }
 MAY_NAME = {"api": {"torch", "Python.h"}, "dev": {"pybind11"}}

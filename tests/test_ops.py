@@ -124,13 +124,16 @@ def test_opcheck_combine(out_dtype):
     opcheck(ops.cpu_combine.default, (rand(3, 2, 5, 4, 8), rand(3, 2, 5, 4), out_dtype))
 
 
-def test_cuda_op_has_the_same_arguments():
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_cuda_op_has_the_same_arguments(name):
     """The C++ schema repeats the Python one, with the architecture at its end."""
-    source = Path(__file__).parent.parent / "csrc/api/forward_args.h"
+    source = Path(__file__).parent.parent / f"csrc/api/{name}_args.h"
     if not source.exists():
         pytest.skip("no C++ sources beside the tests")
-    macro = re.search(r"#define FLASH_ATTN_FORWARD_SCHEMA_ARGS((?:.*\\\n)+.*)", source.read_text()).group(1)
-    assert "".join(re.findall(r'"([^"]*)"', macro)) == _ops._FORWARD + ", int arch"
+    macro = rf"#define FLASH_ATTN_{name.upper()}_SCHEMA_ARGS((?:.*\\\n)+.*)"
+    text = "".join(re.findall(r'"([^"]*)"', re.search(macro, source.read_text()).group(1)))
+    python = _ops._SCHEMAS[f"cpu_{name}"]
+    assert text == python[1 : python.index(") ->")] + ", int arch"
 
 
 # ---- The direct call, which eager code takes, is the op ----

@@ -87,26 +87,4 @@ std::string explain_forward(const ForwardArgs& args) {
   return describe(make_plan(make_problem(args), arch_of(args.arch), smem_limit));
 }
 
-std::string built_kernels() {
-  std::ostringstream json;
-  json << "{\"tile_rows\": {\"80\": [";
-  const char* separator = "";
-  for (const TileRow& row : kForwardTilesSm80) {
-    json << separator << "[" << row.head_dim.qk << ", " << row.head_dim.v << ", " << bytes_of(row.smem) << "]";
-    separator = ", ";
-  }
-  json << "]}, \"forward\": [";
-  separator = "";
-  const ForwardKernels kernels = built_forward_kernels();
-  for (const ForwardKernel* kernel = kernels.begin; kernel != kernels.end; ++kernel) {
-    const Variant& variant = kernel->variant;
-    json << separator << "{\"arch\": " << static_cast<int>(variant.arch) << ", \"dtype\": \"" << name_of(variant.dtype)
-         << "\", \"tile_row\": [" << variant.head_dim.qk << ", " << variant.head_dim.v << ", " << bytes_of(variant.smem)
-         << "], \"mask\": \"" << name_of(variant.mask) << "\"}";
-    separator = ", ";
-  }
-  json << "]}";
-  return json.str();
-}
-
 }  // namespace flash_attn

@@ -18,7 +18,4 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
 // The plan that run_forward would carry out, as JSON; reads no tensor's contents and needs no GPU.
 std::string explain_forward(const ForwardArgs& args);
 
-// The buckets that the tile tables hold and the kernels that were built, as JSON.
-std::string built_kernels();
-
 }  // namespace flash_attn

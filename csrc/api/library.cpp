@@ -1,6 +1,8 @@
 // The ops that the compiled module adds to torch.ops.flash_attn, and the module itself.
 #include <Python.h>
 
+#include "api/backward.h"
+#include "api/built_kernels.h"
 #include "api/forward.h"
 
 namespace flash_attn {
@@ -21,6 +23,27 @@ void boxed_forward_out(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(run_forward(args, reader.take<Tensor>()).lse);
 }
 
+void boxed_backward(StableIValue* stack, uint64_t, uint64_t) {
+  StackReader reader(stack);
+  const BackwardResult result = run_backward(take_backward_args(reader), std::nullopt);
+  stack[0] = from(result.grads.dq);
+  stack[1] = from(result.grads.dk);
+  stack[2] = from(result.grads.dv);
+  stack[3] = from(result.ds_aux);
+}
+
+void boxed_backward_out(StableIValue* stack, uint64_t, uint64_t) {
+  StackReader reader(stack);
+  const BackwardArgs args = take_backward_args(reader);
+  const Gradients grads{.dq = reader.take<Tensor>(), .dk = reader.take<Tensor>(), .dv = reader.take<Tensor>()};
+  stack[0] = from(run_backward(args, grads).ds_aux);
+}
+
+void boxed_explain_backward(StableIValue* stack, uint64_t, uint64_t) {
+  StackReader reader(stack);
+  stack[0] = from(explain_backward(take_forward_args(reader)));
+}
+
 void boxed_explain_forward(StableIValue* stack, uint64_t, uint64_t) {
   StackReader reader(stack);
   stack[0] = from(explain_forward(take_forward_args(reader)));
@@ -32,6 +55,10 @@ void boxed_explain_forward(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_attn, library) {
   library.def("forward(" FLASH_ATTN_FORWARD_SCHEMA_ARGS ") -> (Tensor out, Tensor lse)");
   library.def("forward_out(" FLASH_ATTN_FORWARD_SCHEMA_ARGS ", Tensor(a!) out) -> Tensor lse");
+  library.def("backward(" FLASH_ATTN_BACKWARD_SCHEMA_ARGS ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor ds_aux)");
+  library.def("backward_out(" FLASH_ATTN_BACKWARD_SCHEMA_ARGS
+              ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor ds_aux");
+  library.def("explain_backward(" FLASH_ATTN_FORWARD_SCHEMA_ARGS ") -> str");
   library.def("explain_forward(" FLASH_ATTN_FORWARD_SCHEMA_ARGS ") -> str");
   library.def("built_kernels() -> str");
 }
@@ -39,10 +66,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_attn, library) {
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, library) {
   library.impl("forward", &flash_attn::boxed_forward);
   library.impl("forward_out", &flash_attn::boxed_forward_out);
+  library.impl("backward", &flash_attn::boxed_backward);
+  library.impl("backward_out", &flash_attn::boxed_backward_out);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, library) {
   library.impl("explain_forward", &flash_attn::boxed_explain_forward);
+  library.impl("explain_backward", &flash_attn::boxed_explain_backward);
   library.impl("built_kernels", TORCH_BOX(&flash_attn::built_kernels));
 }
 

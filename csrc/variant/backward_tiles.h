@@ -47,7 +47,7 @@ inline constexpr BackwardTileRow kBackwardTilesSm80[] = {
     {{32, 32}, SmemClass::k99KB, {64, 128, 2, 1, {2, 4}, {8, 1}, {4, 2}}, "exponentials outweigh the products"},
     {{64, 64}, SmemClass::k163KB, {128, 128, 2, 1, {4, 2}, {4, 2}, {4, 2}}, "registers: S and dP (64 each) of 255"},
     {{64, 64}, SmemClass::k99KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {4, 2}}, "96 KB: SM86"},
-    {{96, 96}, SmemClass::k163KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {2, 4}}, "registers"},
+    {{96, 96}, SmemClass::k163KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {4, 2}}, "registers"},
     {{96, 96}, SmemClass::k99KB, {64, 64, 2, 1, {4, 2}, {4, 2}, {4, 2}}, "88 KB: SM86"},
     {{128, 128}, SmemClass::k163KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {2, 4}}, "160 KB; dK and dV take 128 registers"},
     {{128, 128}, SmemClass::k99KB, {64, 64, 1, 1, {4, 2}, {4, 2}, {4, 2}}, "80 KB: SM86"},

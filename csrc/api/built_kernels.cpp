@@ -1,0 +1,62 @@
+#include "api/built_kernels.h"
+
+#include <sstream>
+
+#include "kernels/common/launch.h"
+
+namespace flash_attn {
+namespace {
+
+// Items of a JSON list, with commas between them.
+class JsonList {
+ public:
+  explicit JsonList(std::ostream& text) : text_(text) { text_ << "["; }
+  ~JsonList() { text_ << "]"; }
+
+  std::ostream& next() {
+    if (count_++ > 0) text_ << ", ";
+    return text_;
+  }
+
+ private:
+  std::ostream& text_;
+  int count_ = 0;
+};
+
+template <class Row, int kNumRows>
+void write_tile_rows(std::ostream& json, const Row (&rows)[kNumRows]) {
+  JsonList list(json);
+  for (const Row& row : rows) {
+    list.next() << "[" << row.head_dim.qk << ", " << row.head_dim.v << ", " << bytes_of(row.smem) << "]";
+  }
+}
+
+template <class Kernels>
+void write_kernels(JsonList& list, const char* kind, const Kernels& kernels) {
+  for (const auto* kernel = kernels.begin; kernel != kernels.end; ++kernel) {
+    const auto& variant = kernel->variant;
+    list.next() << "{\"kind\": \"" << kind << "\", \"arch\": " << static_cast<int>(variant.arch) << ", \"dtype\": \""
+                << name_of(variant.dtype) << "\", \"tile_row\": [" << variant.head_dim.qk << ", " << variant.head_dim.v
+                << ", " << bytes_of(variant.smem) << "]}";
+  }
+}
+
+}  // namespace
+
+std::string built_kernels() {
+  std::ostringstream json;
+  json << "{\"tile_rows\": {\"forward\": {\"80\": ";
+  write_tile_rows(json, kForwardTilesSm80);
+  json << "}, \"backward\": {\"80\": ";
+  write_tile_rows(json, kBackwardTilesSm80);
+  json << "}}, \"kernels\": ";
+  {
+    JsonList list(json);
+    write_kernels(list, "forward", built_forward_kernels());
+    write_kernels(list, "backward", built_backward_kernels());
+  }
+  json << "}";
+  return json.str();
+}
+
+}  // namespace flash_attn
