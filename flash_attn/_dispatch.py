@@ -59,6 +59,7 @@ class PathSpec:
     dtypes: frozenset[str]
     max_head_dim: int
     features: frozenset[str]
+    combine_dtypes: frozenset[str] = frozenset()  # of flash_attn_combine's parts, which no attention kernel reads
 
 
 PATHS = {
@@ -95,6 +96,7 @@ PATHS = {
                 "out",
             }
         ),
+        combine_dtypes=frozenset({"fp16", "bf16", "fp32"}),
     ),
     "cpu": PathSpec(
         name="cpu",
@@ -104,6 +106,7 @@ PATHS = {
         dtypes=frozenset({"fp16", "bf16", "fp32", "fp64"}),
         max_head_dim=512,
         features=frozenset(FEATURES),
+        combine_dtypes=frozenset({"fp16", "bf16", "fp32", "fp64"}),
     ),
 }
 
@@ -188,12 +191,14 @@ def plan_objections(
     dtype_name = _DTYPE_NAMES[dtype]
     if not path.features:
         return [f"there are no {path.title} yet"]
-    if dtype_name not in path.dtypes:
-        reasons.append(f"dtype {dtype_name} (it takes {', '.join(sorted(path.dtypes))})")
-    if max(head_dim, head_dim_v) > path.max_head_dim:
+    attends = features != {"combine"}
+    dtypes = path.dtypes if attends else path.combine_dtypes
+    if dtype_name not in dtypes:
+        reasons.append(f"dtype {dtype_name} (it takes {', '.join(sorted(dtypes))})")
+    if attends and max(head_dim, head_dim_v) > path.max_head_dim:
         reasons.append(f"head_dim {head_dim}/{head_dim_v} (it takes up to {path.max_head_dim})")
     reasons += [FEATURES[key] for key in FEATURES if key in features and key not in path.features]
-    if not reasons and path.arch is not None and _extension.is_loaded():
+    if attends and not reasons and path.arch is not None and _extension.is_loaded():
         for kind in ("forward", "backward") if "backward" in features else ("forward",):
             reasons += _build_objections(kind, path.arch, dtype_name, head_dim, head_dim_v, smem_bytes)
     return reasons

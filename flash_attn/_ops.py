@@ -190,6 +190,10 @@ def _refuse_vmap(name: str) -> Any:
     return vmap
 
 
+_NO_ROTARY_GRADIENT = "there is no backward through the rotary embedding of flash_attn_with_kvcache"
+_NO_COMBINE_GRADIENT = "there is no backward through flash_attn_combine"
+
+
 # ---- Registration ----------------------------------------------------------------------------------------------
 
 
@@ -224,8 +228,8 @@ def _register_python_ops() -> None:
     for name, what in (
         ("cpu_backward", "attention has no second derivative"),
         ("cpu_attn_probs", "S_dmask of return_attn_probs has no gradient"),
-        ("cpu_rotary", "there is no backward through the rotary embedding of flash_attn_with_kvcache"),
-        ("cpu_combine", "there is no backward through flash_attn_combine"),
+        ("cpu_rotary", _NO_ROTARY_GRADIENT),
+        ("cpu_combine", _NO_COMBINE_GRADIENT),
     ):
         _register_autograd(name, _refuse_backward(what))
     for name in ("cpu_forward", "cpu_backward", "cpu_attn_probs", "cpu_rotary", "cpu_combine"):
@@ -240,13 +244,21 @@ def _register_cuda_ops() -> None:
         ("forward_out", _fake_forward_out),
         ("backward", _fake_backward),
         ("backward_out", _fake_backward_out),
+        ("append_kv", _fake_append_kv),
+        ("rotary", _fake_rotary),
+        ("combine", _fake_combine),
     ):
         torch.library.register_fake(f"flash_attn::{name}", fake, lib=_LIB)
     _register_autograd("forward", _backward, _setup_backward)
-    _register_autograd("backward", _refuse_backward("attention has no second derivative"))
-    for name in ("forward", "backward"):
+    for name, what in (
+        ("backward", "attention has no second derivative"),
+        ("rotary", _NO_ROTARY_GRADIENT),
+        ("combine", _NO_COMBINE_GRADIENT),
+    ):
+        _register_autograd(name, _refuse_backward(what))
+    for name in ("forward", "backward", "rotary", "combine"):
         torch.library.register_vmap(f"flash_attn::{name}", _refuse_vmap(name), lib=_LIB)
-    for name, mutated in (("forward_out", (-1,)), ("backward_out", (-3, -2, -1))):
+    for name, mutated in (("forward_out", (-1,)), ("backward_out", (-3, -2, -1)), ("append_kv", (0, 1))):
         _LIB.impl(name, _in_place(name, mutated), "ADInplaceOrView", with_keyset=True)
 
 
@@ -275,6 +287,10 @@ def _is_plain(*tensors: Tensor) -> bool:
         if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or tensor.is_meta:
             return False
     return True
+
+
+def _is_plain_without_grad(*tensors: Tensor) -> bool:
+    return _is_plain(*tensors) and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def _refuse_transforms() -> None:
@@ -324,22 +340,30 @@ def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:
 
 def append_kv(path: str, arguments: tuple[Any, ...]) -> None:
     """Writes new keys and values into the caches."""
-    _require_cpu(path, "k and v of flash_attn_with_kvcache")
     direct = _is_plain(*arguments[:4])
-    (cpu.append_kv if direct else torch.ops.flash_attn.cpu_append_kv)(*arguments)
+    if path == "cpu":
+        (cpu.append_kv if direct else torch.ops.flash_attn.cpu_append_kv)(*arguments)
+    elif direct:
+        torch.autograd.graph.increment_version(arguments[:2])
+        _run_kernel("append_kv", *arguments)
+    else:
+        torch.ops.flash_attn.append_kv(*arguments)
 
 
 def rotary(path: str, arguments: tuple[Any, ...]) -> Tensor:
     """The rotated queries."""
-    _require_cpu(path, "rotary_cos")
-    x = arguments[0]
-    direct = _is_plain(x) and not (x.requires_grad and torch.is_grad_enabled())
-    return (cpu.rotary if direct else torch.ops.flash_attn.cpu_rotary)(*arguments)
+    direct = _is_plain_without_grad(arguments[0])
+    if path == "cpu":
+        return (cpu.rotary if direct else torch.ops.flash_attn.cpu_rotary)(*arguments)
+    return _run_kernel("rotary", *arguments) if direct else torch.ops.flash_attn.rotary(*arguments)
 
 
 def combine(path: str, out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> _Outputs:
-    _require_cpu(path, "flash_attn_combine")
-    return torch.ops.flash_attn.cpu_combine(out_partial, lse_partial, out_dtype)
+    arguments = out_partial, lse_partial, out_dtype
+    direct = _is_plain_without_grad(out_partial, lse_partial)
+    if path == "cpu":
+        return (cpu.combine if direct else torch.ops.flash_attn.cpu_combine)(*arguments)
+    return _run_kernel("combine", *arguments) if direct else torch.ops.flash_attn.combine(*arguments)
 
 
 def _require_cpu(path: str, what: str) -> None:

@@ -136,6 +136,16 @@ def test_cuda_op_has_the_same_arguments(name):
     assert text == python[1 : python.index(") ->")] + ", int arch"
 
 
+@pytest.mark.parametrize("name", ["append_kv", "rotary", "combine"])
+def test_cuda_op_has_the_same_schema(name):
+    source = Path(__file__).parent.parent / "csrc/api"
+    if not source.exists():
+        pytest.skip("no C++ sources beside the tests")
+    text = "".join(file.read_text() for file in sorted(source.glob("*.h")))
+    macro = re.search(rf"#define FLASH_ATTN_{name.upper()}_SCHEMA((?:.*\\\n)+.*)", text).group(1)
+    assert "".join(re.findall(r'"([^"]*)"', macro)) == _ops._SCHEMAS[f"cpu_{name}"]
+
+
 # ---- The direct call, which eager code takes, is the op ----
 
 

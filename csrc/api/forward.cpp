@@ -33,7 +33,7 @@ Tensor make_lse(const ForwardArgs& args, const Problem& problem) {
   std::vector<int64_t> shape;
   if (problem.layout == Layout::kDense) shape.push_back(problem.batch);
   shape.insert(shape.end(), {problem.num_heads, problem.rows_q});
-  return allocate_float(args.q, shape);
+  return allocate(args.q, shape, ScalarType::Float);
 }
 
 LseOperand lse_operand_of(const Tensor& lse) {

@@ -3,7 +3,9 @@
 
 #include "api/backward.h"
 #include "api/built_kernels.h"
+#include "api/combine.h"
 #include "api/forward.h"
+#include "api/kvcache.h"
 
 namespace flash_attn {
 namespace {
@@ -60,6 +62,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_attn, library) {
               ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor ds_aux");
   library.def("explain_backward(" FLASH_ATTN_FORWARD_SCHEMA_ARGS ") -> str");
   library.def("explain_forward(" FLASH_ATTN_FORWARD_SCHEMA_ARGS ") -> str");
+  library.def("append_kv" FLASH_ATTN_APPEND_KV_SCHEMA);
+  library.def("rotary" FLASH_ATTN_ROTARY_SCHEMA);
+  library.def("combine" FLASH_ATTN_COMBINE_SCHEMA);
   library.def("built_kernels() -> str");
 }
 
@@ -68,6 +73,9 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, library) {
   library.impl("forward_out", &flash_attn::boxed_forward_out);
   library.impl("backward", &flash_attn::boxed_backward);
   library.impl("backward_out", &flash_attn::boxed_backward_out);
+  library.impl("append_kv", TORCH_BOX(&flash_attn::append_kv));
+  library.impl("rotary", TORCH_BOX(&flash_attn::rotary));
+  library.impl("combine", TORCH_BOX(&flash_attn::combine));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, library) {

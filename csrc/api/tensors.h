@@ -57,6 +57,12 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
   check(false, name, " must have shape (", expected.str(), "), got ", shape_of(tensor));
 }
 
+inline void check_like(const char* name, const Tensor& tensor, const Tensor& like, ScalarType dtype) {
+  check(tensor.device() == like.device(), name, " must be on the device of the other tensors");
+  check(tensor.scalar_type() == dtype, name, " must have dtype ", torch::headeronly::toString(dtype), ", got ",
+        torch::headeronly::toString(tensor.scalar_type()));
+}
+
 inline Dtype dtype_of(const Tensor& q) {
   const ScalarType dtype = q.scalar_type();
   check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "q must be float16 or bfloat16");
@@ -78,7 +84,7 @@ inline bool has_vector_rows(const Tensor& tensor) {
 
 // An uninitialised contiguous tensor on `like`'s device. torch::stable::new_empty looks its op up by name each time,
 // which takes longer than the allocation.
-inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, int32_t dtype) {
+inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t dim = shape.size(); dim-- > 0;) {
@@ -87,20 +93,16 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, in
   }
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  // libtorch's number of the dtype, which need not be the headers'.
+  const auto dtype_id = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                  dtype, device_type, like.get_device_index(), &handle));
+                                                  dtype_id, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
 inline Tensor allocate_like(const Tensor& like, const std::vector<int64_t>& shape) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return allocate(like, shape, dtype);
-}
-
-inline Tensor allocate_float(const Tensor& like, const std::vector<int64_t>& shape) {
-  return allocate(like, shape, aoti_torch_dtype_float32());
+  return allocate(like, shape, like.scalar_type());
 }
 
 // Dense (batch, row, head, head_dim) or variable-length (row, head, head_dim).

@@ -12,7 +12,7 @@ from flash_attn import _extension  # noqa: E402
 print("flash_attn", flash_attn.__version__, "from", flash_attn.__file__)
 print("built with", _extension.build_info)
 assert _extension.load_error() is None, _extension.load_error()
-for name in ("forward", "forward_out"):
+for name in ("forward", "forward_out", "append_kv", "rotary", "combine"):
     print(getattr(torch.ops.flash_attn, name).default._schema)
 kernels = json.loads(torch.ops.flash_attn.built_kernels())
 print("kernels:", json.dumps(kernels))

@@ -4,46 +4,17 @@
 
 #include <cute/tensor.hpp>
 
-#include "kernels/common/params.h"
+#include "kernels/common/philox.h"
 
 namespace flash_attn {
 
 using namespace cute;
 
-namespace detail {
-
-// Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3; SC'11).
-__device__ inline uint4 philox(uint4 counter, uint2 key) {
-  constexpr unsigned kMultiplier0 = 0xD2511F53;
-  constexpr unsigned kMultiplier1 = 0xCD9E8D57;
-  constexpr unsigned kKeyStep0 = 0x9E3779B9;
-  constexpr unsigned kKeyStep1 = 0xBB67AE85;
-  constexpr int kRounds = 10;
-  CUTE_UNROLL
-  for (int round = 0; round < kRounds; ++round) {
-    const unsigned high0 = __umulhi(kMultiplier0, counter.x);
-    const unsigned high1 = __umulhi(kMultiplier1, counter.z);
-    counter = {high1 ^ counter.y ^ key.x, kMultiplier1 * counter.z, high0 ^ counter.w ^ key.y,
-               kMultiplier0 * counter.x};
-    key.x += kKeyStep0;
-    key.y += kKeyStep1;
-  }
-  return counter;
-}
-
-}  // namespace detail
-
-// One draw serves the 16 probabilities that a lane holds of a 16 x 32 tile: two rows 8 apart, four pairs of columns 8
-// apart.
+// One draw serves the 16 probabilities that a lane holds of a 16 x 32 tile.
 class DropoutMask {
  public:
   __device__ DropoutMask(const DropoutParams& dropout, int num_heads, int batch_idx, int head_idx)
-      : threshold_(dropout.keep_threshold) {
-    const unsigned long long seed = dropout.rng_state[0];
-    key_ = {static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32)};
-    offset_ = static_cast<unsigned>(dropout.rng_state[1]);
-    head_ = static_cast<unsigned>(batch_idx) * num_heads + head_idx;
-  }
+      : stream_(dropout, num_heads, batch_idx, head_idx), threshold_(dropout.keep_threshold) {}
 
   // Zeroes what is dropped. `probs` and `coords` are (rows, columns) views. A warp that owns all columns finds kPairs =
   // 4 pairs of columns of one draw side by side; one that shares them with others finds one.
@@ -55,7 +26,7 @@ class DropoutMask {
       for (int col = 0; col < size<1>(probs); col += 2 * kPairs) {
         const unsigned i = m_begin + static_cast<int>(get<0>(coords(row, col)));
         const unsigned j = n_begin + static_cast<int>(get<1>(coords(row, col)));
-        const uint4 words = detail::philox({j / 32 * 4 + j % 8 / 2, i / 16 * 8 + i % 8, head_, offset_}, key_);
+        const uint4 words = stream_.draw(i, j);
         const int first_pair = kPairs == 4 ? 0 : j % 32 / 8;
         drop<kPairs>(probs, row, col, random_bytes(words.x, words.y, first_pair));
         drop<kPairs>(probs, row + 1, col, random_bytes(words.z, words.w, first_pair));
@@ -78,9 +49,7 @@ class DropoutMask {
     }
   }
 
-  uint2 key_;
-  unsigned offset_;
-  unsigned head_;
+  DropoutStream stream_;
   int threshold_;
 };
 
