@@ -55,6 +55,59 @@ def test_out_dtype(path, dtype):
         _check(result, *partials, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dtype_of_the_parts(path, dtype):
+    partials = _partials((3, 2, 17, 2, 64), device_of(path), dtype)
+    result = _combine(path, *partials)
+    if result is not None:
+        _check(result, *partials, dtype=dtype)
+
+
+def test_wider_result_than_parts(path):
+    partials = _partials((3, 2, 5, 2, 64), device_of(path))
+    result = _combine(path, *partials, out_dtype=torch.float64)
+    if result is not None:
+        assert result[0].dtype is torch.float64
+        _check((result[0].float(), result[1]), *partials)
+
+
+def test_packed_rows(path):
+    out_partial, lse_partial = (x.flatten(1, 2) for x in _partials((3, 2, 17, 2, 64), device_of(path)))
+    result = _combine(path, out_partial, lse_partial)
+    if result is not None:
+        _check(result, out_partial, lse_partial)
+
+
+STRIDED = {
+    "odd-start": lambda x: torch.cat((x[..., :1], x), dim=-1)[..., 1:],
+    "heads-before-rows": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "columns-apart": lambda x: x.mT.contiguous().mT,
+    "one-part-for-all": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED)
+def test_strided_parts(path, view):
+    out_partial, lse_partial = _partials((3, 2, 17, 2, 64), device_of(path))
+    out_partial = view(out_partial)
+    expected = _combine(path, out_partial.contiguous(), lse_partial.contiguous())
+    result = _combine(path, out_partial, lse_partial)
+    if result is not None:
+        assert_same_bits("out", result[0], expected[0])
+        assert_same_bits("lse", result[1], expected[1])
+
+
+def test_part_that_saw_no_key_may_hold_anything(path):
+    out_partial, lse_partial = _partials((4, 1, 5, 2, 16), device_of(path))
+    lse_partial[1] = -math.inf
+    lse_partial[:, :, 2] = -math.inf
+    empty = lse_partial == -math.inf
+    expected = _combine(path, out_partial.masked_fill(empty.unsqueeze(-1), 0.0), lse_partial)
+    result = _combine(path, out_partial.masked_fill(empty.unsqueeze(-1), math.nan), lse_partial)
+    if result is not None:
+        assert_same_bits("out", result[0], expected[0])
+
+
 def test_out_argument(path):
     partials = _partials((3, 2, 17, 2, 64), device_of(path))
     expected = _combine(path, *partials)
