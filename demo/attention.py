@@ -6,44 +6,70 @@ output of q's shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from model import UNLIMITED, Window
+from model import UNLIMITED, Config, Window, rotary_tables
 from torch import Tensor
 
 import flash_attn
 
+# Jobs of this machine's kernels that have to run on the CPU path; choose_paths fills it.
+ON_THE_CPU_PATH: set[str] = set()
 
-@contextmanager
-def until_kernels_have(feature: str) -> Iterator[None]:
-    """Runs the block on the CPU path, because the CUDA kernels don't have `feature` yet.
 
-    The CPU path is plain PyTorch and takes CUDA tensors too. When kernels get the feature, its `with` goes.
+def choose_paths(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, flash_attn.Explanation]:
+    """Which path each job takes here, and why: the kernels if they have all that a layer's call needs.
+
+    The CPU path is plain PyTorch and takes CUDA tensors too.
     """
-    WAITING_FOR.add(feature)
-    with flash_attn.use_path("cpu"):
-        yield
+    ON_THE_CPU_PATH.clear()
+    chosen = {job: explained(config, device, dtype) for job, explained in _EXPLAINED.items()}
+    if device.type == "cuda":
+        ON_THE_CPU_PATH.update(job for job, explanation in chosen.items() if explanation.path is None)
+    return chosen
 
 
-WAITING_FOR: set[str] = set()  # what demo.py reports on a machine with a GPU
+def path_for(job: str) -> AbstractContextManager[None]:
+    """Entered around the calls of a job: "training", "evaluation" or "generation"."""
+    return flash_attn.use_path("cpu") if job in ON_THE_CPU_PATH else nullcontext()
 
 
-def _path_for(window_size: Window) -> AbstractContextManager[None]:
-    return nullcontext() if window_size == UNLIMITED else until_kernels_have("sliding windows")
+def _layer(config: Config, device: torch.device, dtype: torch.dtype, needs_grad: bool) -> flash_attn.Explanation:
+    q = torch.zeros(1, 1, config.heads, config.head_dim, device=device, dtype=dtype)
+    kv = q[:, :, : config.kv_heads]
+    return explain(q.requires_grad_(needs_grad), kv, kv, config.window_size(0))
+
+
+def _step(config: Config, device: torch.device, dtype: torch.dtype) -> flash_attn.Explanation:
+    """A step from a paged cache that rotates, appends and attends."""
+    q = torch.zeros(1, 1, config.heads, config.head_dim, device=device, dtype=dtype)
+    pages = torch.zeros(1, 16, config.kv_heads, config.head_dim, device=device, dtype=dtype)
+    cos, sin = rotary_tables(16, config.head_dim, device, dtype)
+    zero = torch.zeros(1, 1, device=device, dtype=torch.int32)
+    return flash_attn.explain(
+        flash_attn.flash_attn_with_kvcache, q, pages, pages, pages[:, :1], pages[:, :1], rotary_cos=cos, rotary_sin=sin,
+        rotary_interleaved=False, cache_seqlens=zero[0], block_table=zero, causal=True,
+        window_size=config.window_size(0),
+    )  # fmt: skip
+
+
+_EXPLAINED = {
+    "training": partial(_layer, needs_grad=True),
+    "evaluation": partial(_layer, needs_grad=False),
+    "generation": _step,
+}
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, window_size: Window) -> Tensor:
-    with _path_for(window_size):
-        return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
+    return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, window_size: Window) -> flash_attn.Explanation:
     """Which path `flash` takes with these arguments, and why."""
-    with _path_for(window_size):
-        return flash_attn.explain(flash_attn.flash_attn_func, q, k, v, causal=True, window_size=window_size)
+    return flash_attn.explain(flash_attn.flash_attn_func, q, k, v, causal=True, window_size=window_size)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, window_size: Window) -> Tensor:

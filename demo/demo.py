@@ -1,7 +1,7 @@
 """The main job, end to end: train a small language model with flash_attn, generate with it, check, compare.
 
-Run by `make demo`. Everything runs on the CUDA kernels where there is a GPU and they have the feature, else
-on the CPU path. Exits with 1 if a check fails.
+Run by `make demo`. Training, evaluation and generation run on the CUDA kernels where there is a GPU, and each on the
+CPU path where they lack what it needs. Exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import attention
 import stages
 import torch
-from model import UNLIMITED, Config, LanguageModel
+from model import Config, LanguageModel
 from report import Checks, title
 
 import flash_attn
@@ -59,8 +59,7 @@ def main() -> int:
     stages.compare_one_layer(model, training_text, options.long_context, setup)
 
     if device.type == "cuda":
-        features = ", ".join(sorted(attention.WAITING_FOR))
-        print(f"\nWhat ran on the CPU path, because the kernels don't have it yet: {features}.")
+        print(f"\nOn the CPU path, for the reasons above: {', '.join(sorted(attention.ON_THE_CPU_PATH)) or 'nothing'}.")
     print(f"\n{checks.passed} checks passed, {checks.failed} failed, in {time.perf_counter() - start:.0f} s")
     return 1 if checks.failed else 0
 
@@ -76,15 +75,14 @@ def parse_options() -> argparse.Namespace:
 
 
 def choose_device() -> torch.device:
-    """The GPU if there is one that the kernels serve, else the CPU; prints why."""
+    """The GPU if there is one that the kernels serve, else the CPU; prints which path each job takes, and why."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = Config()
-    q = torch.zeros(1, 1, config.heads, config.head_dim, device=device, dtype=torch.bfloat16)
-    kv = q[:, :, : config.kv_heads]
-    explanation = attention.explain(q, kv, kv, UNLIMITED)
-    print("\nWhich path the evaluation of a layer without a window takes, and why:")
-    print(explanation)
-    if explanation.path is None:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = attention.choose_paths(Config(), device, dtype)
+    for job, explanation in chosen.items():
+        print(f"\nThe path of {job}:")
+        print(explanation)
+    if chosen["evaluation"].path is None:
         print("So everything runs on the CPU.")
         return torch.device("cpu")
     return device

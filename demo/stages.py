@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from attention import dense, explain, flash, sdpa, until_kernels_have
+from attention import dense, explain, flash, path_for, sdpa
 from model import Attend, LanguageModel, Window, generate
 from paged_cache import PagedKVCache
 from report import Checks, Progress, median_seconds, peak_bytes, table
@@ -46,7 +46,7 @@ def train(model: LanguageModel, text: Tensor, held_out: Tensor, num_steps: int, 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=num_steps, pct_start=0.1)
     progress = Progress("train", num_steps)
     for _ in range(num_steps):
-        with setup.precision(), until_kernels_have("a backward"):
+        with setup.precision(), path_for("training"):
             loss = model.loss(random_pieces(text, setup), flash)
         optimizer.zero_grad()
         loss.backward()
@@ -104,14 +104,14 @@ class Recorder:
 def check_attention(model: LanguageModel, held_out: Tensor, setup: Setup, checks: Checks) -> None:
     """Every layer's output and gradients, on the trained model's activations and gradients."""
     recorder = Recorder(flash, [])
-    with setup.precision(), until_kernels_have("a backward"):
+    with setup.precision(), path_for("training"):
         model.loss(whole_pieces(held_out, setup.context)[:4], recorder).backward()
     model.zero_grad()
     errors = Errors(("O", "dQ", "dK", "dV"))
     for q, k, v, window_size, out in recorder.calls:
         inputs = (q, k, v, window_size, out.grad)
         exact = output_and_gradients(dense, *inputs, dtype=torch.float64)
-        with until_kernels_have("a backward"):
+        with path_for("training"):
             path = explain(q, k, v, window_size).path
             results = [output_and_gradients(attend, *inputs, dtype=q.dtype) for attend in WAYS.values()]
         errors.add(window_size, path, results, exact)
@@ -172,7 +172,7 @@ def check_generation(model: LanguageModel, num_new: int, setup: Setup, checks: C
         dtype=setup.dtype,
     )
     progress = Progress("generate", num_new)
-    with setup.precision(), until_kernels_have("a paged cache"):
+    with setup.precision(), path_for("generation"):
         texts = generate(model, prompts, num_new, cache, progress.step)
     print(f"  {cache.pages_in_use} pages of {cache.page_size} tokens in use; one sample:\n")
     print("    " + bytes(texts[1].tolist()).decode().replace("\n", "\n    ") + "\n")
@@ -193,16 +193,19 @@ def check_generation(model: LanguageModel, num_new: int, setup: Setup, checks: C
 
 @torch.no_grad()
 def check_evaluation(model: LanguageModel, held_out: Tensor, setup: Setup, checks: Checks) -> None:
-    """The forward pass in 16 bits: layers without a window run on the kernels where there is a GPU."""
+    """The forward pass in 16 bits."""
     recorder = Recorder(flash, [])
-    ours = held_out_loss(model, held_out, recorder, setup, torch.bfloat16)
+    with path_for("evaluation"):
+        ours = held_out_loss(model, held_out, recorder, setup, torch.bfloat16)
     exact = held_out_loss(model, held_out, dense, setup, torch.float32)
     checks(abs(ours - exact) < 0.01, f"loss {ours:.4f}; the plain formula in float32: {exact:.4f}")
     errors = Errors(("O",))
     for q, k, v, window_size, out in recorder.calls:
         truth = dense(q.double(), k.double(), v.double(), window_size)
         others = [(attend(q, k, v, window_size),) for attend in (sdpa, dense)]
-        errors.add(window_size, explain(q, k, v, window_size).path, [(out,), *others], (truth,))
+        with path_for("evaluation"):
+            path = explain(q, k, v, window_size).path
+        errors.add(window_size, path, [(out,), *others], (truth,))
     errors.report(checks)
 
 
@@ -217,7 +220,7 @@ def compare(model: LanguageModel, text: Tensor, long_context: int, setup: Setup)
     for name, attend in WAYS.items():
 
         def step(tokens: Tensor, attend: Attend = attend) -> None:
-            with setup.precision(), until_kernels_have("a backward"):
+            with setup.precision(), path_for("training"):
                 loss = model.loss(tokens, attend)
             loss.backward()
             model.zero_grad()
@@ -225,7 +228,7 @@ def compare(model: LanguageModel, text: Tensor, long_context: int, setup: Setup)
         short = median_seconds(partial(step, pieces), 5, setup.device)
         long = median_seconds(partial(step, long_piece), 1, setup.device)
         memory = peak_bytes(partial(step, long_piece), setup.device)
-        with torch.no_grad(), setup.precision(), until_kernels_have("a backward"):
+        with torch.no_grad(), setup.precision(), path_for("training"):
             error = (model(pieces[:2, :-1], attend).double() - exact).abs().max().item()
         speed = f"{pieces[:, 1:].numel() / short:,.0f} tokens/s"
         rows.append((name, speed, f"{long:.2f} s", mebibytes(memory), f"{error:.1e}"))
@@ -239,17 +242,18 @@ def compare(model: LanguageModel, text: Tensor, long_context: int, setup: Setup)
 def compare_one_layer(model: LanguageModel, text: Tensor, long_context: int, setup: Setup) -> None:
     """A table for attention alone: the forward pass of layer 1, which has no window, on one long sequence."""
     recorder = Recorder(flash, [])
-    with setup.precision():
+    with setup.precision(), path_for("evaluation"):
         model(text[None, :long_context], recorder)
-    q, k, v, window_size, _ = recorder.calls[1]
+        q, k, v, window_size, _ = recorder.calls[1]
+        path = explain(q, k, v, window_size).path
     exact = dense(q.double(), k.double(), v.double(), window_size)
     rows = []
     for name, attend in WAYS.items():
         run = partial(attend, q, k, v, window_size)
-        seconds, memory = median_seconds(run, 5, setup.device), peak_bytes(run, setup.device)
-        error = (run().double() - exact).abs().max().item()
+        with path_for("evaluation"):
+            seconds, memory = median_seconds(run, 5, setup.device), peak_bytes(run, setup.device)
+            error = (run().double() - exact).abs().max().item()
         rows.append((name, f"{seconds * 1e3:.2f} ms", mebibytes(memory), f"{error:.1e}"))
-    path = explain(q, k, v, window_size).path
     print(f"\n  Attention alone, forward, layer 1 on 1 x {long_context} tokens, flash_attn on path {path}:\n")
     table(("attention", "time", "peak memory", "max error"), rows)
 

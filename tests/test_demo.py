@@ -74,6 +74,40 @@ def test_cache_refuses_to_grow_past_its_length(stages, small):
         cache.reserve(slice(None), 9)
 
 
+def test_jobs_run_on_the_cpu_path_where_the_kernels_refuse_them(stages, monkeypatch):
+    """As on a GPU whose kernels have everything but a paged cache."""
+    import attention
+    import model
+
+    import flash_attn
+
+    config = model.Config()
+    chosen = attention.choose_paths(config, torch.device("cpu"), torch.float32)
+    assert {job: explanation.path for job, explanation in chosen.items()} == dict.fromkeys(
+        ("training", "evaluation", "generation"), "cpu"
+    )
+    assert not attention.ON_THE_CPU_PATH
+
+    class Refused:
+        path = None
+
+    class Gpu:
+        type = "cuda"
+
+    monkeypatch.setattr(attention, "_EXPLAINED", attention._EXPLAINED | {"generation": lambda *about: Refused})
+    monkeypatch.setitem(attention._EXPLAINED, "training", lambda *about: chosen["training"])
+    monkeypatch.setitem(attention._EXPLAINED, "evaluation", lambda *about: chosen["evaluation"])
+    attention.choose_paths(config, Gpu(), torch.bfloat16)
+    assert attention.ON_THE_CPU_PATH == {"generation"}
+    try:
+        with attention.path_for("generation"):
+            assert flash_attn._dispatch._forced.path == "cpu"
+        with attention.path_for("training"):
+            assert getattr(flash_attn._dispatch._forced, "path", None) is None
+    finally:
+        attention.ON_THE_CPU_PATH.clear()
+
+
 def test_comparison_prints_a_row_for_each_way(stages, small, capsys):
     model, setup, text = small
     stages.compare(model, text, 64, setup)
