@@ -25,7 +25,7 @@ class Info:
 
     version: str
     torch: str
-    kernels: tuple[str, ...]  # architecture, dtype and head-dim bucket of each kernel family that was built
+    kernels: tuple[str, ...]  # architecture, kind, dtype and head-dim bucket of each kernel family built
     kernels_missing: str | None  # why there are none
     build: _extension.BuildInfo
     devices: tuple[DeviceInfo, ...]
@@ -52,8 +52,8 @@ def info() -> Info:
         version=__version__,
         torch=torch.__version__,
         kernels=tuple(
-            f"sm{arch} {dtype} d{qk}/{v} ({smem // 1024} KB)"
-            for arch, dtype, (qk, v, smem) in sorted(_extension.kernels.built)
+            f"sm{arch} {kind} {dtype} d{qk}/{v} ({smem // 1024} KB)"
+            for kind, arch, dtype, (qk, v, smem) in sorted(_extension.kernels.built)
         ),
         kernels_missing=_extension.load_error(),
         build=_extension.build_info,
