@@ -9,6 +9,7 @@ from harness import build, cumulative, int32, require_features, require_memory
 from tolerance import assert_same_bits
 
 import flash_attn
+from flash_attn import _dispatch
 
 BF16, FP16 = torch.bfloat16, torch.float16
 MIB = 2**20
@@ -86,6 +87,44 @@ def test_nothing_is_kept_after_a_step():
     del out, gradients
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
+
+
+# ---- The op -----------------------------------------------------------------------------------------------------
+
+
+def _op_arguments(path, q, k, v, dout, **options):
+    """The arguments of flash_attn::backward for a call, after its forward pass."""
+    call = flash_attn.interface.build_call(flash_attn.flash_attn_func, q, k, v, **options)
+    out, lse = flash_attn.flash_attn_func(q, k, v, return_softmax_lse=True, **options)
+    names = ("q", "k", "v", "out", "lse", "s_aux", "alibi_slopes", "rng_state", "cu_seqlens_q", "cu_seqlens_k")
+    names += ("seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "window_left", "window_right")
+    names += ("softcap", "dropout_p", "deterministic")
+    known = call._asdict() | {"out": out, "lse": lse}
+    return (dout, torch.randn_like(lse), *(known[name] for name in names), _dispatch.PATHS[path].arch)
+
+
+def test_preallocated_gradients(gpu_path):
+    """They may be views of one tensor, as of a packed dqkv; what lies between them is not written."""
+    q, k, v, dout = (_random(2, 130, 4, 64) for _ in range(4))
+    arguments = _op_arguments(gpu_path, q, k, v, dout, causal=True, deterministic=True)
+    expected = torch.ops.flash_attn.backward(*arguments)
+    buffer = torch.full((2, 130, 5, 4, 64), torch.nan, device="cuda", dtype=BF16)
+    places = buffer.unbind(2)
+    versions = [place._version for place in places[1:4]]
+    ds_aux = torch.ops.flash_attn.backward_out(*arguments, *places[1:4])
+    _assert_same_gradients(places[1:4], expected)
+    assert places[0].isnan().all() and places[4].isnan().all() and ds_aux.numel() == 0
+    assert all(place._version > before for place, before in zip(places[1:4], versions, strict=True))
+
+
+def test_opcheck_of_the_op(gpu_path):
+    q, dout = (_random(2, 33, 4, 64) for _ in range(2))
+    k, v = (_random(2, 50, 2, 64) for _ in range(2))
+    sinks = torch.randn(4, device="cuda")
+    arguments = _op_arguments(gpu_path, q, k, v, dout, causal=True, deterministic=True, s_aux=sinks)
+    torch.library.opcheck(torch.ops.flash_attn.backward.default, arguments)
+    places = [torch.empty_like(tensor) for tensor in (q, k, v)]
+    torch.library.opcheck(torch.ops.flash_attn.backward_out.default, (*arguments, *places))
 
 
 # ---- No waiting for the device ----------------------------------------------------------------------------------
