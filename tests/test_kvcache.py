@@ -7,7 +7,15 @@ import cases
 import pytest
 import torch
 from cases import Case
-from checks import check_forward, check_garbage
+from checks import (
+    Gradients,
+    assert_gradients_right,
+    check_forward,
+    check_garbage,
+    gradients_on,
+    oracle_gradients,
+    output_gradients,
+)
 from harness import build, device_of, on_path
 from tolerance import assert_same_bits
 
@@ -27,6 +35,19 @@ def test_forward(path, case):
 @pytest.mark.parametrize("case", [c for c in cases.KVCACHE if c.seqused_k], ids=lambda case: case.id)
 def test_unused_cache_never_matters(path, case, garbage):
     check_garbage(path, case, garbage)
+
+
+PLAIN_CACHE = [c for c in cases.KVCACHE if not (c.page or c.leftpad or c.cache_rows or c.new)]
+
+
+@pytest.mark.parametrize("case", PLAIN_CACHE, ids=lambda case: case.id)
+def test_gradients_through_a_dense_cache(path, case):
+    """A cache that is only read is like any k and v with seqused_k."""
+    inputs = build(case, device_of(path))
+    dout, _ = output_gradients(inputs)
+    ours = gradients_on(path, case.features, inputs, dout, None)
+    if ours is not None:
+        assert_gradients_right(Gradients(ours, *oracle_gradients(inputs, dout, None)))
 
 
 @pytest.mark.parametrize("case", [SMALL, APPEND], ids=lambda case: case.id)

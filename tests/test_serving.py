@@ -292,6 +292,36 @@ def test_drafted_tokens_equal_single_steps(path):
             torch.testing.assert_close(one[1][..., 0], whole[1][..., row])
 
 
+# ---- Compilation ------------------------------------------------------------------------------------------------
+
+
+def test_compiled_steps(path):
+    """Append, rotary and pages in one compiled graph, for batches that change: the bits of eager calls."""
+
+    def step(q, k_cache, v_cache, k, v, cos, sin, lengths, table):
+        return flash_attn.flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, rotary_cos=cos, rotary_sin=sin, cache_seqlens=lengths, block_table=table,
+            causal=True, return_softmax_lse=True,
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    fast = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, new in ((3, 5), (5, 7), (6, 9)):
+        case = Case(f"compiled-{batch}", "a step", "kvcache", (new,) * batch, (64,) * batch, new=(new,) * batch,
+                    seqused_k=tuple(range(10, 10 + batch)), page=16, heads=(4, 2), rotary=(32, True),
+                    causal=True)  # fmt: skip
+        results = []
+        for function in (fast, step):
+            x = build(case, device_of(path))
+            arguments = (x.q, x.k, x.v, x.new_k, x.new_v, *x.rotary, x.layout["seqused_k"], x.layout["block_table"])
+            found = on_path(path, case.features, x, lambda f=function, a=arguments: f(*a))
+            if found is None:
+                return
+            results.append((*found, x.k, x.v))
+        for name, ours, expected in zip(("out", "lse", "k_cache", "v_cache"), *results, strict=True):
+            assert_same_bits(name, ours, expected)
+
+
 # ---- Scheduler metadata -----------------------------------------------------------------------------------------
 
 
