@@ -3,22 +3,13 @@
 
 #include <cute/tensor.hpp>
 
+#include "kernels/common/instructions.h"
+
 namespace flash_attn {
 
 using namespace cute;
 
 inline constexpr float kLog2E = 1.4426950408889634f;
-
-namespace detail {
-
-// One instruction; exp2f would add the handling of subnormal results, which are nothing beside a row's maximum of 1.
-__device__ inline float fast_exp2(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
-}  // namespace detail
 
 template <int kNumRows>  // rows that a lane holds a part of
 class OnlineSoftmax {

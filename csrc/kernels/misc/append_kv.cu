@@ -1,3 +1,4 @@
+#include "kernels/common/start_kernel.h"
 #include "kernels/misc/append_kv.h"
 #include "kernels/misc/token_launch.h"
 
@@ -57,8 +58,8 @@ __global__ void __launch_bounds__(kTokenThreads)
 
 cudaError_t launch_append_kv(const AppendParams& params, Dtype dtype, TokenAccess access, cudaStream_t stream) {
   return launch_over_tokens(params.tokens.num_tokens(), dtype, access, [&](auto element, auto columns, int num_blocks) {
-    append_kv_kernel<decltype(element), columns>
-        <<<num_blocks, kTokenThreads, 0, stream>>>(params, params.tokens.num_tokens());
+    start_kernel(&append_kv_kernel<decltype(element), columns>, {num_blocks, kTokenThreads, 0, stream}, params,
+                 params.tokens.num_tokens());
   });
 }
 

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "kernels/common/start_kernel.h"
 #include "kernels/misc/combine.h"
 #include "kernels/misc/combine_row.h"
 
@@ -64,14 +65,14 @@ cudaError_t launch_combine(const CombineParams& params, CombineAccess access, cu
   const int64_t num_rows = params.batch * params.num_rows * params.num_heads;
   if (num_rows == 0) return cudaSuccess;
   constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
-  const auto num_blocks = static_cast<unsigned>(std::min((num_rows + kRowsPerBlock - 1) / kRowsPerBlock, kMaxBlocks));
+  const auto num_blocks = static_cast<int>(std::min((num_rows + kRowsPerBlock - 1) / kRowsPerBlock, kMaxBlocks));
   with_element(params.part_dtype, [&](auto part) {
     with_element(params.out_dtype, [&](auto out) {
       using Part = decltype(part);
       using Out = decltype(out);
       const auto kernel = access == CombineAccess::kVector ? &combine_kernel<Part, Out, kCombineColumns>
                                                            : &combine_kernel<Part, Out, 1>;
-      kernel<<<num_blocks, kNumThreads, 0, stream>>>(params);
+      start_kernel(kernel, {num_blocks, kNumThreads, 0, stream}, params);
     });
   });
   return cudaGetLastError();

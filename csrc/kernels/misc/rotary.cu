@@ -1,3 +1,4 @@
+#include "kernels/common/start_kernel.h"
 #include "kernels/misc/rotary.h"
 #include "kernels/misc/token_launch.h"
 
@@ -26,8 +27,8 @@ __global__ void __launch_bounds__(kTokenThreads)
 
 cudaError_t launch_rotary(const RotateParams& params, Dtype dtype, TokenAccess access, cudaStream_t stream) {
   return launch_over_tokens(params.tokens.num_tokens(), dtype, access, [&](auto element, auto columns, int num_blocks) {
-    rotary_kernel<decltype(element), columns>
-        <<<num_blocks, kTokenThreads, 0, stream>>>(params, params.tokens.num_tokens());
+    start_kernel(&rotary_kernel<decltype(element), columns>, {num_blocks, kTokenThreads, 0, stream}, params,
+                 params.tokens.num_tokens());
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/start_kernel.h"
 #include "kernels/misc/row_statistics.h"
 
 namespace flash_attn {
@@ -100,14 +101,14 @@ __global__ void __launch_bounds__(kSinkThreads) sink_gradient_kernel(const __gri
 
 cudaError_t launch_row_statistics(const BackwardParams& params, Dtype dtype, cudaStream_t stream) {
   const int64_t blocks_per_head = (params.seq.rows_q + kRowsPerBlock - 1) / kRowsPerBlock;
-  const auto num_blocks = static_cast<unsigned>(blocks_per_head * params.heads.num_heads * num_row_runs(params.seq));
+  const auto num_blocks = static_cast<int>(blocks_per_head * params.heads.num_heads * num_row_runs(params.seq));
   if (num_blocks > 0) {
     const auto kernel =
         dtype == Dtype::kFp16 ? &row_statistics_kernel<__half2> : &row_statistics_kernel<__nv_bfloat162>;
-    kernel<<<num_blocks, kNumThreads, 0, stream>>>(params);
+    start_kernel(kernel, {num_blocks, kNumThreads, 0, stream}, params);
   }
   if (params.sink.scores != nullptr && params.heads.num_heads > 0) {
-    sink_gradient_kernel<<<params.heads.num_heads, kSinkThreads, 0, stream>>>(params);
+    start_kernel(&sink_gradient_kernel, {params.heads.num_heads, kSinkThreads, 0, stream}, params);
   }
   return cudaGetLastError();
 }

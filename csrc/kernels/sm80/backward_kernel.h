@@ -6,6 +6,7 @@
 
 #include "kernels/common/backward_params.h"
 #include "kernels/common/key_tile.h"
+#include "kernels/common/instructions.h"
 #include "kernels/common/kv_range.h"
 #include "kernels/sm80/backward_traits.h"
 #include "kernels/sm80/dq_sums.h"
@@ -192,8 +193,7 @@ __device__ void backward_mainloop(const BackwardParams& params, const KeyTileCoo
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads) backward_kernel(const __grid_constant__ BackwardParams params) {
-  extern __shared__ __align__(128) unsigned char smem_bytes[];
-  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+  auto& smem = dynamic_smem<typename Traits::SharedStorage>();
 
   const int column_block = blockIdx.x % Traits::kColumnBlocks;
   const KeyTileCoord tile =

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/launch.h"
+#include "kernels/common/start_kernel.h"
 #include "kernels/sm80/backward_kernel.h"
 
 namespace flash_attn::sm80 {
@@ -16,10 +17,11 @@ cudaError_t launch_backward(const BackwardParams& params, const BackwardLaunchCo
   const cudaError_t error = smem_opt_in.apply(reinterpret_cast<const void*>(kernel), kSmemBytes);
   if (error != cudaSuccess) return error;
   if (config.num_key_blocks > 0) {
-    kernel<<<config.num_key_blocks, Traits::kNumThreads, kSmemBytes, config.stream>>>(params);
+    start_kernel(kernel, {config.num_key_blocks, Traits::kNumThreads, kSmemBytes, config.stream}, params);
   }
   if (config.num_query_blocks > 0) {
-    store_dq_kernel<Traits><<<config.num_query_blocks, Traits::kNumThreads, kStoreSmemBytes, config.stream>>>(params);
+    start_kernel(&store_dq_kernel<Traits>,
+                 {config.num_query_blocks, Traits::kNumThreads, kStoreSmemBytes, config.stream}, params);
   }
   return cudaGetLastError();
 }

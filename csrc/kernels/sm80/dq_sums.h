@@ -5,6 +5,7 @@
 
 #include "kernels/common/backward_params.h"
 #include "kernels/common/fragment_layout.h"
+#include "kernels/common/instructions.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/sm80/backward_traits.h"
 #include "kernels/sm80/tile_store.h"
@@ -44,25 +45,20 @@ __device__ void add_to_dq(float* sums, const Acc& acc) {
 template <class Traits, class Acc>
 __device__ void add_to_dq_in_turn(float* sums, const Acc& acc, int* counter, int turn) {
   if (threadIdx.x == 0) {
-    int now;
-    do {
-      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-    } while (now != turn);
+    while (detail::load_acquire(counter) != turn) {
+    }
   }
   __syncthreads();
   add_to_dq<Traits>(sums, acc);
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(counter), "r"(turn + 1) : "memory");
-  }
+  if (threadIdx.x == 0) detail::store_release(counter, turn + 1);
 }
 
 // Scales, rounds and stores dQ, a tile of query rows per thread block.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads) store_dq_kernel(const __grid_constant__ BackwardParams params) {
-  extern __shared__ __align__(128) unsigned char smem_bytes[];
-  auto* smem = reinterpret_cast<typename Traits::Element*>(smem_bytes);
+  auto* smem = &dynamic_smem<typename Traits::Element>();
 
   const int column_block = blockIdx.x % Traits::kColumnBlocks;
   const TileCoord tile = locate_tile<Traits::kTileM>(params.seq, params.heads.num_heads, params.dq_sums.tiles_per_head,

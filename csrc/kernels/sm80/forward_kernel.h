@@ -5,6 +5,7 @@
 
 #include "kernels/common/dropout.h"
 #include "kernels/common/fragment_layout.h"
+#include "kernels/common/instructions.h"
 #include "kernels/common/kv_range.h"
 #include "kernels/common/mask.h"
 #include "kernels/common/online_softmax.h"
@@ -117,8 +118,7 @@ __device__ auto make_row_reducer(typename Traits::SharedStorage& smem) {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads) forward_kernel(const __grid_constant__ ForwardParams params) {
-  extern __shared__ __align__(128) unsigned char smem_bytes[];
-  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+  auto& smem = dynamic_smem<typename Traits::SharedStorage>();
 
   const TileCoord tile =
       locate_tile<Traits::kTileM>(params.seq, params.heads.num_heads, params.tiles_per_head, blockIdx.x);

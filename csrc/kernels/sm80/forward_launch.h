@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/launch.h"
+#include "kernels/common/start_kernel.h"
 #include "kernels/sm80/forward_kernel.h"
 
 namespace flash_attn::sm80 {
@@ -14,7 +15,7 @@ cudaError_t launch_forward(const ForwardParams& params, const LaunchConfig& conf
   static SmemOptIn smem_opt_in;
   const cudaError_t error = smem_opt_in.apply(reinterpret_cast<const void*>(kernel), kSmemBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<config.num_blocks, Traits::kNumThreads, kSmemBytes, config.stream>>>(params);
+  start_kernel(kernel, {config.num_blocks, Traits::kNumThreads, kSmemBytes, config.stream}, params);
   return cudaGetLastError();
 }
 

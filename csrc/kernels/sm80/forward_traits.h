@@ -1,6 +1,7 @@
 // Everything about an SM80 forward kernel that is known when it is compiled, derived once from its tile row.
 #pragma once
 
+#include "kernels/sm80/instructions.h"
 #include "kernels/sm80/tile_types.h"
 #include "variant/tiles.h"
 
@@ -50,8 +51,8 @@ struct ForwardTraits {
   static_assert(sizeof(SharedStorage) == smem_bytes(kVariant), "the planner and the kernel disagree on shared memory");
   static_assert(sizeof(SharedStorage) <= bytes_of(kVariant.smem), "the tile doesn't fit the GPUs that its row is for");
 
-  using SmemCopyAtom = Copy_Atom<SM75_U32x4_LDSM_N, Element>;
-  using SmemCopyAtomTransposed = Copy_Atom<SM75_U16x8_LDSM_T, Element>;
+  using SmemCopyAtom = Copy_Atom<LoadMatrix, Element>;
+  using SmemCopyAtomTransposed = Copy_Atom<LoadMatrixTransposed, Element>;
 
   template <int kCols>
   using Access = RowAccess<Element, kNumThreads, kCols>;

@@ -9,6 +9,7 @@
 #include <cute/tensor.hpp>
 #include <type_traits>
 
+#include "kernels/sm80/instructions.h"
 #include "variant/variant.h"
 
 namespace flash_attn::sm80 {
@@ -20,9 +21,9 @@ using ElementOf = std::conditional_t<kDtype == Dtype::kFp16, cutlass::half_t, cu
 
 // Warps as rows x columns of a product: each owns 16 rows of every 16 * kRows, and 16 columns of every 16 * kCols.
 template <Dtype kDtype, int kRows, int kCols>
-using WarpMma = TiledMMA<
-    MMA_Atom<std::conditional_t<kDtype == Dtype::kFp16, SM80_16x8x16_F32F16F16F32_TN, SM80_16x8x16_F32BF16BF16F32_TN>>,
-    Layout<Shape<Int<kRows>, Int<kCols>, _1>>, decltype(make_tile(Int<16 * kRows>{}, Int<16 * kCols>{}, _16{}))>;
+using WarpMma = TiledMMA<MMA_Atom<std::conditional_t<kDtype == Dtype::kFp16, MmaFp16, MmaBf16>>,
+                         Layout<Shape<Int<kRows>, Int<kCols>, _1>>,
+                         decltype(make_tile(Int<16 * kRows>{}, Int<16 * kCols>{}, _16{}))>;
 
 // Swizzled so that both 16-byte stores of a row and ldmatrix's column of rows miss no bank.
 template <int kCols>
@@ -45,8 +46,7 @@ struct RowAccess {
   static constexpr int kRowsPerPass = kNumThreads / kThreadsPerRow;
   using ThreadLayout = Layout<Shape<Int<kRowsPerPass>, Int<kThreadsPerRow>>, Stride<Int<kThreadsPerRow>, _1>>;
   using ValueLayout = Layout<Shape<_1, Int<kVectorElements>>>;
-  using TiledLoad = decltype(make_tiled_copy(Copy_Atom<SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>, Element>{},
-                                             ThreadLayout{}, ValueLayout{}));
+  using TiledLoad = decltype(make_tiled_copy(Copy_Atom<AsyncCopy, Element>{}, ThreadLayout{}, ValueLayout{}));
   using TiledStore = decltype(make_tiled_copy(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<128>, Element>{},
                                               ThreadLayout{}, ValueLayout{}));
 };

@@ -1,0 +1,38 @@
+// What of the machine C++ has no name for. Kernels reach the hardware through this header and the one of the same name
+// in their architecture's folder; csrc/dev/emulator has its own of both, for the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace flash_attn {
+
+// The thread block's dynamic shared memory, from its start.
+template <class T>
+__device__ T& dynamic_smem() {
+  extern __shared__ __align__(128) unsigned char dynamic_smem_bytes[];
+  return *reinterpret_cast<T*>(dynamic_smem_bytes);
+}
+
+namespace detail {
+
+// One instruction; exp2f would add the handling of subnormal results, which are nothing beside a row's maximum of 1.
+__device__ inline float fast_exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// What other thread blocks wrote before the store_release of the value that is read can be read after this.
+__device__ inline int load_acquire(const int* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+__device__ inline void store_release(int* to, int value) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+}  // namespace detail
+
+}  // namespace flash_attn
