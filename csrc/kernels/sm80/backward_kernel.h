@@ -5,8 +5,8 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/common/backward_params.h"
-#include "kernels/common/key_tile.h"
 #include "kernels/common/instructions.h"
+#include "kernels/common/key_tile.h"
 #include "kernels/common/kv_range.h"
 #include "kernels/sm80/backward_traits.h"
 #include "kernels/sm80/dq_sums.h"
