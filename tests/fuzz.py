@@ -266,6 +266,7 @@ def _parse(arguments):
 
 def main(arguments=None):
     options = _parse(arguments)
+    torch.set_num_threads(1)  # as in conftest.py
     paths = [options.path] if options.path else _paths_here()
     started = time.monotonic()
     last_line = started
