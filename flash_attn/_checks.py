@@ -66,7 +66,7 @@ class ForwardCall(NamedTuple):
 
     @property
     def head_dim_v(self) -> int:
-        return self.v.shape[-1]
+        return self.v.size(-1)  # which, unlike `shape`, makes no object of all sizes
 
     def op_arguments(self) -> tuple[Any, ...]:
         return self[:NUM_OP_ARGUMENTS]
@@ -114,11 +114,15 @@ def dense_call(
     **options: Any,
 ) -> ForwardCall:
     """The call of flash_attn_func; `options` are its other arguments, all of them."""
+    return finish_call(q, k, v, dense_sequences(q, k, v, names), **options)
+
+
+def dense_sequences(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> Sequences:
     check_qkv(q, k, v, names, DENSE_Q, DENSE_KV)
-    batch = q.shape[0]
-    if k.shape[0] != batch:
+    batch = q.size(0)
+    if k.size(0) != batch:
         raise ValueError(f"{names[1]} must have q's batch size {batch}, got shape {tuple(k.shape)}")
-    return finish_call(q, k, v, Sequences(batch), **options)
+    return Sequences(batch)
 
 
 def varlen_call(
@@ -184,9 +188,10 @@ def varlen_call(
 def check_qkv(q: Any, k: Any, v: Any, names: tuple[str, str, str], layout_q: str, layout_kv: str) -> None:
     """What q, k and v have to agree on in every layout."""
     name_q, name_k, name_v = names
-    check.require_tensor(name_q, q)
-    check.require_tensor(name_k, k)
-    check.require_tensor(name_v, v)
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        check.require_tensor(name_q, q)
+        check.require_tensor(name_k, k)
+        check.require_tensor(name_v, v)
     device, dtype, shape_q, shape_k, shape_v = q.device, q.dtype, q.shape, k.shape, v.shape
     if k.device != device or v.device != device:
         check.require_device(name_k, k, device)
@@ -200,7 +205,7 @@ def check_qkv(q: Any, k: Any, v: Any, names: tuple[str, str, str], layout_q: str
         check.require_rank(name_q, q, layout_q)
         check.require_rank(name_k, k, layout_kv)
         check.require_rank(name_v, v, layout_kv.replace("head_dim)", "head_dim_v)"))
-    num_heads, head_dim = shape_q[-2:]
+    num_heads, head_dim = shape_q[-2], shape_q[-1]
     num_heads_k, head_dim_v = shape_k[-2], shape_v[-1]
     if not 1 <= head_dim <= check.MAX_HEAD_DIM:
         raise ValueError(f"{name_q} must have a head_dim from 1 to {check.MAX_HEAD_DIM}, got {head_dim}")
@@ -208,7 +213,8 @@ def check_qkv(q: Any, k: Any, v: Any, names: tuple[str, str, str], layout_q: str
         raise ValueError(f"{name_k} must have q's head_dim {head_dim}, got shape {tuple(shape_k)}")
     if not 1 <= head_dim_v <= check.MAX_HEAD_DIM:
         raise ValueError(f"{name_v} must have a head_dim_v from 1 to {check.MAX_HEAD_DIM}, got {head_dim_v}")
-    if shape_v[:-1] != shape_k[:-1]:
+    # In two steps, since a slice takes as long as ten such comparisons.
+    if shape_v != shape_k and shape_v[:-1] != shape_k[:-1]:
         raise ValueError(
             f"{name_v} must have {name_k}'s shape {tuple(shape_k)} but for the last dimension, got {tuple(shape_v)}"
         )
@@ -242,7 +248,7 @@ def finish_call(
     max_names: tuple[str, str] = ("max_seqlen_q", "max_seqlen_k"),
 ) -> ForwardCall:
     """Checks the arguments that every function has and puts the call together."""
-    batch, num_heads, head_dim = sequences.batch, q.shape[-2], q.shape[-1]
+    batch, num_heads, head_dim = sequences.batch, q.size(-2), q.size(-1)
     if alibi_slopes is not None:
         check.alibi_slopes_of(alibi_slopes, q.device, batch, num_heads)
     if s_aux is not None:
@@ -266,7 +272,7 @@ def finish_call(
         more_features += ("attn_probs",)
     # Single tests, since building and reading a table of them takes longer than all other checks.
     features = [*sequences.features(), *more_features]
-    if num_heads != k.shape[-2]:
+    if num_heads != k.size(-2):
         features.append("gqa")
     if right == 0:
         features.append("causal")
@@ -291,7 +297,7 @@ def finish_call(
         None,  # rng_state is drawn when the call runs
         *sequences[1:],
         scale, left, right, softcap, dropout_p, num_splits, pack_gqa,
-        deterministic or torch.are_deterministic_algorithms_enabled(),
+        deterministic or (needs_grad and torch.are_deterministic_algorithms_enabled()),
         frozenset(features), needs_grad, out, return_softmax_lse, return_attn_probs,
     )  # fmt: skip
 

@@ -149,7 +149,7 @@ def choose_path(q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> s
     if torch.compiler.is_compiling():
         return _first_that_serves(forced, q, head_dim_v, features)
     # Everything that the choice depends on, so that a small call doesn't pay for it each time.
-    key = (forced, q.device, q.dtype, q.shape[-1], head_dim_v, features)
+    key = (forced, q.device, q.dtype, q.size(-1), head_dim_v, features)
     path = _chosen.get(key)
     if path is None:
         path = _chosen[key] = _first_that_serves(forced, q, head_dim_v, features)
