@@ -77,7 +77,7 @@ __device__ void softmax_backward(Scores&& scores, Grads&& grads, const Coords& c
   }
   if constexpr (kGeneral) {
     if (params.dropout.rng_state != nullptr) {
-      apply_dropout<(Traits::kScoreWarpsN > 1 ? 2 : 4)>(scores, grads, coords, params, seq, tile);
+      apply_dropout<(Traits::kScoreWarpsN > 1 ? 1 : 4)>(scores, grads, coords, params, seq, tile);
     }
   }
   CUTE_UNROLL
