@@ -45,7 +45,7 @@ class Inputs:
     new_v: torch.Tensor | None = None
     rotary: tuple = (None, None)
     rng_state: torch.Tensor | None = None
-    extra: dict = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)  # more arguments of the call
 
     def leaves(self, dtype=None):
         """The same inputs with gradients wanted, and the tensors to differentiate by, in `dtype` if given.
@@ -84,8 +84,6 @@ class Inputs:
         layout = {names.get(name, name): value for name, value in self.layout.items()}
         if self.case.varlen_q:
             layout["max_seqlen_q"] = max(self.case.lens_q)
-            if self.new_k is not None:
-                layout["cu_seqlens_k_new"] = cumulative(self.case.new, self.q.device)
         if self.rotary[0] is not None:
             layout["rotary_interleaved"] = self.case.rotary[1]
         return flash_attn.flash_attn_with_kvcache(
@@ -219,6 +217,8 @@ def build(case, device="cpu", garbage=math.nan):
     if case.new is not None:
         lead = (sum(case.new),) if case.varlen_q else (len(case.new), case.new[0])
         inputs.new_k, inputs.new_v = (draw(*lead, case.heads[1], d).to(device) for d in case.dims)
+        if case.varlen_q:
+            inputs.extra["cu_seqlens_k_new"] = cumulative(case.new, device)
     if case.rotary is not None:
         angle = torch.rand(case.lens_k[0] + 8, case.rotary[0] // 2, generator=generator) * 2 * math.pi
         inputs.rotary = tuple(table.to(case.dtype).to(device) for table in (angle.cos(), angle.sin()))
