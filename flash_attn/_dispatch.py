@@ -84,6 +84,7 @@ PATHS = {
             {
                 "dense",
                 "varlen",
+                "paged",
                 "causal",
                 "window",
                 "gqa",
@@ -93,6 +94,8 @@ PATHS = {
                 "dropout",
                 "seqused_q",
                 "seqused_k",
+                "leftpad",
+                "cache_batch_idx",
                 "out",
             }
         ),

@@ -25,6 +25,7 @@ def problem(**changes):
         "head_dim_v": 64,
         "rows_q": 1000,
         "rows_k": 1000,
+        "has_pages": False,
         "window_left": -1,
         "window_right": -1,
         "has_softcap": False,
@@ -94,6 +95,11 @@ def test_window_that_hides_nothing_on_the_left_needs_no_window_kernel(left, righ
 @pytest.mark.parametrize(("left", "right"), [(10, 0), (10, 10), (-1, 5), (999, 0)])
 def test_a_window_takes_the_general_mask(left, right):
     made = plan(window_left=left, window_right=right)
+    assert (made.mask, made.score) == (planner.Mask.GENERAL, planner.Score.PLAIN)
+
+
+def test_pages_take_the_general_mask():
+    made = plan(has_pages=True)
     assert (made.mask, made.score) == (planner.Mask.GENERAL, planner.Score.PLAIN)
 
 

@@ -69,6 +69,7 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
                              .lse = lse_operand_of(lse),
                              .heads = head_params_of(problem),
                              .seq = seq_params_of(args, problem),
+                             .page = page_params_of(args),
                              .tiles_per_head = static_cast<int>(plan.tiles_per_head),
                              .window = window_params_of(problem),
                              .score = score_params_of(args),

@@ -52,7 +52,19 @@ SeqParams seq_params_of(const ForwardArgs& args, const Problem& problem) {
           .cu_seqlens_q = int_pointer(args.cu_seqlens_q),
           .cu_seqlens_k = int_pointer(args.cu_seqlens_k),
           .seqused_q = int_pointer(args.seqused_q),
-          .seqused_k = int_pointer(args.seqused_k)};
+          .seqused_k = int_pointer(args.seqused_k),
+          .leftpad_k = int_pointer(args.leftpad_k),
+          .cache_batch_idx = int_pointer(args.cache_batch_idx),
+          .num_cache_rows = static_cast<int>(args.block_table ? args.block_table->size(0) : args.k.size(0)),
+          .has_pages = args.block_table.has_value()};
+}
+
+PageParams page_params_of(const ForwardArgs& args) {
+  if (!args.block_table) return {};
+  return {.table = int_pointer(args.block_table),
+          .table_stride = args.block_table->stride(0),
+          .page_size = FastDivisor(static_cast<int>(args.k.size(1))),
+          .num_pages = static_cast<int>(args.k.size(0))};
 }
 
 // The head dims are those of the padded rows: the zeros that padding adds to a row of Q and K add nothing to a score.

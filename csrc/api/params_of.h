@@ -25,6 +25,7 @@ struct OutputTarget {
 OutputTarget output_target_of(const Tensor& returned);
 
 SeqParams seq_params_of(const ForwardArgs& args, const Problem& problem);
+PageParams page_params_of(const ForwardArgs& args);
 HeadParams head_params_of(const Problem& problem);
 WindowParams window_params_of(const Problem& problem);
 ScoreParams score_params_of(const ForwardArgs& args);

@@ -28,6 +28,34 @@ void check_lengths(const ForwardArgs& args, int64_t batch) {
   }
   if (args.seqused_q) check_int_vector("seqused_q", args.seqused_q, args.q, batch);
   if (args.seqused_k) check_int_vector("seqused_k", args.seqused_k, args.q, batch);
+  if (args.leftpad_k) check_int_vector("leftpad_k", args.leftpad_k, args.q, batch);
+  if (args.cache_batch_idx) {
+    check(!args.cu_seqlens_k || args.block_table.has_value(), "cache_batch_idx goes with a cache, not cu_seqlens_k");
+    check_int_vector("cache_batch_idx", args.cache_batch_idx, args.q, batch);
+  }
+  if (args.scheduler_metadata) {
+    const int64_t size = args.scheduler_metadata->numel();
+    check(size >= 1 + batch, "scheduler_metadata must hold at least ", 1 + batch, " elements, got ", size);
+    check_int_vector("scheduler_metadata", args.scheduler_metadata, args.q, size);
+  }
+}
+
+void check_block_table(const ForwardArgs& args, int64_t batch) {
+  const Tensor& table = *args.block_table;
+  check(table.device() == args.q.device(), "block_table must be on q's device");
+  check(table.scalar_type() == ScalarType::Int, "block_table must be int32");
+  check(table.dim() == 2, "block_table must have 2 dimensions, got ", shape_of(table));
+  check(args.cache_batch_idx || table.size(0) == batch, "block_table must have ", batch, " rows, got ", table.size(0));
+  check(table.size(1) <= 1 || table.stride(1) == 1, "block_table must have rows of stride 1");
+  check(args.k.size(1) >= 1, "k must have pages of at least one row");
+}
+
+// Rows of K that an entry can have, or all entries together where they are packed.
+int64_t rows_k_of(const ForwardArgs& args, bool packed_k) {
+  if (!args.block_table) return args.k.size(packed_k ? 0 : 1);
+  // Without a page there is no row, however long the table.
+  if (args.k.size(0) == 0 || args.block_table->size(0) == 0) return 0;
+  return args.block_table->size(1) * args.k.size(1);
 }
 
 // Entries of the batch; with cu_seqlens_q they are packed into q's rows.
@@ -72,9 +100,6 @@ void check_score(const ForwardArgs& args, int64_t batch, int64_t num_heads) {
 
 // What no kernel has yet. _dispatch sends no such call here.
 void check_plain(const ForwardArgs& args) {
-  check(!args.leftpad_k, "leftpad_k: no kernel takes it yet");
-  check(!args.block_table, "block_table: no kernel has paged KV yet");
-  check(!args.cache_batch_idx, "cache_batch_idx: no kernel takes it yet");
   check(args.num_splits <= 1, "num_splits: no kernel splits keys yet, got ", args.num_splits);
 }
 
@@ -85,13 +110,14 @@ Problem make_problem(const ForwardArgs& args) {
   check_same_device_and_dtype(args);
   const Dtype dtype = dtype_of(q);
   const bool packed_q = args.cu_seqlens_q.has_value();
-  const bool packed_k = args.cu_seqlens_k.has_value();
+  const bool packed_k = args.cu_seqlens_k && !args.block_table;
   check_rank("q", q, packed_q);
   check_rank("k", args.k, packed_k);
   check_rank("v", args.v, packed_k);
   const int64_t batch = batch_of(args);
   const int64_t rows_q = q.size(packed_q ? 0 : 1);
-  const int64_t rows_k = args.k.size(packed_k ? 0 : 1);
+  if (args.block_table) check_block_table(args, batch);
+  const int64_t rows_k = rows_k_of(args, packed_k);
   const int64_t num_heads = q.size(q.dim() - 2);
   const int64_t num_heads_k = args.k.size(args.k.dim() - 2);
   const int64_t head_dim = q.size(q.dim() - 1);
@@ -100,8 +126,9 @@ Problem make_problem(const ForwardArgs& args) {
     check_shape("k", args.k, {rows_k, num_heads_k, head_dim});
     check_shape("v", args.v, {rows_k, num_heads_k, head_dim_v});
   } else {
-    check_shape("k", args.k, {batch, rows_k, num_heads_k, head_dim});
-    check_shape("v", args.v, {batch, rows_k, num_heads_k, head_dim_v});
+    const int64_t entries = args.block_table || args.cache_batch_idx ? args.k.size(0) : batch;
+    check_shape("k", args.k, {entries, args.k.size(1), num_heads_k, head_dim});
+    check_shape("v", args.v, {entries, args.k.size(1), num_heads_k, head_dim_v});
   }
   check_lengths(args, batch);
   check(num_heads_k > 0 && num_heads % num_heads_k == 0, "q's heads must be a multiple of k's, got ", num_heads,
@@ -120,7 +147,8 @@ Problem make_problem(const ForwardArgs& args) {
           .head_dim = static_cast<int>(head_dim),
           .head_dim_v = static_cast<int>(head_dim_v),
           .rows_q = rows_q,
-          .rows_k = rows_k,
+          .rows_k = args.cache_batch_idx && args.k.size(0) == 0 ? 0 : rows_k,
+          .has_pages = args.block_table.has_value(),
           .window_left = args.window_left,
           .window_right = args.window_right,
           .has_softcap = args.softcap > 0.0,

@@ -30,6 +30,7 @@ PYBIND11_MODULE(flash_attn_plan, module) {
       .def_readwrite("head_dim_v", &Problem::head_dim_v)
       .def_readwrite("rows_q", &Problem::rows_q)
       .def_readwrite("rows_k", &Problem::rows_k)
+      .def_readwrite("has_pages", &Problem::has_pages)
       .def_readwrite("window_left", &Problem::window_left)
       .def_readwrite("window_right", &Problem::window_right)
       .def_readwrite("has_softcap", &Problem::has_softcap)

@@ -10,11 +10,11 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The general score is compiled with the general mask only, which is as good as any other where most of the time goes
-// into the score.
+// The general score and pages are compiled with the general mask only, which is as good as any other where most of the
+// time goes into the score or the loads.
 Mask mask_of(const Problem& problem) {
   const bool all_left = problem.window_left < 0 || problem.window_left >= problem.rows_k;
-  if (score_of(problem) == Score::kGeneral || !all_left) return Mask::kGeneral;
+  if (score_of(problem) == Score::kGeneral || problem.has_pages || !all_left) return Mask::kGeneral;
   if (problem.window_right < 0) return Mask::kFull;
   return problem.window_right == 0 ? Mask::kCausal : Mask::kGeneral;
 }

@@ -20,7 +20,8 @@ struct Problem {
   int head_dim;
   int head_dim_v;
   int64_t rows_q;  // kDense: query length of each entry; kVarlen: query rows of all entries together
-  int64_t rows_k;  // likewise
+  int64_t rows_k;  // likewise. With pages, the rows that those of an entry can hold
+  bool has_pages;
   // Keys visible to the left and right of the diagonal; negative: all of them.
   int64_t window_left;
   int64_t window_right;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels/common/fast_divisor.h"
+
 namespace flash_attn {
 
 // A (batch, row, head, head_dim) tensor whose last dimension is contiguous. Variable-length tensors have no batch
@@ -38,6 +40,21 @@ struct SeqParams {
   const int* cu_seqlens_k;
   const int* seqused_q;
   const int* seqused_k;
+  const int* leftpad_k;  // keys at each entry's start that it leaves out (int32, batch of them), or null
+  // The row of K, or of the page table, that each entry has (int32, batch of them), or null for its own.
+  const int* cache_batch_idx;
+  int num_cache_rows;
+  // K and V lie in pages: rows_k is what an entry's pages hold, and cu_seqlens_k says no more than lengths.
+  bool has_pages;
+};
+
+// Key t of an entry is row t % page_size of page table[t / page_size]: K's and V's batch dimension counts pages. Null
+// table: there are none. Kernels with Mask::kGeneral read it.
+struct PageParams {
+  const int* table;  // (rows, pages of each)
+  int64_t table_stride;
+  FastDivisor page_size;
+  int num_pages;  // of K and V
 };
 
 // Keys visible to the left and right of the diagonal, at most the number of keys. Kernels with Mask::kGeneral read it.
@@ -76,6 +93,7 @@ struct ForwardParams {
   LseOperand lse;
   HeadParams heads;
   SeqParams seq;
+  PageParams page;
   int tiles_per_head;
   WindowParams window;
   ScoreParams score;

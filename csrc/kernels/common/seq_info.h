@@ -9,11 +9,12 @@ namespace flash_attn {
 // Offsets and lengths of one batch entry, whatever its layout.
 struct SeqInfo {
   int batch_idx;
+  int kv_batch_idx;     // row of K and V, or of the page table
   int64_t row_begin_q;  // 0 where the tensors have a batch dimension
-  int64_t row_begin_k;
-  int rows_q;    // rows of Q, O and LSE that belong to the entry
-  int rows_k;    // rows of K and V that do
-  int seqlen_q;  // of which these are in use; the others get O = 0, LSE = -inf
+  int64_t row_begin_k;  // of the first key: past the left padding
+  int rows_q;           // rows of Q, O and LSE that belong to the entry
+  int rows_k;           // rows of K and V that do
+  int seqlen_q;         // of which these are in use; the others get O = 0, LSE = -inf
   int seqlen_k;
 
   // Column of the first row's diagonal: causal masks end in the bottom-right corner.
@@ -72,17 +73,33 @@ __device__ inline RowSpan rows_of_entry(const int* cu_seqlens, int batch, int nu
   return {begin, max(end - begin, 0)};
 }
 
+// The rows of K that an entry has: of the whole tensor or, with pages, of those that its row of the table names.
+__device__ inline RowSpan cache_of_entry(const SeqParams& seq, int entry) {
+  if (!seq.has_pages) return rows_of_entry(seq.cu_seqlens_k, seq.batch, seq.rows_k, entry);
+  if (seq.cu_seqlens_k == nullptr || seq.seqused_k != nullptr) return {0, seq.rows_k};
+  const int64_t length = static_cast<int64_t>(seq.cu_seqlens_k[entry + 1]) - seq.cu_seqlens_k[entry];
+  return {0, static_cast<int>(min(max(length, int64_t{0}), static_cast<int64_t>(seq.rows_k)))};
+}
+
 __device__ inline SeqInfo entry_info(const SeqParams& seq, int entry) {
   const RowSpan q = rows_of_entry(seq.cu_seqlens_q, seq.batch, seq.rows_q, entry);
-  const RowSpan k = rows_of_entry(seq.cu_seqlens_k, seq.batch, seq.rows_k, entry);
-  if (entry == seq.batch) return {entry, q.begin, k.begin, q.count, k.count, 0, 0};
-  return {entry,
-          q.begin,
-          k.begin,
-          q.count,
-          k.count,
-          used(seq.seqused_q, entry, q.count),
-          used(seq.seqused_k, entry, k.count)};
+  if (entry == seq.batch) {
+    const RowSpan k = rows_of_entry(seq.cu_seqlens_k, seq.batch, seq.rows_k, entry);
+    return {entry, entry, q.begin, k.begin, q.count, k.count, 0, 0};
+  }
+  const RowSpan k = cache_of_entry(seq, entry);
+  const int end_k = used(seq.seqused_k, entry, k.count);
+  const int leftpad = seq.leftpad_k == nullptr ? 0 : clamp_to(seq.leftpad_k[entry], 0, end_k);
+  const int kv_batch_idx =
+      seq.cache_batch_idx == nullptr ? entry : clamp_to(seq.cache_batch_idx[entry], 0, seq.num_cache_rows - 1);
+  return {.batch_idx = entry,
+          .kv_batch_idx = kv_batch_idx,
+          .row_begin_q = q.begin,
+          .row_begin_k = k.begin + leftpad,
+          .rows_q = q.count,
+          .rows_k = k.count,
+          .seqlen_q = used(seq.seqused_q, entry, q.count),
+          .seqlen_k = end_k - leftpad};
 }
 
 struct TileSlot {

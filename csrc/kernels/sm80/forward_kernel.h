@@ -46,12 +46,10 @@ __device__ void forward_mainloop(const ForwardParams& params, const TileCoord& t
   const TileLoader<Traits, kTileM, Traits::kHeadDim> load_q(
       head_of<Element>(params.q, seq.batch_idx, seq.row_begin_q, tile.head_idx), params.q.row_stride, seq.seqlen_q,
       params.heads.head_dim);
-  const TileLoader<Traits, kTileN, Traits::kHeadDim> load_k(
-      head_of<Element>(params.k, seq.batch_idx, seq.row_begin_k, kv_head_idx), params.k.row_stride, seq.seqlen_k,
-      params.heads.head_dim);
-  const TileLoader<Traits, kTileN, Traits::kHeadDimV> load_v(
-      head_of<Element>(params.v, seq.batch_idx, seq.row_begin_k, kv_head_idx), params.v.row_stride, seq.seqlen_k,
-      params.heads.head_dim_v);
+  const KvTileLoader<Traits, Traits::kHeadDim> load_k(KvRows<Element>(params.k, params.page, seq, kv_head_idx),
+                                                      seq.seqlen_k, params.heads.head_dim);
+  const KvTileLoader<Traits, Traits::kHeadDimV> load_v(KvRows<Element>(params.v, params.page, seq, kv_head_idx),
+                                                       seq.seqlen_k, params.heads.head_dim_v);
 
   typename Traits::TiledMma mma;
   const auto thread_mma = mma.get_slice(threadIdx.x);
