@@ -96,6 +96,7 @@ PATHS = {
                 "seqused_k",
                 "leftpad",
                 "cache_batch_idx",
+                "num_splits",
                 "out",
             }
         ),

@@ -85,7 +85,7 @@ class Explanation:
                     f"{plan['score']} score, "
                     f"tile {plan['tile_m']} x {plan['tile_n']}, {plan['num_threads']} threads, "
                     f"{plan['smem_bytes'] // 1024} KB of shared memory, {plan['num_blocks']} blocks, "
-                    f"{plan['num_splits']} split(s)"
+                    f"{_splits(plan)}"
                 )
                 if "backward" in plan:
                     lines.append(_backward_line(plan["backward"]))
@@ -99,6 +99,12 @@ def _backward_line(plan: dict[str, Any]) -> str:
         f"{plan['smem_bytes'] // 1024} KB of shared memory, {plan['num_blocks']} blocks, "
         f"{plan['workspace_bytes']} bytes of workspace for dQ"
     )
+
+
+def _splits(plan: dict[str, Any]) -> str:
+    heads = f", {plan['packed_heads']} heads in a tile" if plan.get("packed_heads", 1) > 1 else ""
+    splits = plan["num_splits"]
+    return ("keys split by their lengths" if splits == 0 else f"{splits} split(s)") + heads
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

@@ -31,6 +31,8 @@ def problem(**changes):
         "has_softcap": False,
         "has_alibi": False,
         "has_dropout": False,
+        "num_splits": 0,
+        "pack_gqa": planner.PackGqa.AUTO,
     }
     made = planner.Problem()
     for name, value in {**values, **changes}.items():
@@ -41,8 +43,11 @@ def problem(**changes):
 LARGEST_SMEM = 227 * 1024
 
 
+NUM_SMS = 132
+
+
 def plan(smem=LARGEST_SMEM, **changes):
-    return planner.make_plan(problem(**changes), planner.Arch.SM80, smem)
+    return planner.make_plan(problem(**changes), planner.Arch.SM80, smem, NUM_SMS)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +82,9 @@ def test_the_largest_tile_that_the_gpu_holds():
         plan(head_dim=512, smem=99 * 1024)
 
 
-def test_each_tile_row_has_a_reason():
-    rows = planner.tile_rows()
+@pytest.mark.parametrize("row_class", [planner.Rows.MANY, planner.Rows.UP_TO_64, planner.Rows.UP_TO_16])
+def test_each_tile_row_has_a_reason(row_class):
+    rows = planner.tile_rows(row_class)
     assert rows and all(reason for *_, reason in rows)
     order = [(qk, v, -smem) for qk, v, smem, *_ in rows]
     assert sorted(order) == order, "the planner takes the first row that holds a call"
@@ -130,3 +136,73 @@ def test_varlen_slots_hold_every_entry(lengths, tile_m):
         end = planner.first_varlen_slot(begin, entry + 1, tile_m)
         assert end - first >= -(-length // tile_m)
     assert planner.num_varlen_slots(begin, len(lengths), tile_m) >= end
+
+
+# ---- Few rows: packed heads, splits -----------------------------------------------------------------------------
+
+DECODE = {"batch": 4, "num_heads": 32, "num_heads_k": 8, "rows_q": 1, "rows_k": 8192, "window_right": 0}
+CACHE = {"layout": planner.Layout.VARLEN, "layout_k": planner.Layout.DENSE, "has_pages": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "packed_heads"),
+    [
+        ({}, "UP_TO_16", 4),
+        ({"pack_gqa": planner.PackGqa.NEVER}, "UP_TO_16", 1),
+        ({"rows_q": 4}, "UP_TO_16", 4),
+        ({"rows_q": 5}, "UP_TO_64", 4),
+        ({"num_heads_k": 1}, "UP_TO_64", 32),
+        ({"rows_q": 64}, "UP_TO_64", 4),
+        ({"rows_q": 65}, "MANY", 1),
+        ({"rows_q": 65, "num_splits": 2}, "UP_TO_64", 4),
+        ({"rows_q": 65, "pack_gqa": planner.PackGqa.ALWAYS}, "UP_TO_64", 4),
+        ({"rows_q": 65, "num_heads": 8, "pack_gqa": planner.PackGqa.ALWAYS}, "MANY", 1),
+        ({"has_dropout": True}, "MANY", 1),
+    ],
+)
+def test_few_rows_take_small_tiles(changes, rows, packed_heads):
+    made = plan(**(DECODE | changes))
+    assert (made.rows, made.packed_heads) == (getattr(planner.Rows, rows), packed_heads)
+    assert made.mask == planner.Mask.GENERAL or rows == "MANY"
+
+
+@pytest.mark.parametrize("changes", [{}, {"layout_k": planner.Layout.VARLEN, "has_pages": False}])
+@pytest.mark.parametrize("group", [1, 8])
+def test_one_split_takes_the_same_kernel_whatever_the_batch(changes, group):
+    """Or a row's bits would depend on what else is in the batch."""
+    heads = {"num_heads": 8 * group, "num_heads_k": 8, "num_splits": 1}
+    kinds = {
+        (made.rows, made.packed_heads, made.tile_n, made.num_splits)
+        for batch, rows_q in ((1, 1), (2, 10), (2, 11), (128, 128), (3, 6000))
+        for made in [plan(**(DECODE | CACHE | changes | heads | {"batch": batch, "rows_q": rows_q}))]
+    }
+    assert len(kinds) == 1
+
+
+def test_exact_splits_are_slots_of_the_grid():
+    made = plan(**DECODE, num_splits=5)
+    assert made.num_splits == 5
+    assert made.num_slots == 4 * 5 and made.num_blocks == made.num_slots * 8
+
+
+def test_chosen_splits_depend_on_shapes_alone_and_fit_the_grid():
+    """The device cuts no finer than target_slots in all, but for each tile's last part."""
+    made = plan(**(DECODE | {"rows_k": 2**17}))
+    assert made.num_splits == 0
+    assert made.num_slots == 4 + made.target_slots
+    assert made.num_blocks == made.num_slots * 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": 4096},
+        {"rows_k": 100},
+        {"window_left": 100},
+        {"num_splits": 1},
+    ],
+    ids=str,
+)
+def test_nothing_is_split_where_nothing_is_won(changes):
+    made = plan(**(DECODE | changes))
+    assert made.num_splits == 1 and made.num_slots == (DECODE | changes)["batch"]

@@ -31,10 +31,15 @@ void write_tile_rows(std::ostream& json, const Row (&rows)[kNumRows]) {
   }
 }
 
+// Kernels for few rows come with the others, in buckets of their own.
+bool is_listed(const Variant& variant) { return variant.rows == Rows::kMany; }
+bool is_listed(const BackwardVariant&) { return true; }
+
 template <class Kernels>
 void write_kernels(JsonList& list, const char* kind, const Kernels& kernels) {
   for (const auto* kernel = kernels.begin; kernel != kernels.end; ++kernel) {
     const auto& variant = kernel->variant;
+    if (!is_listed(variant)) continue;
     list.next() << "{\"kind\": \"" << kind << "\", \"arch\": " << static_cast<int>(variant.arch) << ", \"dtype\": \""
                 << name_of(variant.dtype) << "\", \"tile_row\": [" << variant.head_dim.qk << ", " << variant.head_dim.v
                 << ", " << bytes_of(variant.smem) << "]}";

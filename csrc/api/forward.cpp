@@ -42,11 +42,38 @@ LseOperand lse_operand_of(const Tensor& lse) {
           .head_stride = lse.stride(lse.dim() - 2)};
 }
 
+// Of the GPU that the kernels are tuned for.
+constexpr Gpu kH200{.smem_limit = bytes_of(SmemClass::k227KB), .num_sms = 132};
+
+// The parts' results, until they are merged. Its size depends on shapes alone.
+struct SplitWorkspace {
+  std::optional<Tensor> memory;
+  SplitParams params;
+};
+
+SplitWorkspace make_split_workspace(const ForwardArgs& args, const Problem& problem, const Plan& plan) {
+  SplitWorkspace workspace{.memory = std::nullopt,
+                           .params = {.packed_heads = FastDivisor(plan.split.packed_heads),
+                                      .num_slots = static_cast<int>(plan.split.num_slots),
+                                      .num_splits = plan.split.num_splits,
+                                      .target_slots = plan.split.target_slots,
+                                      .min_tiles = plan.split.min_tiles}};
+  if (!plan.split.needs_merge()) return workspace;
+  static_assert(sizeof(SplitParams::Entry) == 2 * sizeof(float));
+  const int64_t num_rows = plan.num_blocks * plan.tile.m;
+  const int64_t o_size = num_rows * round_up_to_vector(problem.head_dim_v);
+  workspace.memory = allocate(args.q, {o_size + num_rows + 2 * problem.batch}, ScalarType::Float);
+  workspace.params.o = static_cast<float*>(workspace.memory->mutable_data_ptr());
+  workspace.params.lse = workspace.params.o + o_size;
+  workspace.params.entries = reinterpret_cast<SplitParams::Entry*>(workspace.params.lse + num_rows);
+  return workspace;
+}
+
 }  // namespace
 
 ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& out) {
   const Problem problem = make_problem(args);
-  const Plan plan = make_plan(problem, arch_of(args.arch), smem_limit_of(args.q));
+  const Plan plan = make_plan(problem, arch_of(args.arch), gpu_of(args.q));
   const ForwardLaunch launch = find_forward_kernel(plan.variant);
   check(launch != nullptr, "the kernel for ", plan,
         " was left out of this build by FLASH_ATTN_ARCHS, "
@@ -58,7 +85,8 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
   const Tensor q = with_vector_rows(args.q);
   const Tensor k = with_vector_rows(args.k);
   const Tensor v = with_vector_rows(args.v);
-  // Held until the launch: the params point into it.
+  // Held until the launch: the params point into them.
+  const SplitWorkspace workspace = make_split_workspace(args, problem, plan);
   const std::optional<Tensor> sink =
       args.s_aux ? std::optional(torch::stable::contiguous(torch::stable::to(*args.s_aux, ScalarType::Float)))
                  : std::nullopt;
@@ -74,7 +102,8 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
                              .window = window_params_of(problem),
                              .score = score_params_of(args),
                              .sink = {sink ? static_cast<const float*>(sink->const_data_ptr()) : nullptr},
-                             .dropout = dropout_params_of(args)};
+                             .dropout = dropout_params_of(args),
+                             .split = workspace.params};
   if (plan.num_blocks > 0) {
     const cudaError_t error = launch(params, {static_cast<int>(plan.num_blocks), current_stream(args.q)});
     check(error == cudaSuccess, "launching ", plan, " failed: ", cudaGetErrorString(error));
@@ -84,8 +113,7 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
 }
 
 std::string explain_forward(const ForwardArgs& args) {
-  const int smem_limit = args.q.is_cuda() ? smem_limit_of(args.q) : bytes_of(SmemClass::k227KB);
-  return describe(make_plan(make_problem(args), arch_of(args.arch), smem_limit));
+  return describe(make_plan(make_problem(args), arch_of(args.arch), args.q.is_cuda() ? gpu_of(args.q) : kH200));
 }
 
 }  // namespace flash_attn

@@ -110,12 +110,21 @@ DropoutParams dropout_params_of(const ForwardArgs& args) {
           .rescale = static_cast<float>(1.0 / (1.0 - args.dropout_p))};
 }
 
-int smem_limit_of(const Tensor& tensor) {
-  int bytes = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, tensor.get_device_index());
-  check(error == cudaSuccess, "reading the shared memory of q's device failed: ", cudaGetErrorString(error));
-  return bytes;
+namespace {
+
+int attribute_of(const Tensor& tensor, cudaDeviceAttr attribute) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, tensor.get_device_index());
+  check(error == cudaSuccess, "reading an attribute of q's device failed: ", cudaGetErrorString(error));
+  return value;
+}
+
+}  // namespace
+
+int smem_limit_of(const Tensor& tensor) { return attribute_of(tensor, cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+Gpu gpu_of(const Tensor& tensor) {
+  return {.smem_limit = smem_limit_of(tensor), .num_sms = attribute_of(tensor, cudaDevAttrMultiProcessorCount)};
 }
 
 Arch arch_of(int64_t arch) {

@@ -3,6 +3,7 @@
 
 #include "api/forward_args.h"
 #include "kernels/common/params.h"
+#include "plan/plan.h"
 #include "plan/problem.h"
 
 namespace flash_attn {
@@ -33,6 +34,8 @@ DropoutParams dropout_params_of(const ForwardArgs& args);
 
 // Bytes of shared memory that a thread block can have on the tensor's device.
 int smem_limit_of(const Tensor& tensor);
+
+Gpu gpu_of(const Tensor& tensor);
 
 Arch arch_of(int64_t arch);
 

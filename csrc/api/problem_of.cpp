@@ -3,6 +3,8 @@
 #include <cmath>
 #include <limits>
 
+#include "variant/tiles.h"
+
 namespace flash_attn {
 namespace {
 
@@ -98,9 +100,13 @@ void check_score(const ForwardArgs& args, int64_t batch, int64_t num_heads) {
   }
 }
 
-// What no kernel has yet. _dispatch sends no such call here.
-void check_plain(const ForwardArgs& args) {
-  check(args.num_splits <= 1, "num_splits: no kernel splits keys yet, got ", args.num_splits);
+void check_num_splits(int64_t num_splits) {
+  check(num_splits >= 0 && num_splits <= kMaxSplits, "num_splits must be in [0, ", kMaxSplits, "], got ", num_splits);
+}
+
+PackGqa pack_gqa_of(const std::optional<bool>& pack_gqa) {
+  if (!pack_gqa) return PackGqa::kAuto;
+  return *pack_gqa ? PackGqa::kAlways : PackGqa::kNever;
 }
 
 }  // namespace
@@ -137,7 +143,7 @@ Problem make_problem(const ForwardArgs& args) {
   constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
   check(rows_q <= kMaxRows && rows_k <= kMaxRows, "a sequence has at most ", kMaxRows, " rows");
   check_score(args, batch, num_heads);
-  check_plain(args);
+  check_num_splits(args.num_splits);
   return {.layout = packed_q ? Layout::kVarlen : Layout::kDense,
           .layout_k = packed_k ? Layout::kVarlen : Layout::kDense,
           .dtype = dtype,
@@ -153,7 +159,9 @@ Problem make_problem(const ForwardArgs& args) {
           .window_right = args.window_right,
           .has_softcap = args.softcap > 0.0,
           .has_alibi = args.alibi_slopes.has_value(),
-          .has_dropout = args.dropout_p > 0.0};
+          .has_dropout = args.dropout_p > 0.0,
+          .num_splits = static_cast<int>(args.num_splits),
+          .pack_gqa = pack_gqa_of(args.pack_gqa)};
 }
 
 }  // namespace flash_attn

@@ -16,6 +16,11 @@ PYBIND11_MODULE(flash_attn_plan, module) {
       .value("GENERAL", Mask::kGeneral);
   py::enum_<Score>(module, "Score").value("PLAIN", Score::kPlain).value("GENERAL", Score::kGeneral);
   py::enum_<Layout>(module, "Layout").value("DENSE", Layout::kDense).value("VARLEN", Layout::kVarlen);
+  py::enum_<PackGqa>(module, "PackGqa")
+      .value("AUTO", PackGqa::kAuto)
+      .value("NEVER", PackGqa::kNever)
+      .value("ALWAYS", PackGqa::kAlways);
+  py::enum_<Rows>(module, "Rows").value("MANY", Rows::kMany).value("UP_TO_64", Rows::k64).value("UP_TO_16", Rows::k16);
   py::register_exception<UnsupportedProblem>(module, "UnsupportedProblem");
 
   py::class_<Problem>(module, "Problem")
@@ -35,7 +40,9 @@ PYBIND11_MODULE(flash_attn_plan, module) {
       .def_readwrite("window_right", &Problem::window_right)
       .def_readwrite("has_softcap", &Problem::has_softcap)
       .def_readwrite("has_alibi", &Problem::has_alibi)
-      .def_readwrite("has_dropout", &Problem::has_dropout);
+      .def_readwrite("has_dropout", &Problem::has_dropout)
+      .def_readwrite("num_splits", &Problem::num_splits)
+      .def_readwrite("pack_gqa", &Problem::pack_gqa);
 
   py::class_<Plan>(module, "Plan")
       .def_property_readonly("head_dim", [](const Plan& plan) { return plan.variant.head_dim.qk; })
@@ -47,19 +54,25 @@ PYBIND11_MODULE(flash_attn_plan, module) {
       .def_property_readonly("tile_n", [](const Plan& plan) { return plan.tile.n; })
       .def_readonly("tiles_per_head", &Plan::tiles_per_head)
       .def_readonly("num_blocks", &Plan::num_blocks)
-      .def_readonly("num_splits", &Plan::num_splits)
+      .def_property_readonly("rows", [](const Plan& plan) { return plan.variant.rows; })
+      .def_property_readonly("packed_heads", [](const Plan& plan) { return plan.split.packed_heads; })
+      .def_property_readonly("num_splits", [](const Plan& plan) { return plan.split.num_splits; })
+      .def_property_readonly("num_slots", [](const Plan& plan) { return plan.split.num_slots; })
+      .def_property_readonly("target_slots", [](const Plan& plan) { return plan.split.target_slots; })
       .def_readonly("num_threads", &Plan::num_threads)
       .def_readonly("smem_bytes", &Plan::smem_bytes);
 
-  module.def("make_plan", &make_plan);
+  module.def("make_plan", [](const Problem& problem, Arch arch, int smem_limit, int num_sms) {
+    return make_plan(problem, arch, {smem_limit, num_sms});
+  });
   module.def("first_varlen_slot", &first_varlen_slot);
   module.def("num_varlen_slots", &num_varlen_slots);
-  module.def("tile_rows", [] {
-    py::list rows;
-    for (const TileRow& row : kForwardTilesSm80) {
-      rows.append(
+  module.def("tile_rows", [](Rows rows) {
+    py::list list;
+    for (const TileRow& row : forward_tile_rows(Arch::kSm80, rows)) {
+      list.append(
           py::make_tuple(row.head_dim.qk, row.head_dim.v, bytes_of(row.smem), row.tile.m, row.tile.n, row.reason));
     }
-    return rows;
+    return list;
   });
 }

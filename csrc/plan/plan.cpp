@@ -3,6 +3,7 @@
 #include <limits>
 #include <sstream>
 
+#include "plan/split_plan.h"
 #include "variant/varlen_tiles.h"
 
 namespace flash_attn {
@@ -12,9 +13,12 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The general score and pages are compiled with the general mask only, which is as good as any other where most of the
 // time goes into the score or the loads.
-Mask mask_of(const Problem& problem) {
+// So are kernels with few rows, whose time goes into loads.
+Mask mask_of(const Problem& problem, Rows rows) {
   const bool all_left = problem.window_left < 0 || problem.window_left >= problem.rows_k;
-  if (score_of(problem) == Score::kGeneral || problem.has_pages || !all_left) return Mask::kGeneral;
+  if (rows != Rows::kMany || score_of(problem) == Score::kGeneral || problem.has_pages || !all_left) {
+    return Mask::kGeneral;
+  }
   if (problem.window_right < 0) return Mask::kFull;
   return problem.window_right == 0 ? Mask::kCausal : Mask::kGeneral;
 }
@@ -26,16 +30,26 @@ int64_t count_tiles(const Problem& problem, int tile_m) {
 
 }  // namespace
 
-Plan make_plan(const Problem& problem, Arch arch, int smem_limit) {
-  const TileRow* row = find_tile_row(arch, problem.head_dim, problem.head_dim_v, smem_limit);
+Plan make_plan(const Problem& problem, Arch arch, const Gpu& gpu) {
+  const Rows rows = choose_rows(problem);
+  const TileRow* row = find_tile_row(arch, rows, problem.head_dim, problem.head_dim_v, gpu.smem_limit);
   if (row == nullptr) {
     throw UnsupportedProblem("head_dim: no SM" + std::to_string(static_cast<int>(arch)) + " kernel for " +
                              std::to_string(problem.head_dim) + "/" + std::to_string(problem.head_dim_v) + " in " +
-                             std::to_string(smem_limit / 1024) + " KB of shared memory");
+                             std::to_string(gpu.smem_limit / 1024) + " KB of shared memory");
   }
-  const Variant variant{arch, problem.dtype, row->head_dim, row->smem, mask_of(problem), score_of(problem)};
-  const int64_t tiles_per_head = count_tiles(problem, row->tile.m);
-  const int64_t num_blocks = tiles_per_head * problem.num_heads * problem.num_tile_runs();
+  const Variant variant{arch, problem.dtype, row->head_dim, row->smem, mask_of(problem, rows), score_of(problem), rows};
+  const int smem = smem_bytes(variant);
+  SplitPlan split;
+  int64_t tiles_per_head = 0;
+  int64_t num_blocks = 0;
+  if (rows == Rows::kMany) {
+    tiles_per_head = count_tiles(problem, row->tile.m);
+    num_blocks = tiles_per_head * problem.num_heads * problem.num_tile_runs();
+  } else {
+    split = make_split_plan(problem, row->tile, smem, gpu);
+    num_blocks = split.num_slots * (problem.num_heads / split.packed_heads);
+  }
   if (num_blocks > std::numeric_limits<int32_t>::max()) {
     throw UnsupportedProblem("q: a launch has at most 2147483647 tiles, got " + std::to_string(num_blocks));
   }
@@ -43,9 +57,9 @@ Plan make_plan(const Problem& problem, Arch arch, int smem_limit) {
           .tile = row->tile,
           .tiles_per_head = tiles_per_head,
           .num_blocks = num_blocks,
-          .num_splits = 1,
           .num_threads = num_threads(row->tile),
-          .smem_bytes = smem_bytes(variant)};
+          .smem_bytes = smem,
+          .split = split};
 }
 
 std::ostream& operator<<(std::ostream& json, const Plan& plan) {
@@ -55,11 +69,15 @@ std::ostream& operator<<(std::ostream& json, const Plan& plan) {
               << ", \"head_dim_v\": " << plan.variant.head_dim.v                     //
               << ", \"mask\": \"" << name_of(plan.variant.mask) << "\""              //
               << ", \"score\": \"" << name_of(plan.variant.score) << "\""            //
+              << ", \"rows\": \"" << name_of(plan.variant.rows) << "\""              //
               << ", \"tile_m\": " << plan.tile.m << ", \"tile_n\": " << plan.tile.n  //
               << ", \"num_threads\": " << plan.num_threads                           //
               << ", \"smem_bytes\": " << plan.smem_bytes                             //
               << ", \"num_blocks\": " << plan.num_blocks                             //
-              << ", \"num_splits\": " << plan.num_splits << "}";
+              << ", \"packed_heads\": " << plan.split.packed_heads                   //
+              << ", \"num_splits\": " << plan.split.num_splits                       //
+              << ", \"target_slots\": " << plan.split.target_slots                   //
+              << ", \"min_tiles\": " << plan.split.min_tiles << "}";
 }
 
 std::string describe(const Plan& plan) {

@@ -11,15 +11,32 @@
 
 namespace flash_attn {
 
+// What the planner knows of a GPU.
+struct Gpu {
+  int smem_limit;  // bytes of shared memory that a thread block can have
+  int num_sms;
+};
+
+// How a kernel with few rows shares its work out (SplitParams); the others have one split and one head in a tile.
+struct SplitPlan {
+  int packed_heads = 1;
+  int64_t num_slots = 0;
+  int num_splits = 1;  // 0: by the lengths, which are on the device
+  int target_slots = 0;
+  int min_tiles = 0;
+
+  bool needs_merge() const { return num_splits != 1; }
+};
+
 struct Plan {
   Variant variant;
   Tile tile;
   // Query tiles of one head. Variable lengths are not known to the host, so this bounds their number (varlen_tiles.h).
   int64_t tiles_per_head;
   int64_t num_blocks;
-  int num_splits;
   int num_threads;
   int smem_bytes;
+  SplitPlan split;
 };
 
 // The call is valid, but no variant serves it.
@@ -27,8 +44,7 @@ struct UnsupportedProblem : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// `smem_limit`: bytes of shared memory that a thread block of the GPU can have.
-Plan make_plan(const Problem& problem, Arch arch, int smem_limit);
+Plan make_plan(const Problem& problem, Arch arch, const Gpu& gpu);
 
 // The plan as JSON, for flash_attn.explain and messages.
 std::ostream& operator<<(std::ostream& json, const Plan& plan);

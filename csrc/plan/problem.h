@@ -10,6 +10,9 @@ namespace flash_attn {
 // kVarlen: the rows of all entries are packed, and their lengths are on the device.
 enum class Layout { kDense, kVarlen };
 
+// Whether the query heads that share a key-value head share tiles too.
+enum class PackGqa { kAuto, kNever, kAlways };
+
 struct Problem {
   Layout layout;    // of the queries
   Layout layout_k;  // of the keys: packed queries may go with dense ones
@@ -28,6 +31,8 @@ struct Problem {
   bool has_softcap;
   bool has_alibi;
   bool has_dropout;
+  int num_splits;  // of the keys; 0: to be chosen
+  PackGqa pack_gqa;
 
   // A dense batch has its own tiles per entry; the entries of a varlen batch share one run of tile slots.
   int64_t num_tile_runs() const { return layout == Layout::kDense ? batch : 1; }

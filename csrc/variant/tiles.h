@@ -2,6 +2,8 @@
 // the kernels' traits are made from the same rows.
 #pragma once
 
+#include <iterator>
+
 #include "variant/variant.h"
 
 namespace flash_attn {
@@ -62,15 +64,62 @@ inline constexpr TileRow kForwardTilesSm80[] = {
     {{512, 512}, SmemClass::k163KB, {64, 32, 4, 2}, "as above with half the keys a step: 133 KB for SM80"},
 };
 
+// Rows::k64: as much of a tile as a few heads with a few queries each fill, still two blocks on an SM.
+inline constexpr TileRow kForwardTiles64Sm80[] = {
+    {{64, 64}, SmemClass::k99KB, {64, 128, 4, 1}, "as the large tile: fewer barriers per key"},
+    {{128, 128},
+     SmemClass::k99KB,
+     {64, 64, 4, 1},
+     "shared memory 48 KB: four blocks on an SM90, which hide each other"},
+    {{256, 256}, SmemClass::k99KB, {64, 64, 4, 1}, "the large tile itself"},
+    {{512, 512}, SmemClass::k227KB, {64, 64, 2, 4}, "the large tile itself"},
+    {{512, 512}, SmemClass::k163KB, {64, 32, 4, 2}, "the large tile itself"},
+};
+
+// Rows::k16: one instruction's rows, for decoding. What counts is bytes on their way from memory: warps share the rows
+// and split keys and columns, so that accumulators are small and shared memory limits how many blocks an SM holds.
+inline constexpr TileRow kForwardTiles16Sm80[] = {
+    {{64, 64}, SmemClass::k99KB, {16, 128, 1, 4}, "38 KB: K and V of 32 KB on their way in each of five blocks"},
+    {{128, 128}, SmemClass::k99KB, {16, 64, 1, 4}, "38 KB, as above"},
+    {{256, 256}, SmemClass::k99KB, {16, 64, 1, 4}, "74 KB: 64 KB on their way in each of three blocks"},
+    {{512, 512},
+     SmemClass::k163KB,
+     {16, 64, 1, 4},
+     "146 KB: 128 KB on their way in one block; half the keys would "
+     "leave two warps without any"},
+};
+
 inline constexpr int kThreadsPerWarp = 32;
 inline constexpr int kElementBytes = 2;
 inline constexpr int kFloatBytes = 4;
+// Parts of a tile's keys: as many as the merging kernel's shared memory holds the weights of.
+inline constexpr int kMaxSplits = 256;
 
-// Row of the forward tile table that a pair of head dims takes on a GPU whose thread blocks have `smem_limit` bytes of
+// The rows of one class, smallest bucket first.
+struct TileRows {
+  const TileRow* first;
+  const TileRow* last;
+
+  constexpr const TileRow* begin() const { return first; }
+  constexpr const TileRow* end() const { return last; }
+};
+
+constexpr TileRows forward_tile_rows(Arch arch, Rows rows) {
+  if (arch != Arch::kSm80) return {nullptr, nullptr};
+  switch (rows) {
+    case Rows::kMany:
+      return {std::begin(kForwardTilesSm80), std::end(kForwardTilesSm80)};
+    case Rows::k64:
+      return {std::begin(kForwardTiles64Sm80), std::end(kForwardTiles64Sm80)};
+    default:
+      return {std::begin(kForwardTiles16Sm80), std::end(kForwardTiles16Sm80)};
+  }
+}
+
+// Row of the forward tile tables that a pair of head dims takes on a GPU whose thread blocks have `smem_limit` bytes of
 // shared memory; nullptr if none holds it.
-constexpr const TileRow* find_tile_row(Arch arch, int head_dim, int head_dim_v, int smem_limit) {
-  if (arch != Arch::kSm80) return nullptr;
-  for (const TileRow& row : kForwardTilesSm80) {
+constexpr const TileRow* find_tile_row(Arch arch, Rows rows, int head_dim, int head_dim_v, int smem_limit) {
+  for (const TileRow& row : forward_tile_rows(arch, rows)) {
     const bool holds = head_dim <= row.head_dim.qk && head_dim_v <= row.head_dim.v;
     if (holds && bytes_of(row.smem) <= smem_limit) return &row;
   }
@@ -78,7 +127,8 @@ constexpr const TileRow* find_tile_row(Arch arch, int head_dim, int head_dim_v, 
 }
 
 constexpr Tile tile_for(const Variant& variant) {
-  return find_tile_row(variant.arch, variant.head_dim.qk, variant.head_dim.v, bytes_of(variant.smem))->tile;
+  return find_tile_row(variant.arch, variant.rows, variant.head_dim.qk, variant.head_dim.v, bytes_of(variant.smem))
+      ->tile;
 }
 
 constexpr int num_threads(const Tile& tile) { return tile.num_warps() * kThreadsPerWarp; }

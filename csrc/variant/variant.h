@@ -28,6 +28,11 @@ enum class SmemClass { k99KB = 99, k163KB = 163, k227KB = 227 };
 
 constexpr int bytes_of(SmemClass smem) { return static_cast<int>(smem) * 1024; }
 
+// Where the rows of a tile come from. kMany: the queries of one head, in large tiles. The others: small tiles for calls
+// with few queries, whose rows may be those of all heads that share a key-value head, and whose keys may be split over
+// thread blocks.
+enum class Rows { kMany, k64, k16 };
+
 // One forward kernel. A structural type, so that it is a template argument as well as a look-up key.
 struct Variant {
   Arch arch;
@@ -36,12 +41,23 @@ struct Variant {
   SmemClass smem;
   Mask mask;
   Score score;
+  Rows rows = Rows::kMany;
 
   friend constexpr bool operator==(const Variant&, const Variant&) = default;
 };
 
 constexpr const char* name_of(Dtype dtype) { return dtype == Dtype::kFp16 ? "fp16" : "bf16"; }
 constexpr const char* name_of(Score score) { return score == Score::kPlain ? "plain" : "general"; }
+constexpr const char* name_of(Rows rows) {
+  switch (rows) {
+    case Rows::kMany:
+      return "many";
+    case Rows::k64:
+      return "64";
+    default:
+      return "16";
+  }
+}
 constexpr const char* name_of(Mask mask) {
   switch (mask) {
     case Mask::kFull:

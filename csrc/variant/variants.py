@@ -27,6 +27,15 @@ class Family:
     dtypes: tuple[str, ...]
     tile_rows: tuple[tuple[int, int, str], ...]  # of the tile table: (head_dim, head_dim_v, shared memory)
     options: tuple[tuple[str, ...], ...]  # the other fields of a variant: C++ expressions
+    # For calls with few rows: "64" or "16". Fewer buckets, and one mask for all.
+    rows: str = ""
+
+    def rows_for(self, head_dims: set[int]) -> list[tuple[int, int, str]]:
+        """The tile rows of a build for some head dims: of few rows those that calls with these head dims take."""
+        if not self.rows:
+            return [row for row in self.tile_rows if set(row[:2]) <= head_dims]
+        taken = {min(row[0] for row in self.tile_rows if row[0] >= head_dim) for head_dim in head_dims}
+        return [row for row in self.tile_rows if row[0] in taken]
 
 
 FORWARD_FAMILIES = (
@@ -50,6 +59,26 @@ FORWARD_FAMILIES = (
             ("Mask::kGeneral", "Score::kPlain"),
             ("Mask::kGeneral", "Score::kGeneral"),
         ),
+    ),
+    Family(
+        arch=80,
+        dtypes=("fp16", "bf16"),
+        tile_rows=(
+            (64, 64, "99KB"),
+            (128, 128, "99KB"),
+            (256, 256, "99KB"),
+            (512, 512, "227KB"),
+            (512, 512, "163KB"),
+        ),
+        options=(("Mask::kGeneral", "Score::kPlain", "Rows::k64"), ("Mask::kGeneral", "Score::kGeneral", "Rows::k64")),
+        rows="64",
+    ),
+    Family(
+        arch=80,
+        dtypes=("fp16", "bf16"),
+        tile_rows=((64, 64, "99KB"), (128, 128, "99KB"), (256, 256, "99KB"), (512, 512, "163KB")),
+        options=(("Mask::kGeneral", "Score::kPlain", "Rows::k16"), ("Mask::kGeneral", "Score::kGeneral", "Rows::k16")),
+        rows="16",
     ),
 )
 
@@ -101,11 +130,13 @@ class Group:
     dtype: str
     tile_row: tuple[int, int, str]
     options: tuple[tuple[str, ...], ...]
+    rows: str
 
     @property
     def file_name(self) -> str:
         qk, v, smem = self.tile_row
-        return f"{self.kind.name}_{self.dtype}_d{qk}_{v}_{smem}_sm{self.arch}.cu"
+        rows = f"_rows{self.rows}" if self.rows else ""
+        return f"{self.kind.name}{rows}_{self.dtype}_d{qk}_{v}_{smem}_sm{self.arch}.cu"
 
     @property
     def launches(self) -> Iterator[tuple[str, str]]:
@@ -120,11 +151,11 @@ class Group:
 def groups(archs: Iterable[int], head_dims: Iterable[int], dtypes: Iterable[str]) -> list[Group]:
     archs, head_dims, dtypes = set(archs), set(head_dims), set(dtypes)
     return [
-        Group(kind, family.arch, dtype, row, family.options)
+        Group(kind, family.arch, dtype, row, family.options, family.rows)
         for kind in KINDS
         for family in kind.families
-        for dtype, row in product(family.dtypes, family.tile_rows)
-        if family.arch in archs and dtype in dtypes and set(row[:2]) <= head_dims
+        for dtype, row in product(family.dtypes, family.rows_for(head_dims))
+        if family.arch in archs and dtype in dtypes
     ]
 
 

@@ -9,11 +9,13 @@ namespace flash_attn {
 // The keys that query row i may see, [begin, end). The one place that knows the masks' geometry.
 template <Mask kMask>
 struct VisibleKeys {
+  static constexpr bool kHasBegin = kMask == Mask::kGeneral;  // it need not be 0
+
   SeqInfo seq;
   WindowParams window;
 
   __device__ int begin(int row) const {
-    if constexpr (kMask != Mask::kGeneral) return 0;
+    if constexpr (!kHasBegin) return 0;
     return max(row + seq.diagonal() - window.left, 0);
   }
   __device__ int end(int row) const {
@@ -33,14 +35,27 @@ struct KvRange {
 
   __device__ bool is_empty() const { return begin >= end; }
   __device__ bool needs_mask(int n_idx) const { return n_idx < full_begin || n_idx >= full_end; }
+
+  // One of `count` parts of nearly equal size.
+  __device__ KvRange part(int idx, int count) const {
+    const int64_t num_tiles = max(end - begin, 0);
+    return {begin + static_cast<int>(num_tiles * idx / count), begin + static_cast<int>(num_tiles * (idx + 1) / count),
+            full_begin, full_end};
+  }
 };
 
-template <Mask kMask, int kTileM, int kTileN>
-__device__ KvRange kv_range(const VisibleKeys<kMask>& keys, int m_begin) {
-  const int m_last = min(m_begin + kTileM, keys.seq.seqlen_q) - 1;
+// Of the tile of rows that begins at m_begin, in an entry that has `num_rows`.
+template <int kTileM, int kTileN, class Keys>
+__device__ KvRange kv_range_of_rows(const Keys& keys, int m_begin, int num_rows) {
+  const int m_last = min(m_begin + kTileM, num_rows) - 1;
   const auto tile_after = [](int key) { return (max(key, 0) + kTileN - 1) / kTileN; };
   return {keys.begin(m_begin) / kTileN, tile_after(keys.end(m_last)), tile_after(keys.begin(m_last)),
           max(keys.end(m_begin), 0) / kTileN};
+}
+
+template <Mask kMask, int kTileM, int kTileN>
+__device__ KvRange kv_range(const VisibleKeys<kMask>& keys, int m_begin) {
+  return kv_range_of_rows<kTileM, kTileN>(keys, m_begin, keys.seq.seqlen_q);
 }
 
 // The query rows that see any of the keys [n_begin, n_end): [begin, end). A tile of rows meets one of keys exactly

@@ -10,9 +10,8 @@ namespace flash_attn {
 using namespace cute;
 
 // `coords` holds the (row, column) within the tile of each score, both in (rows, columns) view.
-template <Mask kMask, class Scores, class Coords>
-__device__ void apply_mask(Scores&& scores, const Coords& coords, const VisibleKeys<kMask>& keys, int m_begin,
-                           int n_begin) {
+template <class Scores, class Coords, class Keys>
+__device__ void apply_mask(Scores&& scores, const Coords& coords, const Keys& keys, int m_begin, int n_begin) {
   CUTE_UNROLL
   for (int row = 0; row < size<0>(scores); ++row) {
     const int row_idx = m_begin + static_cast<int>(get<0>(coords(row, 0)));
@@ -21,7 +20,7 @@ __device__ void apply_mask(Scores&& scores, const Coords& coords, const VisibleK
     CUTE_UNROLL
     for (int col = 0; col < size<1>(scores); ++col) {
       const int column = static_cast<int>(get<1>(coords(row, col)));
-      if (column >= end || (kMask == Mask::kGeneral && column < begin)) scores(row, col) = -INFINITY;
+      if (column >= end || (Keys::kHasBegin && column < begin)) scores(row, col) = -INFINITY;
     }
   }
 }

@@ -48,22 +48,30 @@ class OnlineSoftmax {
     }
   }
 
-  // Divides the output by the row sums, which the sink joins, and returns the log-sum-exp. A row that saw no key gets O
+  // Divides the output by the row sums, which the sinks join, and returns the log-sum-exp. A row that saw no key gets O
   // = 0 and LSE = -inf, or the sink's score. `output_scale` undoes what dropout took away.
   template <class Output, class Reducer>
-  __device__ RowTensor finish(Output&& output, const Reducer& reducer, float sink, float output_scale) {
+  __device__ RowTensor finish(Output&& output, const Reducer& reducer, const RowTensor& sinks, float output_scale) {
     reducer.sum(row_sum_);
     RowTensor lse;
     CUTE_UNROLL
     for (int row = 0; row < kNumRows; ++row) {
       const float sum = row_sum_(row);
       const float lse_of_keys = sum > 0.f ? row_max_(row) * (scale_log2_ * kLn2) + logf(sum) : -INFINITY;
-      lse(row) = log_add_exp(lse_of_keys, sink);
+      lse(row) = log_add_exp(lse_of_keys, sinks(row));
       const float factor = sum > 0.f ? expf(lse_of_keys - lse(row)) / sum * output_scale : 0.f;
       CUTE_UNROLL
       for (int col = 0; col < size<1>(output); ++col) output(row, col) *= factor;
     }
     return lse;
+  }
+
+  // The same sink for all rows.
+  template <class Output, class Reducer>
+  __device__ RowTensor finish(Output&& output, const Reducer& reducer, float sink, float output_scale) {
+    RowTensor sinks;
+    fill(sinks, sink);
+    return finish(output, reducer, sinks, output_scale);
   }
 
  private:

@@ -34,17 +34,18 @@ __device__ void apply_softcap(Scores&& scores, const ScoreParams& score) {
   for (int i = 0; i < size(scores); ++i) scores(i) = detail::fast_tanh(scores(i));
 }
 
-// `coords` holds the (row, column) within the tile of each score, both in (rows, columns) view; the tile begins at
-// query row m_begin and key n_begin of its entry.
-template <class Scores, class Coords>
+// `coords` holds the (row, column) within the tile of each score, both in (rows, columns) view; the tile begins at row
+// m_begin and key n_begin of its entry.
+template <class Scores, class Coords, class RowMap>
 __device__ void apply_alibi(Scores&& scores, const Coords& coords, const ScoreParams& score, const SeqInfo& seq,
-                            int head_idx, int m_begin, int n_begin) {
+                            const RowMap& rows, int m_begin, int n_begin) {
   if (score.alibi_slopes == nullptr) return;
-  const float slope = score.alibi_slopes[seq.batch_idx * score.alibi_batch_stride + head_idx];
-  const float bias = -slope / score.softmax_scale;
+  const float* slopes = score.alibi_slopes + seq.batch_idx * score.alibi_batch_stride;
   CUTE_UNROLL
   for (int row = 0; row < size<0>(scores); ++row) {
-    const int diagonal = m_begin + static_cast<int>(get<0>(coords(row, 0))) + seq.diagonal() - n_begin;
+    const int row_idx = m_begin + static_cast<int>(get<0>(coords(row, 0)));
+    const float bias = -slopes[rows.head(row_idx)] / score.softmax_scale;
+    const int diagonal = rows.query(row_idx) + seq.diagonal() - n_begin;
     CUTE_UNROLL
     for (int col = 0; col < size<1>(scores); ++col) {
       scores(row, col) += bias * static_cast<float>(abs(diagonal - static_cast<int>(get<1>(coords(row, col)))));
@@ -52,13 +53,13 @@ __device__ void apply_alibi(Scores&& scores, const Coords& coords, const ScorePa
   }
 }
 
-template <Score kScore, class Scores, class Coords>
+template <Score kScore, class Scores, class Coords, class RowMap>
 __device__ void apply_score(Scores&& scores, const Coords& coords, const ScoreParams& score, const SeqInfo& seq,
-                            int head_idx, int m_begin, int n_begin) {
+                            const RowMap& rows, int m_begin, int n_begin) {
   apply_factor(scores, score);
   if constexpr (kScore == Score::kGeneral) {
     apply_softcap(scores, score);
-    apply_alibi(scores, coords, score, seq, head_idx, m_begin, n_begin);
+    apply_alibi(scores, coords, score, seq, rows, m_begin, n_begin);
   }
 }
 

@@ -40,13 +40,16 @@ __device__ inline int row_at(const int* cu_seqlens, int idx, int num_rows) {
   return clamp_to(cu_seqlens[idx], 0, num_rows);
 }
 
-// Last entry whose first slot is at most `slot`; batch if the slot lies past all entries.
-__device__ inline int entry_of_slot(const int* cu_seqlens, int batch, int num_rows, int slot, int tile_rows) {
+// Last entry whose first slot is at most `slot`; batch if the slot lies past all entries. `factor`: tile rows that a
+// row of the tensor makes.
+__device__ inline int entry_of_slot(const int* cu_seqlens, int batch, int num_rows, int slot, int tile_rows,
+                                    int factor = 1) {
   int low = 0;
   int high = batch;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (first_varlen_slot(row_at(cu_seqlens, middle, num_rows), middle, tile_rows) <= slot) {
+    const int64_t row = static_cast<int64_t>(row_at(cu_seqlens, middle, num_rows)) * factor;
+    if (first_varlen_slot(row, middle, tile_rows) <= slot) {
       low = middle;
     } else {
       high = middle - 1;

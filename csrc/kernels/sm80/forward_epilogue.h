@@ -23,12 +23,12 @@ __device__ auto accumulator_coords() {
 
 // Rows past the length in use, but within the tensor: O = 0, LSE = -inf, with or without a sink.
 template <class Traits, class Output, class LseRows>
-__device__ void clear_unused_rows(const TileCoord& tile, Output& output, LseRows& lse) {
-  if (tile.m_begin + Traits::kTileM <= tile.seq.seqlen_q) return;
+__device__ void clear_unused_rows(int m_begin, int num_used_rows, Output& output, LseRows& lse) {
+  if (m_begin + Traits::kTileM <= num_used_rows) return;
   const auto coords = accumulator_coords<Traits, Traits::kHeadDimV>();
   CUTE_UNROLL
   for (int row = 0; row < size<0>(output); ++row) {
-    if (tile.m_begin + static_cast<int>(get<0>(coords(row, 0))) < tile.seq.seqlen_q) continue;
+    if (m_begin + static_cast<int>(get<0>(coords(row, 0))) < num_used_rows) continue;
     lse(row) = -INFINITY;
     CUTE_UNROLL
     for (int col = 0; col < size<1>(output); ++col) output(row, col) = 0.f;
@@ -49,20 +49,27 @@ __device__ void store_lse(const ForwardParams& params, const TileCoord& tile, co
   }
 }
 
+// O as it leaves, in the shared memory of Q.
 template <class Traits, class AccO>
-__device__ void store_output(const ForwardParams& params, const TileCoord& tile, typename Traits::SharedStorage& smem,
-                             const AccO& tOrO) {
+__device__ auto round_to_smem(typename Traits::SharedStorage& smem, const AccO& tOrO) {
   using Element = typename Traits::Element;
-  using TiledStore = typename Traits::template Access<Traits::kHeadDimV>::TiledStore;
-  const SeqInfo& seq = tile.seq;
   Tensor sO = make_tensor(make_smem_ptr(smem.q_or_o), typename Traits::SmemLayoutO{});
-
   const auto to_smem =
       make_tiled_copy_C(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<32>, Element>{}, typename Traits::TiledMma{});
   const auto thread_to_smem = to_smem.get_slice(threadIdx.x);
   Tensor rounded = convert_to<Element>(tOrO);
   copy(to_smem, thread_to_smem.retile_S(rounded), thread_to_smem.partition_D(sO));
   __syncthreads();
+  return sO;
+}
+
+template <class Traits, class AccO>
+__device__ void store_output(const ForwardParams& params, const TileCoord& tile, typename Traits::SharedStorage& smem,
+                             const AccO& tOrO) {
+  using Element = typename Traits::Element;
+  using TiledStore = typename Traits::template Access<Traits::kHeadDimV>::TiledStore;
+  const SeqInfo& seq = tile.seq;
+  const Tensor sO = round_to_smem<Traits>(smem, tOrO);
 
   const auto thread_store = TiledStore{}.get_slice(threadIdx.x);
   Element* head = static_cast<Element*>(params.o.ptr) + seq.batch_idx * params.o.batch_stride +

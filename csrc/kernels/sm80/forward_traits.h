@@ -15,6 +15,7 @@ struct ForwardTraits {
   static constexpr Tile kTile = tile_for(kVariant);
   static constexpr Mask kMask = kVariant.mask;
   static constexpr Score kScore = kVariant.score;
+  static constexpr bool kFewRows = kVariant.rows != Rows::kMany;
   static constexpr int kTileM = kTile.m;
   static constexpr int kTileN = kTile.n;
   static constexpr int kHeadDim = kVariant.head_dim.qk;

@@ -9,6 +9,7 @@
 #include "kernels/common/kv_range.h"
 #include "kernels/common/mask.h"
 #include "kernels/common/online_softmax.h"
+#include "kernels/common/row_map.h"
 #include "kernels/common/score.h"
 
 namespace flash_attn::sm80 {
@@ -62,7 +63,7 @@ __device__ void softmax_backward(Scores&& scores, Grads&& grads, const Coords& c
     apply_softcap(scores, params.score);
     CUTE_UNROLL
     for (int i = 0; i < size(scores); ++i) slope(i) = params.score.has_softcap ? 1.f - scores(i) * scores(i) : 1.f;
-    apply_alibi(scores, coords, params.score, seq, tile.head_idx, tile.m_begin, tile.n_begin);
+    apply_alibi(scores, coords, params.score, seq, HeadRows{tile.head_idx}, tile.m_begin, tile.n_begin);
   }
   if (tile.needs_mask) apply_mask(scores, coords, keys, tile.m_begin, tile.n_begin);
 

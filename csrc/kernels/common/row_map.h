@@ -1,0 +1,37 @@
+// Which query and head each row of a tile is. Rows count from the first of the batch entry.
+#pragma once
+
+#include "kernels/common/fast_divisor.h"
+#include "kernels/common/kv_range.h"
+
+namespace flash_attn {
+
+// The queries of one head.
+struct HeadRows {
+  int head_idx;
+
+  __device__ int query(int row) const { return row; }
+  __device__ int head(int) const { return head_idx; }
+};
+
+// The queries of neighbouring heads, a query's heads side by side, so that the rows of a tile see nearly the same keys.
+struct PackedRows {
+  int first_head;
+  FastDivisor num_heads;
+
+  __device__ int query(int row) const { return num_heads.divide(row); }
+  __device__ int head(int row) const { return first_head + row - query(row) * num_heads.divisor(); }
+};
+
+// The keys that packed row i may see, [begin, end).
+struct PackedVisibleKeys {
+  static constexpr bool kHasBegin = true;
+
+  VisibleKeys<Mask::kGeneral> keys;
+  PackedRows rows;
+
+  __device__ int begin(int row) const { return keys.begin(rows.query(row)); }
+  __device__ int end(int row) const { return keys.end(rows.query(row)); }
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,179 @@
+// Which tile of rows, and which part of its keys, a thread block of a kernel with few rows has. The host knows neither
+// lengths nor how many splits they need: the grid has a fixed number of slots, and each thread block reads the lengths
+// itself, which takes less time than a kernel that would do so before.
+#pragma once
+
+#include "kernels/common/kv_range.h"
+#include "kernels/common/params.h"
+#include "kernels/common/row_map.h"
+#include "kernels/common/seq_info.h"
+#include "variant/tiles.h"
+
+namespace flash_attn {
+
+struct SplitTile {
+  SeqInfo seq;
+  PackedRows rows;
+  int m_begin;  // first packed row within the entry
+  int split_idx;
+  int num_splits;
+  int64_t partial_idx;  // among the tiles of the workspace
+
+  __device__ int num_rows() const { return seq.rows_q * rows.num_heads.divisor(); }
+  __device__ int num_used_rows() const { return seq.seqlen_q * rows.num_heads.divisor(); }
+  __device__ bool has_rows() const { return split_idx >= 0 && split_idx < num_splits; }
+  __device__ bool has_used_rows() const { return m_begin < num_used_rows(); }
+};
+
+namespace detail {
+
+inline constexpr unsigned kWholeWarp = ~0u;
+inline constexpr int kLanes = 32;
+
+// A batch entry's run of slots: parts of its keys, and for each part its tiles of rows.
+struct SlotRun {
+  int entry;
+  int64_t first_slot;
+  int num_splits;
+};
+
+__device__ inline int64_t warp_sum(int64_t value) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kWholeWarp, value, distance);
+  return value;
+}
+
+// Sum over the lanes below.
+__device__ inline int64_t warp_sum_before(int64_t value, int lane) {
+  int64_t sum = value;
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    const int64_t below = __shfl_up_sync(kWholeWarp, sum, distance);
+    if (lane >= distance) sum += below;
+  }
+  return sum - value;
+}
+
+template <int kTileM>
+__device__ int64_t num_row_tiles(int rows_q, int factor) {
+  return (static_cast<int64_t>(rows_q) * factor + kTileM - 1) / kTileM;
+}
+
+// Every entry has the same number of splits: closed forms.
+template <int kTileM>
+__device__ SlotRun find_fixed_run(const ForwardParams& params, int slot) {
+  const SeqParams& seq = params.seq;
+  const int factor = params.split.packed_heads.divisor();
+  const int num_splits = params.split.num_splits;
+  if (seq.cu_seqlens_q == nullptr) {
+    const int slots_per_entry = static_cast<int>(num_row_tiles<kTileM>(seq.rows_q, factor)) * num_splits;
+    const int entry = slot / slots_per_entry;
+    return {entry, static_cast<int64_t>(entry) * slots_per_entry, num_splits};
+  }
+  const int entry = entry_of_slot(seq.cu_seqlens_q, seq.batch, seq.rows_q, slot / num_splits, kTileM, factor);
+  const int64_t first_row = static_cast<int64_t>(row_at(seq.cu_seqlens_q, entry, seq.rows_q)) * factor;
+  return {entry, first_varlen_slot(first_row, entry, kTileM) * num_splits, num_splits};
+}
+
+// How much an entry asks for, in tiles.
+struct EntryWork {
+  int64_t row_tiles;
+  int key_tiles;
+};
+
+template <int kTileM, int kTileN>
+__device__ EntryWork work_of_entry(const ForwardParams& params, int entry) {
+  const SeqInfo seq = entry_info(params.seq, entry);
+  const int64_t row_tiles = num_row_tiles<kTileM>(seq.rows_q, params.split.packed_heads.divisor());
+  if (seq.seqlen_q == 0 || seq.seqlen_k == 0) return {row_tiles, 0};
+  const VisibleKeys<Mask::kGeneral> keys{seq, params.window};
+  const int begin = keys.begin(0) / kTileN;
+  const int end = (max(keys.end(seq.seqlen_q - 1), 0) + kTileN - 1) / kTileN;
+  return {row_tiles, max(end - begin, 0)};
+}
+
+__device__ inline int num_splits_of(const EntryWork& work, int64_t tiles_per_split) {
+  const int64_t splits = (work.key_tiles + tiles_per_split - 1) / tiles_per_split;
+  return static_cast<int>(min(max(splits, int64_t{1}), int64_t{kMaxSplits}));
+}
+
+// Each entry's keys are cut into parts of one common length, so that all thread blocks have about as much to do. Each
+// warp walks the batch on its own, every lane over a run of entries.
+template <int kTileM, int kTileN>
+__device__ SlotRun find_run_by_lengths(const ForwardParams& params, int slot) {
+  const SeqParams& seq = params.seq;
+  // Packed rows past the last entry belong to entry `batch`, which has no keys.
+  const int num_entries = seq.batch + (seq.cu_seqlens_q == nullptr ? 0 : 1);
+  const int entries_per_lane = (num_entries + kLanes - 1) / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  const int begin = min(lane * entries_per_lane, num_entries);
+  const int end = min(begin + entries_per_lane, num_entries);
+  const auto work_of = [&](int entry) { return work_of_entry<kTileM, kTileN>(params, entry); };
+
+  int64_t tiles = 0;
+  for (int entry = begin; entry < end; ++entry) {
+    const EntryWork work = work_of(entry);
+    tiles += work.row_tiles * work.key_tiles;
+  }
+  tiles = warp_sum(tiles);
+  const int target = params.split.target_slots;
+  const int64_t tiles_per_split = max((tiles + target - 1) / target, static_cast<int64_t>(params.split.min_tiles));
+
+  int64_t slots = 0;
+  for (int entry = begin; entry < end; ++entry) {
+    const EntryWork work = work_of(entry);
+    slots += work.row_tiles * num_splits_of(work, tiles_per_split);
+  }
+  int64_t first_slot = warp_sum_before(slots, lane);
+  const bool is_here = slot >= first_slot && slot < first_slot + slots;
+  const unsigned holders = __ballot_sync(kWholeWarp, is_here);
+  if (holders == 0) return {num_entries, 0, 0};
+  SlotRun run{begin, first_slot, 0};
+  if (is_here) {
+    for (int entry = begin; entry < end; ++entry) {
+      const EntryWork work = work_of(entry);
+      const int num_splits = num_splits_of(work, tiles_per_split);
+      run = {entry, first_slot, num_splits};
+      first_slot += work.row_tiles * num_splits;
+      if (slot < first_slot) break;
+    }
+  }
+  const int holder = __ffs(holders) - 1;
+  return {__shfl_sync(kWholeWarp, run.entry, holder), __shfl_sync(kWholeWarp, run.first_slot, holder),
+          __shfl_sync(kWholeWarp, run.num_splits, holder)};
+}
+
+}  // namespace detail
+
+// Decodes a block index: through heads first, whose keys lie side by side, then through slots.
+template <int kTileM, int kTileN>
+__device__ SplitTile locate_split_tile(const ForwardParams& params, int block_idx) {
+  const SplitParams& split = params.split;
+  const int factor = split.packed_heads.divisor();
+  const int num_head_runs = params.heads.num_heads / factor;
+  const int head_run = block_idx % num_head_runs;
+  const int slot = block_idx / num_head_runs;
+  const detail::SlotRun run = split.num_splits > 0 ? detail::find_fixed_run<kTileM>(params, slot)
+                                                   : detail::find_run_by_lengths<kTileM, kTileN>(params, slot);
+  SplitTile tile{.seq = {},
+                 .rows = {head_run * factor, split.packed_heads},
+                 .m_begin = 0,
+                 .split_idx = -1,
+                 .num_splits = run.num_splits,
+                 .partial_idx = block_idx};
+  const int64_t place = slot - run.first_slot;
+  if (place < 0 || run.num_splits == 0) return tile;
+  tile.seq = detail::entry_info(params.seq, run.entry);
+  // Nothing is to be merged in rows of no entry, whatever the number of splits.
+  if (run.entry == params.seq.batch) tile.num_splits = 1;
+  const int64_t row_tiles = detail::num_row_tiles<kTileM>(tile.seq.rows_q, factor);
+  if (row_tiles == 0) return tile;
+  tile.split_idx = static_cast<int>(place / row_tiles);
+  tile.m_begin = static_cast<int>(place % row_tiles) * kTileM;
+  if (place == 0 && head_run == 0 && threadIdx.x == 0 && split.entries != nullptr && run.entry < params.seq.batch) {
+    split.entries[run.entry] = {static_cast<int>(run.first_slot), run.num_splits};
+  }
+  return tile;
+}
+
+}  // namespace flash_attn

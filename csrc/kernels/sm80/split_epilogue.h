@@ -1,0 +1,116 @@
+// Stores a tile of packed rows: O and LSE where they belong, or a part's share of them in the workspace.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "kernels/common/params.h"
+#include "kernels/common/split_schedule.h"
+#include "kernels/sm80/forward_epilogue.h"
+#include "kernels/sm80/forward_traits.h"
+
+namespace flash_attn::sm80 {
+
+using namespace cute;
+
+// Where each packed row of Q or O begins.
+template <class Element>
+class PackedRowAddresses {
+ public:
+  __device__ PackedRowAddresses(const Operand& operand, const SeqInfo& seq, const PackedRows& rows)
+      : entry_(head_of<Element>(operand, seq.batch_idx, seq.row_begin_q, 0)),
+        row_stride_(operand.row_stride),
+        head_stride_(operand.head_stride),
+        rows_(rows) {}
+
+  __device__ Element* row(int row) const {
+    return entry_ + rows_.query(row) * row_stride_ + rows_.head(row) * head_stride_;
+  }
+
+ private:
+  Element* entry_;
+  int64_t row_stride_;
+  int64_t head_stride_;
+  PackedRows rows_;
+};
+
+template <class Traits>
+__device__ auto sinks_of_rows(const ForwardParams& params, const SplitTile& tile) {
+  auto sinks = make_tensor<float>(Shape<Int<Traits::kRowsPerLane>>{});
+  const auto coords = accumulator_coords<Traits, Traits::kHeadDimV>();
+  CUTE_UNROLL
+  for (int i = 0; i < size(sinks); ++i) {
+    const int head_idx = tile.rows.head(tile.m_begin + static_cast<int>(get<0>(coords(i, 0))));
+    sinks(i) = params.sink.scores == nullptr ? -INFINITY : params.sink.scores[head_idx];
+  }
+  return sinks;
+}
+
+// Calls store(row within the tile, LSE) in the one lane of each row, for rows that the entry has.
+template <class Traits, class LseRows, class Store>
+__device__ void for_each_lse(const SplitTile& tile, const LseRows& lse, const Store& store) {
+  const auto coords = accumulator_coords<Traits, Traits::kHeadDimV>();
+  if (static_cast<int>(get<1>(coords(0, 0))) != 0) return;
+  CUTE_UNROLL
+  for (int i = 0; i < size(lse); ++i) {
+    const int row = get<0>(coords(i, 0));
+    if (tile.m_begin + row < tile.num_rows()) store(row, lse(i));
+  }
+}
+
+template <class Traits, class LseRows>
+__device__ void store_packed_lse(const ForwardParams& params, const SplitTile& tile, const LseRows& lse) {
+  float* entry = params.lse.ptr + tile.seq.batch_idx * params.lse.batch_stride + tile.seq.row_begin_q;
+  for_each_lse<Traits>(tile, lse, [&](int row, float value) {
+    const int row_idx = tile.m_begin + row;
+    entry[tile.rows.head(row_idx) * params.lse.head_stride + tile.rows.query(row_idx)] = value;
+  });
+}
+
+template <class Traits, class AccO>
+__device__ void store_packed_output(const ForwardParams& params, const SplitTile& tile,
+                                    typename Traits::SharedStorage& smem, const AccO& tOrO) {
+  using Element = typename Traits::Element;
+  using TiledStore = typename Traits::template Access<Traits::kHeadDimV>::TiledStore;
+  const Tensor sO = round_to_smem<Traits>(smem, tOrO);
+  const PackedRowAddresses<Element> rows(params.o, tile.seq, tile.rows);
+  const auto thread_store = TiledStore{}.get_slice(threadIdx.x);
+  const Tensor source = thread_store.partition_S(sO);  // (CPY, CPY_M, CPY_K)
+  const Tensor coords =
+      thread_store.partition_D(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{}));
+  CUTE_UNROLL
+  for (int m = 0; m < size<1>(source); ++m) {
+    const int row_idx = tile.m_begin + static_cast<int>(get<0>(coords(0, m, 0)));
+    if (row_idx >= tile.num_rows()) continue;
+    CUTE_UNROLL
+    for (int k = 0; k < size<2>(source); ++k) {
+      const int column = get<1>(coords(0, m, k));
+      if (column >= params.heads.head_dim_v) continue;
+      Tensor target = make_tensor(make_gmem_ptr(rows.row(row_idx) + column), make_layout(shape(source(_, m, k))));
+      copy(TiledStore{}, source(_, m, k), target);
+    }
+  }
+}
+
+// In float32, straight from the registers: a lane has pairs of columns, and four lanes a sector.
+template <class Traits, class Output, class LseRows>
+__device__ void store_partial(const ForwardParams& params, const SplitTile& tile, const Output& output,
+                              const LseRows& lse) {
+  const int64_t first_row = tile.partial_idx * Traits::kTileM;
+  for_each_lse<Traits>(tile, lse, [&](int row, float value) { params.split.lse[first_row + row] = value; });
+  const int head_dim_v = params.heads.head_dim_v;
+  const auto coords = accumulator_coords<Traits, Traits::kHeadDimV>();
+  CUTE_UNROLL
+  for (int i = 0; i < size<0>(output); ++i) {
+    const int row = get<0>(coords(i, 0));
+    if (tile.m_begin + row >= tile.num_rows()) continue;
+    float* target = params.split.o + (first_row + row) * head_dim_v;
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(output); j += 2) {
+      const int column = get<1>(coords(i, j));
+      if (column < head_dim_v)
+        *reinterpret_cast<float2*>(target + column) = make_float2(output(i, j), output(i, j + 1));
+    }
+  }
+}
+
+}  // namespace flash_attn::sm80

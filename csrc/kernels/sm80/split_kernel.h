@@ -1,0 +1,66 @@
+// The SM80 forward kernel for few queries: one thread block computes one tile of packed rows over a part of its keys.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "kernels/common/params.h"
+#include "kernels/common/split_schedule.h"
+#include "kernels/sm80/forward_mainloop.h"
+#include "kernels/sm80/forward_traits.h"
+#include "kernels/sm80/split_epilogue.h"
+#include "kernels/sm80/tile_loader.h"
+
+namespace flash_attn::sm80 {
+
+using namespace cute;
+
+template <class Traits, class Softmax, class Reducer, class AccO>
+__device__ void attend_to_part(const ForwardParams& params, const SplitTile& tile, typename Traits::SharedStorage& smem,
+                               Softmax& softmax, const Reducer& reducer, AccO& tOrO) {
+  static_assert(Traits::kMask == Mask::kGeneral, "packed rows are compiled with the general mask only");
+  using Rows = PackedRowAddresses<typename Traits::Element>;
+  using QLoader = ScatteredTileLoader<Traits, Traits::kTileM, Traits::kHeadDim, Rows>;
+  const PackedVisibleKeys keys{{tile.seq, params.window}, tile.rows};
+  const int num_rows = tile.num_used_rows();
+  const ForwardTile<PackedRows, PackedVisibleKeys, QLoader> rows{
+      .seq = tile.seq,
+      .rows = tile.rows,
+      .m_begin = tile.m_begin,
+      .keys = keys,
+      .range = kv_range_of_rows<Traits::kTileM, Traits::kTileN>(keys, tile.m_begin, num_rows)
+                   .part(tile.split_idx, tile.num_splits),
+      .kv_head_idx = tile.rows.first_head / params.heads.num_heads_per_kv,
+      .load_q = QLoader(Rows(params.q, tile.seq, tile.rows), num_rows, params.heads.head_dim)};
+  forward_mainloop<Traits>(params, rows, smem, softmax, reducer, tOrO);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid_constant__ ForwardParams params) {
+  extern __shared__ __align__(128) unsigned char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+
+  const SplitTile tile = locate_split_tile<Traits::kTileM, Traits::kTileN>(params, blockIdx.x);
+  if (!tile.has_rows()) return;
+
+  typename Traits::TiledMma mma;
+  Tensor tOrO = partition_fragment_C(mma, Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{});
+  clear(tOrO);
+  OnlineSoftmax<Traits::kRowsPerLane> softmax(params.score.softmax_scale);
+  const auto reducer = make_row_reducer<Traits>(smem);
+  if (tile.has_used_rows()) attend_to_part<Traits>(params, tile, smem, softmax, reducer, tOrO);
+
+  Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
+  if (tile.num_splits > 1) {
+    // The sinks join when the parts meet.
+    auto lse = softmax.finish(output, reducer, -INFINITY, 1.f);
+    clear_unused_rows<Traits>(tile.m_begin, tile.num_used_rows(), output, lse);
+    store_partial<Traits>(params, tile, output, lse);
+    return;
+  }
+  auto lse = softmax.finish(output, reducer, sinks_of_rows<Traits>(params, tile), 1.f);
+  clear_unused_rows<Traits>(tile.m_begin, tile.num_used_rows(), output, lse);
+  store_packed_lse<Traits>(params, tile, lse);
+  store_packed_output<Traits>(params, tile, smem, tOrO);
+}
+
+}  // namespace flash_attn::sm80

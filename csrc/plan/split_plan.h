@@ -1,0 +1,12 @@
+// Which calls run in the kernels with few rows, and how those share their work out.
+#pragma once
+
+#include "plan/plan.h"
+
+namespace flash_attn {
+
+Rows choose_rows(const Problem& problem);
+
+SplitPlan make_split_plan(const Problem& problem, const Tile& tile, int smem_bytes, const Gpu& gpu);
+
+}  // namespace flash_attn
