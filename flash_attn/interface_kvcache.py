@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flash_attn import _schedule
+from flash_attn._arguments import max_seqlen_of
 from flash_attn._checks import Window
 from flash_attn._checks_kvcache import check_combine, check_scheduler_metadata, kvcache_call
 from flash_attn._run import Result, run_combine, run_kvcache
@@ -186,7 +188,8 @@ def get_scheduler_metadata(
     """A schedule that decode steps of the same shapes can share, as `scheduler_metadata` takes it.
 
     It is a hint: no result depends on it, whatever it holds. It has a fixed size, so that a CUDA graph can
-    keep it.
+    keep it. The kernels derive the same numbers from the lengths on their own, in less time than it takes to read
+    them: it spares callers of other packages a change, and tells what a step will do.
 
     Parameters
     ----------
@@ -226,5 +229,12 @@ def get_scheduler_metadata(
     )  # fmt: skip
     rounded = (batch_size + 3) // 4 * 4
     metadata = torch.zeros(1 + 4 * rounded, dtype=torch.int32, device=cache_seqlens.device)
-    metadata[1 : 1 + batch_size] = max(num_splits, 1)
+    new_tokens = max_seqlen_of("max_seqlen_k_new", max_seqlen_k_new)
+    step = _schedule.Step(
+        num_heads_q, num_heads_kv, headdim, headdim if headdim_v is None else headdim_v, qkv_dtype,
+        max_seqlen_of("max_seqlen_q", max_seqlen_q), max_seqlen_of("max_seqlen_k", max_seqlen_k), cache_seqlens,
+        cu_seqlens_q, new_tokens if cu_seqlens_k_new is None else cu_seqlens_k_new.diff(), cache_leftpad, page_size,
+        causal, window_size, float(has_softcap), num_splits, pack_gqa,
+    )  # fmt: skip
+    metadata[1 : 1 + batch_size] = _schedule.num_splits(step)
     return metadata

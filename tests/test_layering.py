@@ -24,7 +24,7 @@ PYTHON_LAYERS = (
     ("version", "_extension", "_arguments", "backends", "bert_padding"),
     ("_dispatch", "_checks", "_checks_kvcache", "_checks_packed"),
     ("_ops",),
-    ("_run",),
+    ("_run", "_schedule"),
     ("interface", "interface_kvcache", "interface_varlen"),
     ("_report", "_self_check"),
     ("__init__", "__main__", "bench"),

@@ -1,0 +1,99 @@
+"""The splits that kernels derive from the lengths, computed ahead: csrc/kernels/common/split_schedule.h in torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attn import _dispatch
+from flash_attn._checks import Window
+from flash_attn._checks_kvcache import kvcache_call
+
+_MAX_SPLITS = 256
+_UNKNOWN_LENGTH = 1 << 20
+
+
+class Step(NamedTuple):
+    """What get_scheduler_metadata is told about a decoding step. A longest length of 0 is unknown."""
+
+    num_heads: int
+    num_heads_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    longest_q: int
+    longest_k: int
+    cache_seqlens: Tensor
+    cu_seqlens_q: Tensor | None
+    new_tokens: int | Tensor  # of each entry
+    leftpad: Tensor | None
+    page_size: int | None
+    causal: bool
+    window: Window
+    softcap: float
+    num_splits: int
+    pack_gqa: bool | None
+
+
+def num_splits(step: Step) -> int | Tensor:
+    """Of each entry; nothing waits for the device."""
+    plan = _plan(step)
+    if plan is None:
+        return max(step.num_splits, 1)
+    return plan["num_splits"] or _by_lengths(step, plan)
+
+
+def _plan(step: Step) -> dict[str, Any] | None:
+    """The kernel's plan for tensors of these shapes, which take no memory; None if no kernel would run."""
+    call = _call(step)
+    try:
+        path = _dispatch.choose_path(call.q, call.head_dim_v, call.features)
+    except NotImplementedError:
+        return None
+    arch = _dispatch.PATHS[path].arch
+    if arch is None:
+        return None
+    return json.loads(torch.ops.flash_attn.explain_forward(*call.op_arguments(), arch))
+
+
+def _call(step: Step) -> Any:
+    lengths = step.cache_seqlens
+    batch, longest_k = lengths.shape[0], step.longest_k or _UNKNOWN_LENGTH
+    one = lengths.new_empty(1, dtype=step.dtype)
+    rows_q = (batch, max(step.longest_q, 1)) if step.cu_seqlens_q is None else (batch * max(step.longest_q, 1),)
+    rows_k = (batch, longest_k) if step.page_size is None else (1, step.page_size)
+    table = None
+    if step.page_size is not None:
+        num_pages = -(-longest_k // step.page_size)
+        table = lengths.new_empty(num_pages).expand(batch, num_pages)
+    return kvcache_call(
+        one.expand(*rows_q, step.num_heads, step.head_dim),
+        one.expand(*rows_k, step.num_heads_k, step.head_dim),
+        one.expand(*rows_k, step.num_heads_k, step.head_dim_v),
+        None, None, rotary_cos=None, rotary_sin=None, cache_seqlens=lengths, cache_batch_idx=None,
+        cache_leftpad=step.leftpad, block_table=table, rotary_interleaved=True, cu_seqlens_q=step.cu_seqlens_q,
+        max_seqlen_q=step.longest_q or None, cu_seqlens_k_new=None, scheduler_metadata=None, softmax_scale=None,
+        causal=step.causal, window_size=step.window, softcap=step.softcap, alibi_slopes=None,
+        num_splits=step.num_splits, return_softmax_lse=False, s_aux=None, out=None, pack_gqa=step.pack_gqa,
+    ).forward  # fmt: skip
+
+
+def _by_lengths(step: Step, plan: dict[str, Any]) -> Tensor:
+    tile_m, tile_n = plan["tile_m"], plan["tile_n"]
+    call = _call(step)
+    keys = (step.cache_seqlens + step.new_tokens).to(torch.int64)
+    if step.leftpad is not None:
+        keys = keys - step.leftpad
+    keys = keys.clamp(min=0)
+    longest_q = torch.full_like(keys, max(step.longest_q, 1))
+    queries = longest_q if step.cu_seqlens_q is None else step.cu_seqlens_q.diff().to(torch.int64)
+    first = torch.zeros_like(keys) if call.window_left < 0 else (keys - queries - call.window_left).clamp(min=0)
+    key_tiles = ((keys + tile_n - 1) // tile_n - first // tile_n).clamp(min=0) * (queries > 0)
+    row_tiles = (queries * plan["packed_heads"] + tile_m - 1) // tile_m
+    target = plan["target_slots"]
+    per_split = ((row_tiles * key_tiles).sum() + target - 1) // target
+    per_split = per_split.clamp(min=plan["min_tiles"])
+    return ((key_tiles + per_split - 1) // per_split).clamp(1, _MAX_SPLITS).to(torch.int32)

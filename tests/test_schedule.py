@@ -1,0 +1,54 @@
+"""Splits computed ahead for get_scheduler_metadata, from a plan such as the kernels' planner makes."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_attn import _schedule
+
+PLAN = {"tile_m": 16, "tile_n": 64, "packed_heads": 4, "target_slots": 40, "min_tiles": 4}
+
+
+def step(lengths, **changes):
+    made = _schedule.Step(
+        num_heads=32, num_heads_k=8, head_dim=128, head_dim_v=128, dtype=torch.bfloat16, longest_q=1, longest_k=8192,
+        cache_seqlens=torch.tensor(lengths, dtype=torch.int32), cu_seqlens_q=None, new_tokens=0, leftpad=None,
+        page_size=None, causal=True, window=(-1, -1), softcap=0.0, num_splits=0, pack_gqa=None,
+    )  # fmt: skip
+    return made._replace(**changes)
+
+
+def splits(lengths, plan=PLAN, **changes):
+    return _schedule._by_lengths(step(lengths, **changes), plan).tolist()
+
+
+@given(lengths=st.lists(st.integers(0, 8192), min_size=1, max_size=100), target=st.integers(1, 500))
+def test_all_parts_fit_the_grid(lengths, target):
+    made = splits(lengths, PLAN | {"target_slots": target})
+    assert all(1 <= count <= 256 for count in made)
+    assert sum(made) <= target + len(lengths)
+
+
+def test_long_requests_have_more_parts_and_empty_ones_have_one():
+    made = splits([8192, 4096, 100, 0])
+    assert made[0] > made[1] > made[2] == made[3] == 1
+
+
+def test_no_part_has_too_few_keys():
+    assert splits([64 * 4 * 3, 1], PLAN | {"target_slots": 1000}) == [3, 1]
+
+
+def test_new_tokens_count_and_left_padding_does_not():
+    plan = PLAN | {"target_slots": 1000}
+    assert splits([256], plan) == [1]
+    assert splits([256], plan, new_tokens=1) == [2]
+    assert splits([2560], plan, leftpad=torch.tensor([2304], dtype=torch.int32)) == [1]
+
+
+def test_a_window_hides_keys():
+    assert splits([8192], PLAN | {"target_slots": 1000}, window=(255, 0)) == [1]
+
+
+def test_the_cpu_path_does_not_split():
+    assert _schedule.num_splits(step([8192])) == 1
+    assert _schedule.num_splits(step([8192], num_splits=7)) == 7
