@@ -44,6 +44,12 @@ __device__ float combined_lse(const RowParts<Element>& parts) {
   return max + logf(sum);
 }
 
+// log(exp(a) + exp(b))
+__device__ inline float log_add_exp(float a, float b) {
+  const float high = fmaxf(a, b);
+  return high == -INFINITY ? high : high + log1pf(expf(fminf(a, b) - high));
+}
+
 template <int kColumns>
 struct FloatColumns {
   float at[kColumns];
