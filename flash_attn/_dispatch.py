@@ -84,7 +84,6 @@ PATHS = {
             {
                 "dense",
                 "varlen",
-                "paged",
                 "causal",
                 "window",
                 "gqa",
@@ -94,9 +93,6 @@ PATHS = {
                 "dropout",
                 "seqused_q",
                 "seqused_k",
-                "leftpad",
-                "cache_batch_idx",
-                "num_splits",
                 "out",
             }
         ),

@@ -33,6 +33,7 @@ def problem(**changes):
         "has_dropout": False,
         "num_splits": 0,
         "pack_gqa": planner.PackGqa.AUTO,
+        "allows_few_rows": True,
     }
     made = planner.Problem()
     for name, value in {**values, **changes}.items():
@@ -158,6 +159,7 @@ CACHE = {"layout": planner.Layout.VARLEN, "layout_k": planner.Layout.DENSE, "has
         ({"rows_q": 65, "pack_gqa": planner.PackGqa.ALWAYS}, "UP_TO_64", 4),
         ({"rows_q": 65, "num_heads": 8, "pack_gqa": planner.PackGqa.ALWAYS}, "MANY", 1),
         ({"has_dropout": True}, "MANY", 1),
+        ({"allows_few_rows": False}, "MANY", 1),
     ],
 )
 def test_few_rows_take_small_tiles(changes, rows, packed_heads):

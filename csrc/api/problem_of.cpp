@@ -5,6 +5,12 @@
 
 #include "variant/tiles.h"
 
+// Whether the planner may choose the kernels for few rows. They have run on the CPU, emulated, and on no GPU yet; a
+// build for tests defines it.
+#ifndef FLASH_ATTN_FEW_ROWS
+#define FLASH_ATTN_FEW_ROWS false
+#endif
+
 namespace flash_attn {
 namespace {
 
@@ -101,6 +107,7 @@ void check_score(const ForwardArgs& args, int64_t batch, int64_t num_heads) {
 }
 
 void check_num_splits(int64_t num_splits) {
+  check(FLASH_ATTN_FEW_ROWS || num_splits <= 1, "num_splits: no kernel splits keys yet, got ", num_splits);
   check(num_splits >= 0 && num_splits <= kMaxSplits, "num_splits must be in [0, ", kMaxSplits, "], got ", num_splits);
 }
 
@@ -161,7 +168,8 @@ Problem make_problem(const ForwardArgs& args) {
           .has_alibi = args.alibi_slopes.has_value(),
           .has_dropout = args.dropout_p > 0.0,
           .num_splits = static_cast<int>(args.num_splits),
-          .pack_gqa = pack_gqa_of(args.pack_gqa)};
+          .pack_gqa = pack_gqa_of(args.pack_gqa),
+          .allows_few_rows = FLASH_ATTN_FEW_ROWS};
 }
 
 }  // namespace flash_attn

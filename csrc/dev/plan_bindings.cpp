@@ -42,7 +42,8 @@ PYBIND11_MODULE(flash_attn_plan, module) {
       .def_readwrite("has_alibi", &Problem::has_alibi)
       .def_readwrite("has_dropout", &Problem::has_dropout)
       .def_readwrite("num_splits", &Problem::num_splits)
-      .def_readwrite("pack_gqa", &Problem::pack_gqa);
+      .def_readwrite("pack_gqa", &Problem::pack_gqa)
+      .def_readwrite("allows_few_rows", &Problem::allows_few_rows);
 
   py::class_<Plan>(module, "Plan")
       .def_property_readonly("head_dim", [](const Plan& plan) { return plan.variant.head_dim.qk; })

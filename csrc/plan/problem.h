@@ -33,6 +33,7 @@ struct Problem {
   bool has_dropout;
   int num_splits;  // of the keys; 0: to be chosen
   PackGqa pack_gqa;
+  bool allows_few_rows;  // the planner may choose the kernels for few rows, which pack heads and split keys
 
   // A dense batch has its own tiles per entry; the entries of a varlen batch share one run of tile slots.
   int64_t num_tile_runs() const { return layout == Layout::kDense ? batch : 1; }

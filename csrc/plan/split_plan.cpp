@@ -46,7 +46,7 @@ int64_t most_visible_keys(const Problem& problem) {
 
 Rows choose_rows(const Problem& problem) {
   // Dropout's numbers are drawn for neighbouring queries of one head.
-  if (problem.has_dropout) return Rows::kMany;
+  if (problem.has_dropout || !problem.allows_few_rows) return Rows::kMany;
   const bool forced = problem.num_splits > 1 || (problem.pack_gqa == PackGqa::kAlways && heads_per_kv(problem) > 1);
   // With one split a row's bits may not depend on the other entries: nor may the choice of the kernel.
   if (problem.num_splits == 1 && problem.layout == Layout::kVarlen) {

@@ -1,6 +1,7 @@
 // Not flash_attn_combine's kernel, though its arithmetic: a part lies in its thread block's slot, which depends on the
 // lengths, entries that were not split have none, and sinks join here.
 #include "kernels/common/seq_info.h"
+#include "kernels/common/start_kernel.h"
 #include "kernels/misc/combine_row.h"
 #include "kernels/misc/merge_splits.h"
 #include "variant/tiles.h"
@@ -108,7 +109,7 @@ cudaError_t launch_merge_splits(const ForwardParams& params, Dtype dtype, int ti
   const int num_rows = params.seq.rows_q * (is_dense ? params.seq.batch : 1) * params.heads.num_heads;
   if (num_rows > 0) {
     const auto kernel = dtype == Dtype::kFp16 ? &merge_splits_kernel<__half> : &merge_splits_kernel<__nv_bfloat16>;
-    kernel<<<num_rows, kNumThreads, 0, stream>>>(params, tile_m);
+    start_kernel(kernel, {num_rows, kNumThreads, 0, stream}, params, tile_m);
   }
   return cudaGetLastError();
 }

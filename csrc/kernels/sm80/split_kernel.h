@@ -3,6 +3,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "kernels/common/instructions.h"
 #include "kernels/common/params.h"
 #include "kernels/common/split_schedule.h"
 #include "kernels/sm80/forward_mainloop.h"
@@ -36,8 +37,7 @@ __device__ void attend_to_part(const ForwardParams& params, const SplitTile& til
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid_constant__ ForwardParams params) {
-  extern __shared__ __align__(128) unsigned char smem_bytes[];
-  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+  auto& smem = dynamic_smem<typename Traits::SharedStorage>();
 
   const SplitTile tile = locate_split_tile<Traits::kTileM, Traits::kTileN>(params, blockIdx.x);
   if (!tile.has_rows()) return;
