@@ -123,11 +123,14 @@ KINDS = (Kind("forward", "Variant", FORWARD_FAMILIES), Kind("backward", "Backwar
 
 @dataclass(frozen=True)
 class Group:
-    """The kernels of one generated file: one kind, architecture, dtype and tile row, with every option."""
+    """The kernels of one generated file: one kind, architecture and tile row, with every dtype and option.
+
+    A file costs some 20 s of one core before its first kernel, which is why dtypes share one.
+    """
 
     kind: Kind
     arch: int
-    dtype: str
+    dtypes: tuple[str, ...]
     tile_row: tuple[int, int, str]
     options: tuple[tuple[str, ...], ...]
     rows: str
@@ -136,14 +139,14 @@ class Group:
     def file_name(self) -> str:
         qk, v, smem = self.tile_row
         rows = f"_rows{self.rows}" if self.rows else ""
-        return f"{self.kind.name}{rows}_{self.dtype}_d{qk}_{v}_{smem}_sm{self.arch}.cu"
+        return f"{self.kind.name}{rows}_d{qk}_{v}_{smem}_sm{self.arch}.cu"
 
     @property
     def launches(self) -> Iterator[tuple[str, str]]:
         """(variant, launch function) of each kernel, as C++ expressions."""
         qk, v, smem = self.tile_row
-        for option in self.options:
-            fields = [f"Arch::kSm{self.arch}", _CPP_DTYPE[self.dtype], f"{{{qk}, {v}}}", f"SmemClass::k{smem}", *option]
+        for dtype, option in product(self.dtypes, self.options):
+            fields = [f"Arch::kSm{self.arch}", _CPP_DTYPE[dtype], f"{{{qk}, {v}}}", f"SmemClass::k{smem}", *option]
             variant = f"{self.kind.variant}{{{', '.join(fields)}}}"
             yield variant, f"sm{self.arch}::launch_{self.kind.name}<{variant}>"
 
@@ -151,11 +154,11 @@ class Group:
 def groups(archs: Iterable[int], head_dims: Iterable[int], dtypes: Iterable[str]) -> list[Group]:
     archs, head_dims, dtypes = set(archs), set(head_dims), set(dtypes)
     return [
-        Group(kind, family.arch, dtype, row, family.options, family.rows)
+        Group(kind, family.arch, chosen, row, family.options, family.rows)
         for kind in KINDS
         for family in kind.families
-        for dtype, row in product(family.dtypes, family.rows_for(head_dims))
-        if family.arch in archs and dtype in dtypes
+        if family.arch in archs and (chosen := tuple(dtype for dtype in family.dtypes if dtype in dtypes))
+        for row in family.rows_for(head_dims)
     ]
 
 
