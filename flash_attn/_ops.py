@@ -190,6 +190,8 @@ def _refuse_vmap(name: str) -> Any:
     return vmap
 
 
+_NO_SECOND_DERIVATIVE = "attention has no second derivative"
+_NO_PROBS_GRADIENT = "S_dmask of return_attn_probs has no gradient"
 _NO_ROTARY_GRADIENT = "there is no backward through the rotary embedding of flash_attn_with_kvcache"
 _NO_COMBINE_GRADIENT = "there is no backward through flash_attn_combine"
 
@@ -226,8 +228,8 @@ def _register_python_ops() -> None:
     _register("cpu_combine", cpu.combine, _fake_combine)
     _register_autograd("cpu_forward", _backward, _setup_backward)
     for name, what in (
-        ("cpu_backward", "attention has no second derivative"),
-        ("cpu_attn_probs", "S_dmask of return_attn_probs has no gradient"),
+        ("cpu_backward", _NO_SECOND_DERIVATIVE),
+        ("cpu_attn_probs", _NO_PROBS_GRADIENT),
         ("cpu_rotary", _NO_ROTARY_GRADIENT),
         ("cpu_combine", _NO_COMBINE_GRADIENT),
     ):
@@ -244,6 +246,7 @@ def _register_cuda_ops() -> None:
         ("forward_out", _fake_forward_out),
         ("backward", _fake_backward),
         ("backward_out", _fake_backward_out),
+        ("attn_probs", _fake_attn_probs),
         ("append_kv", _fake_append_kv),
         ("rotary", _fake_rotary),
         ("combine", _fake_combine),
@@ -251,12 +254,13 @@ def _register_cuda_ops() -> None:
         torch.library.register_fake(f"flash_attn::{name}", fake, lib=_LIB)
     _register_autograd("forward", _backward, _setup_backward)
     for name, what in (
-        ("backward", "attention has no second derivative"),
+        ("backward", _NO_SECOND_DERIVATIVE),
+        ("attn_probs", _NO_PROBS_GRADIENT),
         ("rotary", _NO_ROTARY_GRADIENT),
         ("combine", _NO_COMBINE_GRADIENT),
     ):
         _register_autograd(name, _refuse_backward(what))
-    for name in ("forward", "backward", "rotary", "combine"):
+    for name in ("forward", "backward", "attn_probs", "rotary", "combine"):
         torch.library.register_vmap(f"flash_attn::{name}", _refuse_vmap(name), lib=_LIB)
     for name, mutated in (("forward_out", (-1,)), ("backward_out", (-3, -2, -1)), ("append_kv", (0, 1))):
         _LIB.impl(name, _in_place(name, mutated), "ADInplaceOrView", with_keyset=True)
@@ -329,9 +333,9 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
 
 def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:
     """S_dmask of a call that has run; it has no gradient."""
-    _require_cpu(path, "return_attn_probs")
     a = call
-    return torch.ops.flash_attn.cpu_attn_probs(
+    op = torch.ops.flash_attn.cpu_attn_probs if path == "cpu" else torch.ops.flash_attn.attn_probs
+    return op(
         a.q.detach(), a.k.detach(), lse.detach(), a.alibi_slopes, a.rng_state, a.cu_seqlens_q, a.cu_seqlens_k,
         a.seqused_q, a.seqused_k, a.leftpad_k, a.block_table, a.cache_batch_idx, a.max_seqlen_q, a.max_seqlen_k,
         a.softmax_scale, a.window_left, a.window_right, a.softcap, a.dropout_p,
@@ -364,8 +368,3 @@ def combine(path: str, out_partial: Tensor, lse_partial: Tensor, out_dtype: torc
     if path == "cpu":
         return (cpu.combine if direct else torch.ops.flash_attn.cpu_combine)(*arguments)
     return _run_kernel("combine", *arguments) if direct else torch.ops.flash_attn.combine(*arguments)
-
-
-def _require_cpu(path: str, what: str) -> None:
-    if path != "cpu":
-        raise NotImplementedError(f"{what} has no kernel on the path {path}; run under flash_attn.use_path('cpu')")

@@ -73,7 +73,7 @@ def test_every_path_serves_only_known_features():
 
 
 @built
-@pytest.mark.parametrize("name", ["forward", "forward_out", "backward", "append_kv", "rotary", "combine"])
+@pytest.mark.parametrize("name", ["forward", "forward_out", "backward", "attn_probs", "append_kv", "rotary", "combine"])
 def test_kernel_op_takes_the_cpu_ops_arguments(name):
     """One list stands in C++ beside the code that reads it, one in Python: they may not drift apart."""
     kernel = getattr(torch.ops.flash_attn, name).default._schema

@@ -18,6 +18,9 @@ PROBS = [
     Case("probs-causal-sinks", "masked entries are 0", "dense", (65,), (40,), dropout_p=0.5, causal=True,
          sinks=cases.FP32),
     Case("probs-varlen", "0 outside each sequence", "varlen", (17, 0, 40), (130, 5, 0), dropout_p=0.2),
+    Case("probs-window-alibi", "the score as attention makes it", "dense", (33, 33), (70, 70), dropout_p=0.3,
+         heads=(4, 2), dims=(41, 24), window=(20, 3), alibi="batch", scale=-0.2),
+    Case("probs-paged", "keys from pages", "varlen", (17, 30), (130, 40), dropout_p=0.2, seqused_k=(100, 3), page=16),
     Case("probs-seqused", "0 past the used lengths", "varlen", (17, 30), (130, 40), dropout_p=0.2,
          seqused_q=(9, 30), seqused_k=(100, 3)),
 ]  # fmt: skip

@@ -136,7 +136,7 @@ def test_cuda_op_has_the_same_arguments(name):
     assert text == python[1 : python.index(") ->")] + ", int arch"
 
 
-@pytest.mark.parametrize("name", ["append_kv", "rotary", "combine"])
+@pytest.mark.parametrize("name", ["attn_probs", "append_kv", "rotary", "combine"])
 def test_cuda_op_has_the_same_schema(name):
     source = Path(__file__).parent.parent / "csrc/api"
     if not source.exists():

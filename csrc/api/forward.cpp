@@ -36,12 +36,6 @@ Tensor make_lse(const ForwardArgs& args, const Problem& problem) {
   return allocate(args.q, shape, ScalarType::Float);
 }
 
-LseOperand lse_operand_of(const Tensor& lse) {
-  return {.ptr = static_cast<float*>(lse.mutable_data_ptr()),
-          .batch_stride = lse.dim() == 3 ? lse.stride(0) : 0,
-          .head_stride = lse.stride(lse.dim() - 2)};
-}
-
 // Of the GPU that the kernels are tuned for.
 constexpr Gpu kH200{.smem_limit = bytes_of(SmemClass::k227KB), .num_sms = 132};
 

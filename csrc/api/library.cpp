@@ -1,6 +1,7 @@
 // The ops that the compiled module adds to torch.ops.flash_attn, and the module itself.
 #include <Python.h>
 
+#include "api/attn_probs.h"
 #include "api/backward.h"
 #include "api/built_kernels.h"
 #include "api/combine.h"
@@ -46,6 +47,11 @@ void boxed_explain_backward(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(explain_backward(take_forward_args(reader)));
 }
 
+void boxed_attn_probs(StableIValue* stack, uint64_t, uint64_t) {
+  StackReader reader(stack);
+  stack[0] = from(attn_probs(take_attn_probs_args(reader)));
+}
+
 void boxed_explain_forward(StableIValue* stack, uint64_t, uint64_t) {
   StackReader reader(stack);
   stack[0] = from(explain_forward(take_forward_args(reader)));
@@ -62,6 +68,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_attn, library) {
               ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor ds_aux");
   library.def("explain_backward(" FLASH_ATTN_FORWARD_SCHEMA_ARGS ") -> str");
   library.def("explain_forward(" FLASH_ATTN_FORWARD_SCHEMA_ARGS ") -> str");
+  library.def("attn_probs" FLASH_ATTN_ATTN_PROBS_SCHEMA);
   library.def("append_kv" FLASH_ATTN_APPEND_KV_SCHEMA);
   library.def("rotary" FLASH_ATTN_ROTARY_SCHEMA);
   library.def("combine" FLASH_ATTN_COMBINE_SCHEMA);
@@ -73,6 +80,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, library) {
   library.impl("forward_out", &flash_attn::boxed_forward_out);
   library.impl("backward", &flash_attn::boxed_backward);
   library.impl("backward_out", &flash_attn::boxed_backward_out);
+  library.impl("attn_probs", &flash_attn::boxed_attn_probs);
   library.impl("append_kv", TORCH_BOX(&flash_attn::append_kv));
   library.impl("rotary", TORCH_BOX(&flash_attn::rotary));
   library.impl("combine", TORCH_BOX(&flash_attn::combine));

@@ -45,6 +45,12 @@ OutputTarget output_target_of(const Tensor& returned) {
   return {allocate_like(returned, shape), returned};
 }
 
+LseOperand lse_operand_of(const Tensor& lse) {
+  return {.ptr = static_cast<float*>(lse.mutable_data_ptr()),
+          .batch_stride = lse.dim() == 3 ? lse.stride(0) : 0,
+          .head_stride = lse.stride(lse.dim() - 2)};
+}
+
 SeqParams seq_params_of(const ForwardArgs& args, const Problem& problem) {
   return {.batch = static_cast<int>(problem.batch),
           .rows_q = static_cast<int>(problem.rows_q),

@@ -25,6 +25,7 @@ struct OutputTarget {
 
 OutputTarget output_target_of(const Tensor& returned);
 
+LseOperand lse_operand_of(const Tensor& lse);
 SeqParams seq_params_of(const ForwardArgs& args, const Problem& problem);
 PageParams page_params_of(const ForwardArgs& args);
 HeadParams head_params_of(const Problem& problem);
