@@ -96,9 +96,10 @@ def flash_attn_func(
         Return (out, lse). lse has a gradient.
     num_splits : int
         Into how many parts, 0 to 256, the keys are split for parallelism: a hint that 0 leaves to a
-        heuristic; 1 makes a row's result independent of the batch around it.
+        heuristic; 1 makes a row's result independent of the batch around it. Dropout never splits.
     pack_gqa : bool, optional
-        Whether query heads of a key head share a tile: a hint that changes no result; None chooses.
+        Whether query heads of a key head share a tile: a hint that changes no result but in its rounding;
+        None chooses.
 
     Returns
     -------

@@ -44,7 +44,8 @@ def flash_attn_with_kvcache(
     """Attention of new queries to a KV cache; first, if k and v are given, appends them to the cache in place.
 
     Entry b then has the keys from cache_leftpad[b] up to cache_seqlens[b] plus its new tokens. Nothing waits
-    for the device, and the cache is never copied.
+    for the device. The cache is not copied, unless its rows can't be read in pieces of 16 bytes (a head_dim or
+    a stride of 16-bit elements that is no multiple of 8).
 
     Parameters
     ----------

@@ -14,9 +14,16 @@ constexpr int kRows64 = 64;
 constexpr int kMaxBlocksPerSm = 4;
 // What the driver takes of an SM's shared memory for each block.
 constexpr int kReservedSmem = 1024;
-// From this many times what the GPU holds at once, the last blocks of a launch leave little of it idle.
-constexpr int64_t kEnoughWaves = 4;
-constexpr int64_t kSplitWaves = 2;
+// Launches of so many times what the GPU holds at once are not split, and the others into about so many.
+struct Waves {
+  int64_t enough;
+  int64_t target;
+};
+
+// Decoding lives on the memory's speed, which the last blocks of a launch must not leave unused. 64 rows need a
+// workspace four times as large, and compute.
+constexpr Waves waves_for(int tile_m) { return tile_m == kRows16 ? Waves{4, 2} : Waves{1, 1}; }
+
 // Fewer keys than these take less time than the rest of a block's life.
 constexpr int kMinKeysPerSplit = 256;
 
@@ -65,16 +72,17 @@ SplitPlan make_split_plan(const Problem& problem, const Tile& tile, int smem_byt
                                                               : problem.batch * ceil_div(packed_rows, tile.m);
   const int64_t head_runs = problem.num_heads / plan.packed_heads;
   const int64_t blocks_per_sm = (gpu.smem_limit + kReservedSmem) / (smem_bytes + kReservedSmem);
+  const Waves waves = waves_for(tile.m);
   const int64_t resident = gpu.num_sms * std::clamp<int64_t>(blocks_per_sm, 1, kMaxBlocksPerSm);
   plan.min_tiles = static_cast<int>(ceil_div(kMinKeysPerSplit, tile.n));
   const int64_t most_splits = ceil_div(ceil_div(most_visible_keys(problem), tile.n) + 1, plan.min_tiles);
   plan.num_splits = problem.num_splits;
-  if (problem.num_splits == 0 && (most_splits <= 1 || row_tiles * head_runs >= kEnoughWaves * resident)) {
+  if (problem.num_splits == 0 && (most_splits <= 1 || row_tiles * head_runs >= waves.enough * resident)) {
     plan.num_splits = 1;
   }
   plan.num_slots = row_tiles * std::max(plan.num_splits, 1);
   if (plan.num_splits == 0) {
-    plan.target_slots = static_cast<int>(ceil_div(kSplitWaves * resident, std::max<int64_t>(head_runs, 1)));
+    plan.target_slots = static_cast<int>(ceil_div(waves.target * resident, std::max<int64_t>(head_runs, 1)));
     plan.num_slots = std::min(row_tiles + plan.target_slots, row_tiles * std::min<int64_t>(most_splits, kMaxSplits));
   }
   return plan;
