@@ -70,7 +70,21 @@ PATHS = {
         capability=((9, 0), (9, 0)),
         dtypes=frozenset({"fp16", "bf16"}),
         max_head_dim=512,
-        features=frozenset(),
+        features=frozenset(
+            {
+                "dense",
+                "varlen",
+                "causal",
+                "window",
+                "gqa",
+                "softcap",
+                "alibi",
+                "sinks",
+                "seqused_q",
+                "seqused_k",
+                "out",
+            }
+        ),
     ),
     "sm80": PathSpec(
         name="sm80",

@@ -7,7 +7,10 @@ from tolerance import assert_same_bits
 
 import flash_attn
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("gpu_path"),
+]
 
 
 def _random(*shape, dtype=torch.bfloat16):
@@ -15,10 +18,7 @@ def _random(*shape, dtype=torch.bfloat16):
 
 
 def _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
-    with flash_attn.use_path("sm80"):
-        return flash_attn.flash_attn_varlen_func(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, return_softmax_lse=True, **options
-        )
+    return flash_attn.flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, return_softmax_lse=True, **options)
 
 
 def _packed(total_q, total_k, heads=2, head_dim=64):
@@ -168,8 +168,9 @@ def test_torch_compile_with_dynamic_lengths():
         assert_same_bits("out", compiled(q, k, v), flash_attn.flash_attn_func(q, k, v, causal=True))
 
 
-def test_opcheck_of_the_kernel_op():
+def test_opcheck_of_the_kernel_op(gpu_path):
     q, k, v = (_random(2, 33, 4, 64) for _ in range(3))
+    arch = flash_attn._dispatch.PATHS[gpu_path].arch
     call = flash_attn.interface.build_call(flash_attn.flash_attn_func, q, k, v, causal=True)
-    torch.library.opcheck(torch.ops.flash_attn.forward, (*call.op_arguments(), 80))
-    torch.library.opcheck(torch.ops.flash_attn.forward_out, (*call.op_arguments(), 80, torch.empty_like(q)))
+    torch.library.opcheck(torch.ops.flash_attn.forward, (*call.op_arguments(), arch))
+    torch.library.opcheck(torch.ops.flash_attn.forward_out, (*call.op_arguments(), arch, torch.empty_like(q)))

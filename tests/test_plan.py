@@ -47,8 +47,8 @@ LARGEST_SMEM = 227 * 1024
 NUM_SMS = 132
 
 
-def plan(smem=LARGEST_SMEM, **changes):
-    return planner.make_plan(problem(**changes), planner.Arch.SM80, smem, NUM_SMS)
+def plan(smem=LARGEST_SMEM, arch=planner.Arch.SM80, **changes):
+    return planner.make_plan(problem(**changes), arch, smem, NUM_SMS)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,17 @@ def test_the_largest_tile_that_the_gpu_holds():
         plan(head_dim=512, smem=99 * 1024)
 
 
-@pytest.mark.parametrize("row_class", [planner.Rows.MANY, planner.Rows.UP_TO_64, planner.Rows.UP_TO_16])
-def test_each_tile_row_has_a_reason(row_class):
-    rows = planner.tile_rows(row_class)
+@pytest.mark.parametrize(
+    ("arch", "row_class"),
+    [
+        (planner.Arch.SM80, planner.Rows.MANY),
+        (planner.Arch.SM80, planner.Rows.UP_TO_64),
+        (planner.Arch.SM80, planner.Rows.UP_TO_16),
+        (planner.Arch.SM90, planner.Rows.MANY),
+    ],
+)
+def test_each_tile_row_has_a_reason(arch, row_class):
+    rows = planner.tile_rows(arch, row_class)
     assert rows and all(reason for *_, reason in rows)
     order = [(qk, v, -smem) for qk, v, smem, *_ in rows]
     assert sorted(order) == order, "the planner takes the first row that holds a call"

@@ -52,6 +52,8 @@ std::string built_kernels() {
   std::ostringstream json;
   json << "{\"tile_rows\": {\"forward\": {\"80\": ";
   write_tile_rows(json, kForwardTilesSm80);
+  json << ", \"90\": ";
+  write_tile_rows(json, kForwardTilesSm90);
   json << "}, \"backward\": {\"80\": ";
   write_tile_rows(json, kBackwardTilesSm80);
   json << "}}, \"kernels\": ";

@@ -68,9 +68,9 @@ PYBIND11_MODULE(flash_attn_plan, module) {
   });
   module.def("first_varlen_slot", &first_varlen_slot);
   module.def("num_varlen_slots", &num_varlen_slots);
-  module.def("tile_rows", [](Rows rows) {
+  module.def("tile_rows", [](Arch arch, Rows rows) {
     py::list list;
-    for (const TileRow& row : forward_tile_rows(Arch::kSm80, rows)) {
+    for (const TileRow& row : forward_tile_rows(arch, rows)) {
       list.append(
           py::make_tuple(row.head_dim.qk, row.head_dim.v, bytes_of(row.smem), row.tile.m, row.tile.n, row.reason));
     }

@@ -31,7 +31,7 @@ int64_t count_tiles(const Problem& problem, int tile_m) {
 }  // namespace
 
 Plan make_plan(const Problem& problem, Arch arch, const Gpu& gpu) {
-  const Rows rows = choose_rows(problem);
+  const Rows rows = arch == Arch::kSm80 ? choose_rows(problem) : Rows::kMany;
   const TileRow* row = find_tile_row(arch, rows, problem.head_dim, problem.head_dim_v, gpu.smem_limit);
   if (row == nullptr) {
     throw UnsupportedProblem("head_dim: no SM" + std::to_string(static_cast<int>(arch)) + " kernel for " +
@@ -57,7 +57,7 @@ Plan make_plan(const Problem& problem, Arch arch, const Gpu& gpu) {
           .tile = row->tile,
           .tiles_per_head = tiles_per_head,
           .num_blocks = num_blocks,
-          .num_threads = num_threads(row->tile),
+          .num_threads = num_threads(arch, row->tile),
           .smem_bytes = smem,
           .split = split};
 }

@@ -13,6 +13,10 @@ struct Tile {
   int n;        // keys per step
   int warps_m;  // each owns m / warps_m rows
   int warps_n;  // each owns 1 / warps_n of S's and of O's columns
+  // SM90: how many tiles of K, and of V, and how many of Q are in shared memory at a time.
+  int kv_stages = 1;
+  int q_stages = 1;
+  int polynomial_exps = 0;  // SM90: of 16 exponentials, those computed by a polynomial
 
   constexpr int num_warps() const { return warps_m * warps_n; }
 };
@@ -89,7 +93,28 @@ inline constexpr TileRow kForwardTiles16Sm80[] = {
      "leave two warps without any"},
 };
 
+// A warpgroup owns 64 rows of S and of O; one more, of which a single thread works, brings the tiles.
+inline constexpr TileRow kForwardTilesSm90[] = {
+    {{64, 64},
+     SmemClass::k227KB,
+     {192, 128, 12, 1, 2, 2},
+     "registers: S (64) + O (32) + P (32) of 160 per lane; three warpgroups take turns at the tensor cores"},
+    {{96, 96}, SmemClass::k227KB, {128, 128, 8, 1, 2, 2}, "as 128/128"},
+    {{128, 128}, SmemClass::k227KB, {128, 128, 8, 1, 2, 2}, "registers: S (64) + O (64) + P (32) of 240 per lane"},
+    {{192, 128}, SmemClass::k227KB, {128, 128, 8, 1, 2, 1}, "shared memory: 209 KB with one stage of Q"},
+    {{192, 192}, SmemClass::k227KB, {128, 112, 8, 1, 2, 1}, "shared memory: 217 KB with one stage of Q"},
+    {{256, 256},
+     SmemClass::k227KB,
+     {128, 80, 8, 1, 2, 1},
+     "shared memory: 225 KB with one stage of Q; registers: O (128) + S (40) + P (20)"},
+    {{512, 512},
+     SmemClass::k227KB,
+     {64, 64, 4, 2, 1, 1},
+     "registers: a group's half of O (128) leaves 64 rows; shared memory: 209 KB with one stage of everything"},
+};
+
 inline constexpr int kThreadsPerWarp = 32;
+inline constexpr int kThreadsPerWarpgroup = 128;
 inline constexpr int kElementBytes = 2;
 inline constexpr int kFloatBytes = 4;
 // Parts of a tile's keys: as many as the merging kernel's shared memory holds the weights of.
@@ -105,7 +130,10 @@ struct TileRows {
 };
 
 constexpr TileRows forward_tile_rows(Arch arch, Rows rows) {
-  if (arch != Arch::kSm80) return {nullptr, nullptr};
+  if (arch == Arch::kSm90) {
+    if (rows != Rows::kMany) return {nullptr, nullptr};
+    return {std::begin(kForwardTilesSm90), std::end(kForwardTilesSm90)};
+  }
   switch (rows) {
     case Rows::kMany:
       return {std::begin(kForwardTilesSm80), std::end(kForwardTilesSm80)};
@@ -131,15 +159,30 @@ constexpr Tile tile_for(const Variant& variant) {
       ->tile;
 }
 
-constexpr int num_threads(const Tile& tile) { return tile.num_warps() * kThreadsPerWarp; }
+constexpr int num_threads(Arch arch, const Tile& tile) {
+  return tile.num_warps() * kThreadsPerWarp + (arch == Arch::kSm90 ? kThreadsPerWarpgroup : 0);
+}
 
-// Q, one stage of K and one of V; O leaves through Q's space. Warps that share rows exchange P and the rows' maxima.
+// The barriers of an SM90 kernel; as much as the tiles beside them are aligned to.
+inline constexpr int kBarrierBytesSm90 = 1024;
+// Tiles of P between the warpgroups that share rows.
+inline constexpr int kProbabilityStagesSm90 = 2;
+
+// Q, K and V; O leaves through Q's space. Warps that share rows exchange P and the rows' maxima.
+constexpr int smem_bytes(Arch arch, HeadDimBucket d, const Tile& tile) {
+  const int q_or_o = tile.q_stages * tile.m * (d.qk > d.v ? d.qk : d.v);
+  const int tiles = (q_or_o + tile.kv_stages * tile.n * (d.qk + d.v)) * kElementBytes;
+  const bool shares_rows = tile.warps_n > 1;
+  if (arch == Arch::kSm90) {
+    const int exchange = shares_rows ? kProbabilityStagesSm90 * tile.m * tile.n * kElementBytes : 0;
+    return tiles + exchange + kBarrierBytesSm90;
+  }
+  const int exchange = shares_rows ? tile.m * tile.n * kElementBytes + tile.warps_n * tile.m * kFloatBytes : 0;
+  return tiles + exchange;
+}
+
 constexpr int smem_bytes(const Variant& variant) {
-  const Tile tile = tile_for(variant);
-  const HeadDimBucket d = variant.head_dim;
-  const int q_or_o = tile.m * (d.qk > d.v ? d.qk : d.v);
-  const int exchange = tile.warps_n > 1 ? tile.m * tile.n * kElementBytes + tile.warps_n * tile.m * kFloatBytes : 0;
-  return (q_or_o + tile.n * (d.qk + d.v)) * kElementBytes + exchange;
+  return smem_bytes(variant.arch, variant.head_dim, tile_for(variant));
 }
 
 }  // namespace flash_attn

@@ -38,6 +38,13 @@ class Family:
         return [row for row in self.tile_rows if row[0] in taken]
 
 
+_FORWARD_OPTIONS = (
+    ("Mask::kFull", "Score::kPlain"),
+    ("Mask::kCausal", "Score::kPlain"),
+    ("Mask::kGeneral", "Score::kPlain"),
+    ("Mask::kGeneral", "Score::kGeneral"),
+)
+
 FORWARD_FAMILIES = (
     Family(
         arch=80,
@@ -53,12 +60,21 @@ FORWARD_FAMILIES = (
             (512, 512, "227KB"),
             (512, 512, "163KB"),
         ),
-        options=(
-            ("Mask::kFull", "Score::kPlain"),
-            ("Mask::kCausal", "Score::kPlain"),
-            ("Mask::kGeneral", "Score::kPlain"),
-            ("Mask::kGeneral", "Score::kGeneral"),
+        options=_FORWARD_OPTIONS,
+    ),
+    Family(
+        arch=90,
+        dtypes=("fp16", "bf16"),
+        tile_rows=(
+            (64, 64, "227KB"),
+            (96, 96, "227KB"),
+            (128, 128, "227KB"),
+            (192, 128, "227KB"),
+            (192, 192, "227KB"),
+            (256, 256, "227KB"),
+            (512, 512, "227KB"),
         ),
+        options=_FORWARD_OPTIONS,
     ),
     Family(
         arch=80,

@@ -22,6 +22,13 @@ __device__ inline float fast_exp2(float x) {
   return result;
 }
 
+// The larger one; not a number where one of them is none, which fmaxf would hide.
+__device__ inline float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // What other thread blocks wrote before the store_release of the value that is read can be read after this.
 __device__ inline int load_acquire(const int* from) {
   int value;

@@ -11,6 +11,23 @@ using namespace cute;
 
 inline constexpr float kLog2E = 1.4426950408889634f;
 
+namespace detail {
+
+// 2^x for x <= 0 on the units that add and multiply, which have time where the unit for fast_exp2 has none: 2^n 2^f, n
+// the nearest integer, f of a cubic with relative error 1.01e-4 that is exact at 0, so that 2^-127 and
+// less becomes 0.
+__device__ inline float polynomial_exp2(float x) {
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: its last bit is 1
+  constexpr int kMantissaBits = 23;
+  const float clamped = max_or_nan(x, -127.f);
+  const float shifted = clamped + kRound;
+  const float f = clamped - (shifted - kRound);
+  const float cubic = fmaf(fmaf(fmaf(0.05500893f, f, 0.242211f), f, 0.69328293f), f, 1.f);
+  return __int_as_float(__float_as_int(cubic) + (__float_as_int(shifted) << kMantissaBits));
+}
+
+}  // namespace detail
+
 template <int kNumRows>  // rows that a lane holds a part of
 class OnlineSoftmax {
  public:
@@ -45,6 +62,51 @@ class OnlineSoftmax {
         scores(row, col) = detail::fast_exp2(fmaf(scores(row, col), scale_log2_, -max_log2));
         row_sum_(row) += scores(row, col);
       }
+    }
+  }
+
+  // As update(), for an output that is not at hand yet: returns what each of its rows must be multiplied by. Maxima and
+  // sums are taken along several chains, since one warp alone must keep its scheduler busy. Of 16 exponentials,
+  // kNumPolynomials are computed by polynomial_exp2.
+  template <int kNumPolynomials, class Scores, class Reducer>
+  __device__ RowTensor exponentiate(Scores&& scores, const Reducer& reducer) {
+    constexpr int kNumChains = 4;
+    RowTensor new_max;
+    CUTE_UNROLL
+    for (int row = 0; row < kNumRows; ++row) {
+      float chains[kNumChains] = {row_max_(row), -INFINITY, -INFINITY, -INFINITY};
+      CUTE_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) {
+        chains[col % kNumChains] = fmaxf(chains[col % kNumChains], scores(row, col));
+      }
+      new_max(row) = fmaxf(fmaxf(chains[0], chains[1]), fmaxf(chains[2], chains[3]));
+    }
+    reducer.max(new_max);
+    RowTensor factors;
+    CUTE_UNROLL
+    for (int row = 0; row < kNumRows; ++row) {
+      const float max_log2 = finite(new_max(row)) * scale_log2_;
+      factors(row) = detail::fast_exp2(row_max_(row) * scale_log2_ - max_log2);
+      row_max_(row) = new_max(row);
+      float chains[kNumChains] = {row_sum_(row) * factors(row), 0.f, 0.f, 0.f};
+      CUTE_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) {
+        const float exponent = fmaf(scores(row, col), scale_log2_, -max_log2);
+        const bool polynomial = col * kNumPolynomials % 16 < kNumPolynomials;
+        scores(row, col) = polynomial ? detail::polynomial_exp2(exponent) : detail::fast_exp2(exponent);
+        chains[col % kNumChains] += scores(row, col);
+      }
+      row_sum_(row) = (chains[0] + chains[1]) + (chains[2] + chains[3]);
+    }
+    return factors;
+  }
+
+  template <class Output, class Factors>
+  static __device__ void rescale(Output&& output, const Factors& factors) {
+    CUTE_UNROLL
+    for (int row = 0; row < kNumRows; ++row) {
+      CUTE_UNROLL
+      for (int col = 0; col < size<1>(output); ++col) output(row, col) *= factors(row);
     }
   }
 

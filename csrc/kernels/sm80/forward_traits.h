@@ -22,7 +22,7 @@ struct ForwardTraits {
   static constexpr int kHeadDimV = kVariant.head_dim.v;
   static constexpr int kWarpsM = kTile.warps_m;
   static constexpr int kWarpsN = kTile.warps_n;
-  static constexpr int kNumThreads = num_threads(kTile);
+  static constexpr int kNumThreads = num_threads(kVariant.arch, kTile);
 
   using Element = ElementOf<kVariant.dtype>;
 

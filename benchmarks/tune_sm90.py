@@ -1,0 +1,129 @@
+"""Times tile shapes of the SM90 forward kernels on this machine's GPU, beside those that the tile table holds.
+
+    CUTLASS_PATH=.../cutlass/include python benchmarks/tune_sm90.py 128/128 [64/64 ...] [--mask full] [--length 1024]
+
+Each tile is compiled into a program of its own, all of them at once, and they take turns for several rounds. Figures
+are bf16 TFLOP/s, the median of the rounds; causal counts half. A tile whose sum of outputs differs from the first's
+is marked. The winner belongs into csrc/variant/tiles.h, with the limit that it hits as the row's reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = Path(__file__).resolve().with_name("tune_sm90.cu")
+NUM_TOKENS = 16384
+ROUNDS = 5
+
+# (rows, keys, warps along rows, warps along columns, stages of K and V, stages of Q, exponentials of 16 by polynomial)
+TILES = {
+    (64, 64): (
+        (192, 128, 12, 1, 2, 2, 0),
+        (192, 128, 12, 1, 2, 2, 2),
+        (192, 128, 12, 1, 2, 2, 4),
+        (128, 128, 8, 1, 2, 2, 0),
+        (128, 192, 8, 1, 2, 2, 0),
+        (192, 96, 12, 1, 3, 2, 0),
+    ),
+    (96, 96): ((128, 128, 8, 1, 2, 2, 0), (128, 176, 8, 1, 2, 2, 0), (128, 160, 8, 1, 2, 2, 0)),
+    (128, 128): (
+        (128, 128, 8, 1, 2, 2, 0),
+        (128, 128, 8, 1, 2, 1, 0),
+        (128, 160, 8, 1, 2, 2, 0),
+        (128, 176, 8, 1, 2, 1, 0),
+        (128, 192, 8, 1, 2, 1, 0),
+    ),
+    (192, 128): ((128, 128, 8, 1, 2, 1, 0), (128, 112, 8, 1, 2, 1, 0)),
+    (192, 192): ((128, 112, 8, 1, 2, 1, 0), (128, 96, 8, 1, 2, 1, 0), (128, 80, 8, 1, 2, 2, 0)),
+    (256, 256): ((128, 80, 8, 1, 2, 1, 0), (128, 64, 8, 1, 2, 1, 0)),
+    (512, 512): ((64, 64, 4, 2, 1, 1, 0),),
+}
+
+
+def compile_program(folder: Path, head_dims: tuple[int, int], tile: tuple[int, ...], mask: str) -> Path | None:
+    """The program for one tile; None, with the reason printed, where the compiler refuses it."""
+    program = folder / "-".join(map(str, (*head_dims, mask, *tile)))
+    # nvcc takes a comma in -D for the end of a definition.
+    source = program.with_suffix(".cu")
+    source.write_text(
+        f"#define HEAD_DIMS {head_dims[0]}, {head_dims[1]}\n"
+        f"#define TILE {', '.join(map(str, tile))}\n"
+        f"#define MASK k{mask.title()}\n"
+        f'#include "{PROGRAM}"\n'
+    )
+    command = [
+        os.environ.get("NVCC", "nvcc"), "-std=c++20", "--expt-relaxed-constexpr", "-O3", "-diag-suppress=177",
+        f"-I{ROOT / 'csrc'}", f"-I{os.environ['CUTLASS_PATH']}", "-gencode=arch=compute_90a,code=sm_90a",
+        str(source), str(ROOT / "csrc" / "kernels" / "sm90" / "tensor_map.cpp"), "-o", str(program),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in (done.stdout + done.stderr).splitlines():
+        if "error" in line or "serialized" in line:
+            print(f"{program.name}: {line[:200]}", file=sys.stderr)
+    return program if done.returncode == 0 else None
+
+
+def run(program: Path, batch: int, heads: int, length: int) -> tuple[float, float]:
+    """(milliseconds, sum of the outputs' sizes)"""
+    arguments = [str(program), str(batch), str(heads), str(length)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60)
+    if done.returncode != 0:
+        raise RuntimeError(f"{program.name}: {done.stdout}{done.stderr}")
+    milliseconds, total = done.stdout.split()
+    return float(milliseconds), float(total)
+
+
+def tune(head_dims: tuple[int, int], mask: str, lengths: list[int], programs: dict[tuple[int, ...], Path]) -> None:
+    qk, v = head_dims
+    for length in lengths:
+        batch, heads = max(1, NUM_TOKENS // length), max(4, 2048 // qk)
+        flops = 2.0 * batch * heads * length**2 * (qk + v) * (0.5 if mask == "causal" else 1.0)
+        times: dict[tuple[int, ...], list[float]] = {tile: [] for tile in programs}
+        totals = {}
+        for _ in range(ROUNDS):
+            for tile, program in programs.items():
+                milliseconds, totals[tile] = run(program, batch, heads, length)
+                times[tile].append(milliseconds)
+        first = next(iter(totals.values()))
+        for tile in sorted(programs, key=lambda tile: statistics.median(times[tile])):
+            wrong = "" if abs(totals[tile] - first) < 1e-3 * first else "  ! another sum of outputs"
+            figure = flops / statistics.median(times[tile]) / 1e9
+            print(f"{qk}/{v} {mask:6} {length:6}  {figure:5.0f}  {tile}{wrong}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("head_dims", nargs="+", help="head_dim/head_dim_v, as in 192/128")
+    parser.add_argument("--mask", action="append", choices=("full", "causal"))
+    parser.add_argument("--length", action="append", type=int)
+    args = parser.parse_args()
+    chosen = [tuple(int(d) for d in pair.split("/")) for pair in args.head_dims]
+    masks = args.mask or ["full", "causal"]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            (head_dims, mask, tile): pool.submit(compile_program, Path(folder), head_dims, tile, mask)
+            for head_dims in chosen
+            for mask in masks
+            for tile in TILES[head_dims]
+        }
+        built = {key: job.result() for key, job in jobs.items()}
+        for head_dims in chosen:
+            for mask in masks:
+                programs = {
+                    tile: built[head_dims, mask, tile]
+                    for tile in TILES[head_dims]
+                    if built[head_dims, mask, tile] is not None
+                }
+                tune(head_dims, mask, args.length or [1024, 16384], programs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+// What becomes of a tile's rows once their sums are known, whatever the architecture.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "kernels/common/params.h"
+#include "kernels/common/seq_info.h"
+
+namespace flash_attn {
+
+using namespace cute;
+
+// Rows past the length in use, but within the tensor: O = 0, LSE = -inf, with or without a sink. `coords` holds the
+// (row, column) within the tile of each element of `output`, both in (rows, columns) view.
+template <int kTileM, class Coords, class Output, class LseRows>
+__device__ void clear_unused_rows(const TileCoord& tile, const Coords& coords, Output& output, LseRows& lse) {
+  if (tile.m_begin + kTileM <= tile.seq.seqlen_q) return;
+  CUTE_UNROLL
+  for (int row = 0; row < size<0>(output); ++row) {
+    if (tile.m_begin + static_cast<int>(get<0>(coords(row, 0))) < tile.seq.seqlen_q) continue;
+    lse(row) = -INFINITY;
+    CUTE_UNROLL
+    for (int col = 0; col < size<1>(output); ++col) output(row, col) = 0.f;
+  }
+}
+
+template <class Coords, class LseRows>
+__device__ void store_lse(const ForwardParams& params, const TileCoord& tile, const Coords& coords,
+                          const LseRows& lse) {
+  const SeqInfo& seq = tile.seq;
+  float* target = params.lse.ptr + seq.batch_idx * params.lse.batch_stride + seq.row_begin_q +
+                  tile.head_idx * params.lse.head_stride + tile.m_begin;
+  if (static_cast<int>(get<1>(coords(0, 0))) != 0) return;  // the first lane of four that share a row writes it
+  CUTE_UNROLL
+  for (int i = 0; i < size(lse); ++i) {
+    const int row = get<0>(coords(i, 0));
+    if (tile.m_begin + row < seq.rows_q) target[row] = lse(i);
+  }
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,108 @@
+// How the warpgroups of an SM90 kernel wait for each other. docs/sm90-schedules.md draws it.
+#pragma once
+
+#include "kernels/sm90/instructions.h"
+#include "variant/tiles.h"
+
+namespace flash_attn::sm90 {
+
+// The hardware's 16 barriers of a thread block; 0 is __syncthreads'. Entries are followed by those of the next group,
+// or the next stage of P.
+enum class NamedBarrier : int {
+  // Where groups own different rows, + group: it is the group's turn to start matrix products. Waits: the group.
+  // Arrives:
+  // the group before it. 2 x 128 threads.
+  kTurn = 1,
+  // + group: the group is done with its part of Q; then, its part of O is in shared memory. Waits and arrives: the
+  // group. 128 threads.
+  kOutput = 4,
+  // Where groups share rows, + stage of P. All have 2 x 128 threads.
+  // P and the rows' factors are in shared memory. Waits: group 1. Arrives: group 0.
+  kProbsFull = 7,
+  // They are no longer in use. Waits: group 0. Arrives: group 1.
+  kProbsEmpty = 9,
+  // Group 0 needs the tensor cores less now. Waits: group 1. Arrives: group 0.
+  kFollow = 11,
+  // The rows' last factors are in shared memory. Waits: group 1. Arrives: group 0. (No stages.)
+  kLastFactors = 13,
+};
+inline constexpr int kMaxConsumerGroups = 3;
+
+__device__ inline void wait_at(NamedBarrier barrier, int offset, int num_threads) {
+  wait_at_barrier(static_cast<int>(barrier) + offset, num_threads);
+}
+
+__device__ inline void arrive_at(NamedBarrier barrier, int offset, int num_threads) {
+  arrive_at_barrier(static_cast<int>(barrier) + offset, num_threads);
+}
+
+// Groups start their matrix products one after the other, so that the softmax of one runs beside the products of
+// another. The last group of the ring opens it by passing the first turn.
+template <int kNumGroups>
+struct Turns {
+  static_assert(kNumGroups <= kMaxConsumerGroups);
+  static constexpr int kNumThreads = 2 * kThreadsPerWarpgroup;
+
+  static __device__ void wait(int group) {
+    if constexpr (kNumGroups > 1) wait_at(NamedBarrier::kTurn, group, kNumThreads);
+  }
+  static __device__ void pass(int group) {
+    if constexpr (kNumGroups > 1) {
+      arrive_at(NamedBarrier::kTurn, group + 1 == kNumGroups ? 0 : group + 1, kNumThreads);
+    }
+  }
+};
+
+// The stages of one operand in shared memory. `full` has one arrival, the producer's, and counts the bytes that the
+// copy engine brings; `empty` one of each consumer warp.
+template <int kNumStages>
+struct Stages {
+  Mbarrier full[kNumStages];
+  Mbarrier empty[kNumStages];
+
+  __device__ void init(int num_consumer_warps) {
+    for (int stage = 0; stage < kNumStages; ++stage) {
+      full[stage].init(1);
+      empty[stage].init(num_consumer_warps);
+    }
+  }
+};
+
+// Where one side stands in the ring of stages: which one comes next, and the parity of its use.
+template <int kNumStages>
+struct StageCursor {
+  int idx = 0;
+  unsigned parity = 0;
+
+  __device__ void advance() {
+    if (++idx == kNumStages) {
+      idx = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// ---- the producer's side, one thread
+
+// Waits until the consumers are done with the stage, which for its first use they are, and announces `num_bytes`.
+template <int kNumStages>
+__device__ Mbarrier& acquire(Stages<kNumStages>& stages, const StageCursor<kNumStages>& cursor, int num_bytes) {
+  stages.empty[cursor.idx].wait(cursor.parity ^ 1);
+  stages.full[cursor.idx].arrive_and_expect(num_bytes);
+  return stages.full[cursor.idx];
+}
+
+// ---- the consumers' side
+
+template <int kNumStages>
+__device__ void wait_full(Stages<kNumStages>& stages, const StageCursor<kNumStages>& cursor) {
+  stages.full[cursor.idx].wait(cursor.parity);
+}
+
+template <int kNumStages>
+__device__ void release(Stages<kNumStages>& stages, StageCursor<kNumStages>& cursor) {
+  if (threadIdx.x % kThreadsPerWarp == 0) stages.empty[cursor.idx].arrive();
+  cursor.advance();
+}
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,100 @@
+// The consumers' side: in which order a warpgroup computes S, the softmax and O over the tiles of keys.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "kernels/common/kv_range.h"
+#include "kernels/common/online_softmax.h"
+#include "kernels/common/row_reducer.h"
+#include "kernels/sm90/forward_traits.h"
+#include "kernels/sm90/wgmma.h"
+
+namespace flash_attn::sm90 {
+
+using namespace cute;
+
+// S(n - 1) = Q K(n - 1)' is started before O += P(n) V(n), so that the tensor cores work on the latter while this
+// warpgroup computes the softmax of the former; and warpgroups take turns in starting the pair.
+template <class Traits>
+class OverlappedSchedule {
+ public:
+  using Element = typename Traits::Element;
+  using SharedStorage = typename Traits::SharedStorage;
+
+  __device__ OverlappedSchedule(SharedStorage& smem, int group) : smem_(smem), group_(group) {
+    if (group == Traits::kNumConsumerGroups - 1) GroupTurns::pass(group);
+  }
+
+  // Accumulates O of this warpgroup's rows. `range` isn't empty, and Q is there. `score(scores, n_idx)` makes scores of
+  // Q K'; `meanwhile()` is called beside the first product, which nothing else overlaps.
+  template <class Score, class Meanwhile, class Softmax, class AccO>
+  __device__ void accumulate(const KvRange& range, int q_stage, const Score& score, const Meanwhile& meanwhile,
+                             Softmax& softmax, AccO& tOrO) {
+    Tensor sQ = make_tensor(make_smem_ptr(&smem_.q_or_o[0][0]), typename Traits::SmemLayoutQ{});
+    Tensor sK = make_tensor(make_smem_ptr(&smem_.k[0][0]), typename Traits::SmemLayoutK{});
+    Tensor sVt = make_tensor(make_smem_ptr(&smem_.v[0][0]), typename Traits::SmemLayoutVt{});
+    typename Traits::TiledMmaQK mma_qk;
+    typename Traits::TiledMmaPV mma_pv;
+    const auto group_qk = mma_qk.get_slice(group_ * kThreadsPerWarpgroup);
+    const auto group_pv = mma_pv.get_slice(group_ * kThreadsPerWarpgroup);
+    Tensor tSrQ = group_qk.partition_fragment_A(sQ)(_, _, _, q_stage);  // (MMA, MMA_M, MMA_K)
+    const Tensor tSrK = group_qk.partition_fragment_B(sK);              // (MMA, MMA_N, MMA_K, stage)
+    const Tensor tOrV = group_pv.partition_fragment_B(sVt);             // (MMA, MMA_N over head_dim_v, MMA_K, stage)
+    Tensor tSrS = partition_fragment_C(mma_qk, Shape<Int<Traits::kTileM>, Int<Traits::kTileN>>{});
+    Tensor tOrP = make_tensor<Element>(as_a_operand(tSrS.layout()));  // (MMA, MMA_M, MMA_K)
+    Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
+    Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
+
+    wait_full(smem_.barriers.k, k_);
+    start_gemm(mma_qk, tSrQ, tSrK(_, _, _, k_.idx), tSrS, GMMA::ScaleOut::Zero);
+    meanwhile();
+    wait_for_gemms<0>(tSrS);
+    release(smem_.barriers.k, k_);
+    score(scores, range.end - 1);
+    auto factors = softmax.template exponentiate<Traits::kTile.polynomial_exps>(scores, QuadReducer{});
+
+    // The loop's edge lies between the softmax and the wait for the product beside it: within one block of straight
+    // code nvcc 13.0 moves that wait in front of the softmax, and nothing overlaps.
+    for (int n = range.end - 2;; --n) {
+      wait_for_gemms<0>(tOrO);
+      if (n < range.end - 2) release(smem_.barriers.v[0], v_);
+      round_to(tOrP, tSrS);
+      Softmax::rescale(output, factors);
+      if (n < range.begin) break;
+
+      wait_full(smem_.barriers.k, k_);
+      GroupTurns::wait(group_);
+      start_gemm(mma_qk, tSrQ, tSrK(_, _, _, k_.idx), tSrS, GMMA::ScaleOut::Zero);
+      wait_full(smem_.barriers.v[0], v_);
+      start_gemm(mma_pv, tOrP, tOrV(_, _, _, v_.idx), tOrO, GMMA::ScaleOut::One);
+      GroupTurns::pass(group_);
+
+      wait_for_gemms<1>(tSrS);
+      release(smem_.barriers.k, k_);
+      score(scores, n);
+      factors = softmax.template exponentiate<Traits::kTile.polynomial_exps>(scores, QuadReducer{});
+    }
+
+    wait_full(smem_.barriers.v[0], v_);
+    start_gemm(mma_pv, tOrP, tOrV(_, _, _, v_.idx), tOrO, GMMA::ScaleOut::One);
+    wait_for_gemms<0>(tOrO);
+    release(smem_.barriers.v[0], v_);
+  }
+
+  template <class Softmax, class Output>
+  __device__ auto finish(Softmax& softmax, Output& output, float sink) const {
+    return softmax.finish(output, QuadReducer{}, sink, 1.f);
+  }
+
+  __device__ bool owns_lse() const { return true; }
+
+ private:
+  using GroupTurns = Turns<Traits::kNumConsumerGroups>;
+
+  SharedStorage& smem_;
+  int group_;
+  StageCursor<Traits::kKvStages> k_;
+  StageCursor<Traits::kKvStages> v_;
+};
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,79 @@
+// Stores a tile of O through shared memory and the copy engine, and its log-sum-exp.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "kernels/common/fragment_layout.h"
+#include "kernels/common/row_results.h"
+#include "kernels/sm90/producer.h"
+#include "kernels/sm90/wgmma.h"
+
+namespace flash_attn::sm90 {
+
+using namespace cute;
+
+// The (row, column) within the tile of each element that this lane holds of an accumulator with kCols columns.
+template <class Traits, class TiledMma, int kCols>
+__device__ auto accumulator_coords(int row_group) {
+  const auto thread_mma = TiledMma{}.get_slice(lane_of_rows(row_group));
+  const Tensor coords = thread_mma.partition_C(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<kCols>>{}));
+  return make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
+}
+
+// The group's part of O takes the place of a part of Q that no other group reads any more. Returns while it is leaving.
+template <class Traits, class AccO>
+__device__ void store_output(const ForwardParams& params, const ForwardTensorMaps& maps, const TileCoord& tile,
+                             typename Traits::Element* smem, int group, const AccO& tOrO) {
+  using Element = typename Traits::Element;
+  constexpr int kBoxCols = Traits::template kBoxCols<Traits::kGroupCols>;
+  const int row_group = row_group_of<Traits>(group);
+  const int first_col = column_group_of<Traits>(group) * Traits::kGroupCols;
+  Element* columns = smem + first_col * Traits::kTileM;
+  Tensor sO = make_tensor(make_smem_ptr(columns), typename Traits::SmemLayoutO{});
+  const auto to_smem = make_tiled_copy_C(Copy_Atom<StoreMatrix, Element>{}, typename Traits::TiledMmaPV{});
+  const auto thread_to_smem = to_smem.get_slice(lane_of_rows(row_group));
+  Tensor rounded = convert_to<Element>(tOrO);
+  // A warp's wait for its matrix products says nothing about those of its neighbours, which may read these rows of Q.
+  wait_at(NamedBarrier::kOutput, group, kThreadsPerWarpgroup);
+  copy(to_smem, thread_to_smem.retile_S(rounded), thread_to_smem.partition_D(sO));
+  fence_smem_writes();
+  wait_at(NamedBarrier::kOutput, group, kThreadsPerWarpgroup);
+
+  const int first_row = row_group * Traits::kGroupRows;
+  const int num_rows = tile.seq.rows_q - tile.m_begin - first_row;
+  if (threadIdx.x % kThreadsPerWarpgroup == 0 && num_rows > 0) {
+    const RowBox<Traits::kGroupRows, kBoxCols> box(params.o, tile.seq.batch_idx, tile.head_idx,
+                                                   tile.seq.row_begin_q + tile.m_begin + first_row, num_rows);
+    box.template store<Traits::kGroupCols>(maps.o, columns + first_row * kBoxCols, Traits::kTileM * kBoxCols,
+                                           first_col);
+    commit_stores();
+  }
+}
+
+// Q's stages after their use: O leaves through them, and only then does the producer get them back. With a stage to
+// spare nobody waits for that: it is looked after while the next tile's first product runs.
+template <class Traits>
+class LeavingOutput {
+ public:
+  __device__ explicit LeavingOutput(typename Traits::SharedStorage& smem) : smem_(smem) {}
+
+  // O of the stage that comes next has started to leave.
+  __device__ void add() {
+    is_pending_ = true;
+    if constexpr (Traits::kQStages == 1) release_stage();
+  }
+  // Waits until it has left; with one stage, add() has.
+  __device__ void release_stage() {
+    if (!is_pending_) return;
+    is_pending_ = false;
+    if (threadIdx.x % kThreadsPerWarpgroup == 0) wait_for_stores();
+    release(smem_.barriers.q, cursor_);
+  }
+
+ private:
+  typename Traits::SharedStorage& smem_;
+  StageCursor<Traits::kQStages> cursor_;
+  bool is_pending_ = false;
+};
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,99 @@
+// Starts an SM90 forward kernel. Each variant is instantiated in a file of its own, which variants.py generates.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/common/launch.h"
+#include "kernels/common/start_kernel.h"
+#include "kernels/sm90/forward_kernel.h"
+#include "kernels/sm90/tensor_map.h"
+
+namespace flash_attn::sm90 {
+
+// A tensor without elements has no address; nothing of it is ever read, but a descriptor must have one.
+inline Operand addressable(Operand operand, const Operand& other) {
+  if (operand.ptr == nullptr) operand.ptr = other.ptr;
+  return operand;
+}
+
+template <class Traits>
+cudaError_t make_tensor_maps(const ForwardParams& params, ForwardTensorMaps& maps) {
+  const HeadParams& heads = params.heads;
+  const SeqParams& seq = params.seq;
+  const int num_heads_kv = heads.num_heads / heads.num_heads_per_kv;
+  const auto batch_of = [&](const Operand& operand) { return operand.batch_stride == 0 ? 1 : seq.batch; };
+  const auto heads_of = [](const Operand& operand, int num_heads) { return operand.head_stride == 0 ? 1 : num_heads; };
+  const auto encode = [&](const Operand& operand, int num_rows, int num_heads, int head_dim, int box_rows, int box_cols,
+                          CUtensorMap& map) {
+    const TensorMapSpec spec{.operand = addressable(operand, params.o),
+                             .num_rows = num_rows,
+                             .num_heads = heads_of(operand, num_heads),
+                             .batch = batch_of(operand),
+                             .head_dim = head_dim,
+                             .box_rows = box_rows,
+                             .box_cols = box_cols};
+    return encode_tensor_map(spec, Traits::kVariant.dtype, &map);
+  };
+  constexpr int kBoxQK = Traits::template kBoxCols<Traits::kHeadDim>;
+  constexpr int kBoxV = Traits::template kBoxCols<Traits::kHeadDimV>;
+  cudaError_t error = encode(params.q, seq.rows_q, heads.num_heads, heads.head_dim, Traits::kTileM, kBoxQK, maps.q);
+  if (error != cudaSuccess) return error;
+  error = encode(params.k, seq.rows_k, num_heads_kv, heads.head_dim, Traits::kTileN, kBoxQK, maps.k);
+  if (error != cudaSuccess) return error;
+  error = encode(params.v, seq.rows_k, num_heads_kv, heads.head_dim_v, Traits::kTileN, kBoxV, maps.v);
+  if (error != cudaSuccess) return error;
+  return encode(params.o, seq.rows_q, heads.num_heads, heads.head_dim_v, Traits::kGroupRows, kBoxV, maps.o);
+}
+
+// Equal units are dealt to as many thread blocks as the GPU holds, which then load the next tile while one ends. The
+// lengths of a variable-length batch aren't known here: its blocks are as many as the tiles, and the hardware deals
+// them.
+inline bool is_persistent(const ForwardParams& params) {
+  const SeqParams& seq = params.seq;
+  return seq.cu_seqlens_q == nullptr && seq.seqused_q == nullptr && seq.seqused_k == nullptr;
+}
+
+template <class Traits>
+TileOrder make_tile_order(const ForwardParams& params, const LaunchConfig& config) {
+  const bool pairs = Traits::kMask != Mask::kFull && is_persistent(params);
+  const int units_per_run = pairs ? (params.tiles_per_head + 1) / 2 : params.tiles_per_head;
+  return {.num_units = config.num_blocks / params.tiles_per_head * units_per_run,
+          .units_per_run = units_per_run,
+          .pairs = pairs};
+}
+
+inline cudaError_t count_multiprocessors(int& count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
+template <class Traits>
+cudaError_t launch_forward_kernel(const ForwardParams& params, const LaunchConfig& config) {
+  constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
+  const auto kernel = &forward_kernel<Traits>;
+  ForwardTensorMaps maps;
+  cudaError_t error = make_tensor_maps<Traits>(params, maps);
+  if (error != cudaSuccess) return error;
+  static SmemOptIn opt_in;
+  error = opt_in.apply(reinterpret_cast<const void*>(kernel), kSmemBytes);
+  if (error != cudaSuccess) return error;
+  const TileOrder order = make_tile_order<Traits>(params, config);
+  int grid = order.num_units;
+  if (is_persistent(params)) {
+    int num_sms = 0;
+    error = count_multiprocessors(num_sms);
+    if (error != cudaSuccess) return error;
+    grid = std::min(grid, num_sms);
+  }
+  start_kernel(kernel, {grid, Traits::kNumThreads, kSmemBytes, config.stream}, params, maps, order);
+  return cudaGetLastError();
+}
+
+template <Variant kVariant>
+cudaError_t launch_forward(const ForwardParams& params, const LaunchConfig& config) {
+  return launch_forward_kernel<ForwardTraits<kVariant>>(params, config);
+}
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,122 @@
+// Everything about an SM90 forward kernel that is known when it is compiled, derived once from its tile row.
+#pragma once
+
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
+#include <cute/tensor.hpp>
+#include <type_traits>
+
+#include "kernels/sm90/barriers.h"
+#include "kernels/sm90/wgmma_shapes.h"
+#include "variant/tiles.h"
+
+namespace flash_attn::sm90 {
+
+using namespace cute;
+
+template <Variant kVariantValue, Tile kTileValue = tile_for(kVariantValue)>
+struct ForwardTraits {
+  static constexpr Variant kVariant = kVariantValue;
+  static constexpr Tile kTile = kTileValue;
+  static constexpr Mask kMask = kVariant.mask;
+  static constexpr Score kScore = kVariant.score;
+  static constexpr int kTileM = kTile.m;
+  static constexpr int kTileN = kTile.n;
+  static constexpr int kHeadDim = kVariant.head_dim.qk;
+  static constexpr int kHeadDimV = kVariant.head_dim.v;
+  static constexpr int kKvStages = kTile.kv_stages;
+  static constexpr int kQStages = kTile.q_stages;
+
+  using Element = std::conditional_t<kVariant.dtype == Dtype::kFp16, cutlass::half_t, cutlass::bfloat16_t>;
+
+  // ---- threads: one warpgroup brings the tiles, the others own 64 rows of O each, or some columns of the same 64 rows
+  static constexpr int kRowGroups = kTile.warps_m * kThreadsPerWarp / kThreadsPerWarpgroup;
+  static constexpr int kColumnGroups = kTile.warps_n;
+  static constexpr int kNumConsumerGroups = kRowGroups * kColumnGroups;
+  static constexpr int kNumThreads = num_threads(kVariant.arch, kTile);
+  static constexpr int kGroupRows = kTileM / kRowGroups;
+  static constexpr int kGroupCols = kHeadDimV / kColumnGroups;
+  static constexpr int kRowsPerLane = 2;
+  static_assert(kGroupRows == 64, "a warpgroup's matrix product has 64 rows");
+  static_assert(kRowGroups == 1 || kColumnGroups == 1, "no schedule shares rows among some groups only");
+
+  // Of the SM's 64 K registers, those that the producer gives up go to the consumers, in the hardware's steps of eight.
+  static constexpr int kProducerRegisters = kNumConsumerGroups == 2 ? 24 : 32;
+  static constexpr int kRegistersPerLane = 65536 / kThreadsPerWarpgroup;
+  static constexpr int kConsumerRegisters = (kRegistersPerLane - kProducerRegisters) / kNumConsumerGroups / 8 * 8;
+  static_assert(kTileN / 2 + kTileN / 4 + kGroupCols / 2 < kConsumerRegisters, "S, P and O don't fit a lane");
+
+  // ---- matrix products: S = Q K' from shared memory, O += P V with P in registers, or, where another group computed
+  // it, in shared memory
+  using TileQK = Shape<Int<kTileM>, Int<kTileN>, Int<kHeadDim>>;
+  using TilePV = Shape<Int<kTileM>, Int<kGroupCols>, Int<kTileN>>;
+  using GroupLayout = Layout<Shape<Int<kRowGroups>, _1, _1>>;
+  using TiledMmaQK = decltype(make_tiled_mma(select_score_product<Element, TileQK>(), GroupLayout{}));
+  using TiledMmaPV = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float, TilePV, GMMA::Major::K, GMMA::Major::MN>(), GroupLayout{}));
+  using TiledMmaSharedPV = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, TilePV, GMMA::Major::K, GMMA::Major::MN>(), GroupLayout{}));
+
+  // ---- shared memory: a tile is a row of boxes, each as wide as the swizzle's 64 or 128 bytes
+  template <int kCols>
+  static constexpr int kBoxCols = kCols % 64 == 0 ? 64 : 32;
+  template <int kCols>
+  using AtomK =
+      std::conditional_t<kBoxCols<kCols> == 64, GMMA::Layout_K_SW128_Atom<Element>, GMMA::Layout_K_SW64_Atom<Element>>;
+  template <int kCols>
+  using AtomMN = std::conditional_t<kBoxCols<kCols> == 64, GMMA::Layout_MN_SW128_Atom<Element>,
+                                    GMMA::Layout_MN_SW64_Atom<Element>>;
+  template <int kRows, int kCols, int kStages>
+  using SmemLayout = decltype(tile_to_shape(AtomK<kCols>{}, Shape<Int<kRows>, Int<kCols>, Int<kStages>>{}));
+
+  using SmemLayoutQ = SmemLayout<kTileM, kHeadDim, kQStages>;
+  using SmemLayoutK = SmemLayout<kTileN, kHeadDim, kKvStages>;
+  // A group's columns of V, seen as (columns, keys), which is how the second product reads them.
+  using SmemLayoutVt = decltype(tile_to_shape(
+      AtomMN<kGroupCols>{}, Shape<Int<kGroupCols>, Int<kTileN>, Int<kKvStages>>{}, Step<_2, _1, _3>{}));
+  using SmemLayoutO = decltype(tile_to_shape(AtomK<kGroupCols>{}, Shape<Int<kTileM>, Int<kGroupCols>>{}));
+  static_assert(kColumnGroups == 1 || kKvStages == 1,
+                "a group's columns of several stages of V don't lie side by side");
+  static_assert(kHeadDimV <= kHeadDim && kBoxCols<kHeadDim> == kBoxCols<kGroupCols>,
+                "a group's part of O must lie within its part of Q, which other groups may still read");
+
+  // K comes in slices of columns with a barrier each where there is one stage only: the next tile's slices arrive while
+  // the last ones of this are still in use.
+  static constexpr int kKSlices = kKvStages == 1 ? 4 : 1;
+  static constexpr int kKSliceCols = kHeadDim / kKSlices;
+  static_assert(kKSliceCols % kBoxCols<kHeadDim> == 0);
+  static constexpr int kQBytes = kTileM * kHeadDim * sizeof(Element);
+  static constexpr int kKSliceBytes = kTileN * kKSliceCols * sizeof(Element);
+  static constexpr int kVSliceBytes = kTileN * kGroupCols * sizeof(Element);
+
+  static constexpr int kSwizzleBytes = 1024;
+  // From the group that computes the softmax to those that share its rows, in stages: P, and what each row of O must be
+  // multiplied by first; at the end, what it must be multiplied by last.
+  static constexpr int kPStages = kProbabilityStagesSm90;
+  struct Exchange {
+    alignas(kSwizzleBytes) Element p[kPStages][kTileM * kTileN];
+  };
+  struct NoExchange {};
+  struct Rows {
+    float factors[kPStages][kTileM];
+    float last_factors[kTileM];
+  };
+  struct Barriers {
+    Stages<kQStages> q;
+    Stages<kKvStages * kKSlices> k;
+    Stages<kKvStages> v[kColumnGroups];
+    std::conditional_t<(kColumnGroups > 1), Rows, NoExchange> rows;
+  };
+  struct SharedStorage : std::conditional_t<(kColumnGroups > 1), Exchange, NoExchange> {
+    alignas(kSwizzleBytes) Element q_or_o[kQStages][kTileM * kHeadDim];
+    alignas(kSwizzleBytes) Element k[kKvStages][kTileN * kHeadDim];
+    alignas(kSwizzleBytes) Element v[kKvStages][kTileN * kHeadDimV];
+    alignas(kSwizzleBytes) Barriers barriers;
+  };
+  static_assert(sizeof(SharedStorage) == smem_bytes(kVariant.arch, kVariant.head_dim, kTile),
+                "the planner and the kernel disagree on shared memory");
+  static_assert(sizeof(SharedStorage) <= bytes_of(kVariant.smem), "the tile doesn't fit the GPUs that its row is for");
+};
+
+}  // namespace flash_attn::sm90

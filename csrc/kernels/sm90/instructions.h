@@ -1,0 +1,137 @@
+// What of a Hopper GPU C++ has no name for: barriers in shared memory, the copy engine (TMA), a warpgroup's matrix
+// products, register reallocation.
+#pragma once
+
+#include <cuda.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cstdint>
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/atom/copy_traits_sm90.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+namespace flash_attn::sm90 {
+
+using namespace cute;
+
+// ---- threads
+
+// The same in all lanes, so that what depends on it is in uniform registers.
+__device__ inline int warpgroup_idx() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
+__device__ inline int warp_idx() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
+__device__ inline bool is_elected_lane() { return elect_one_sync(); }
+
+template <int kRegisters>
+__device__ void take_registers() {
+  cutlass::arch::warpgroup_reg_alloc<kRegisters>();
+}
+template <int kRegisters>
+__device__ void give_up_registers() {
+  cutlass::arch::warpgroup_reg_dealloc<kRegisters>();
+}
+
+// ---- the hardware's 16 barriers of a thread block
+
+__device__ inline void wait_at_barrier(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+__device__ inline void arrive_at_barrier(int id, int num_threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// ---- barriers in shared memory, which count arrivals and bytes; a phase ends when none of either is missing
+
+class Mbarrier {
+ public:
+  __device__ void init(int num_arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(num_arrivals) : "memory");
+  }
+  __device__ void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory"); }
+  // Arrives, and lets the phase wait for that many bytes.
+  __device__ void arrive_and_expect(int num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(num_bytes) : "memory");
+  }
+  // Until the phase of this parity has ended. A new barrier's first phase has parity 0.
+  __device__ void wait(unsigned parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra over;\n"
+        "bra again;\n"
+        "over:\n"
+        "}\n" ::"r"(address()),
+        "r"(parity)
+        : "memory");
+  }
+  __device__ uint64_t* get() { return &state_; }
+
+ private:
+  __device__ uint32_t address() { return cast_smem_ptr_to_uint(&state_); }
+
+  uint64_t state_;
+};
+
+// Makes initialised barriers known to the copy engine.
+__device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// ---- the copy engine
+
+using CacheHint = TMA::CacheHintSm90;
+
+struct BoxCoord {
+  int col;
+  int row;
+  int row_end;
+  int head;
+  int batch;
+};
+
+__device__ inline void prefetch_descriptor(const CUtensorMap& map) {
+  prefetch_tma_descriptor(reinterpret_cast<const TmaDescriptor*>(&map));
+}
+__device__ inline void load_box(const CUtensorMap& map, CacheHint hint, Mbarrier& barrier, void* smem,
+                                const BoxCoord& at) {
+  SM90_TMA_LOAD_5D::copy(&map, barrier.get(), static_cast<uint64_t>(hint), smem, at.col, at.row, at.row_end, at.head,
+                         at.batch);
+}
+__device__ inline void store_box(const CUtensorMap& map, const void* smem, const BoxCoord& at) {
+  SM90_TMA_STORE_5D::copy(&map, smem, at.col, at.row, at.row_end, at.head, at.batch);
+}
+// The stores that this thread started since the last commit are one group; waits until all groups have read their
+// shared memory.
+__device__ inline void commit_stores() { tma_store_arrive(); }
+__device__ inline void wait_for_stores() { tma_store_wait<0>(); }
+
+// What this thread wrote to shared memory can be read by the copy engine and the tensor cores.
+__device__ inline void fence_smem_writes() { tma_store_fence(); }
+
+using StoreMatrix = SM90_U32x4_STSM_N;
+
+// ---- matrix products of a warpgroup. Between the fence before they start and the wait their registers are the tensor
+// cores'.
+
+template <class Fragment>
+__device__ void fence_fragment(Fragment& fragment) {
+  warpgroup_fence_operand(fragment);
+}
+__device__ inline void fence_products() { warpgroup_arrive(); }
+// acc += a b over 16 columns of a.
+template <class TiledMma, class FragA, class FragB, class Acc>
+__device__ void start_product(const TiledMma& mma, const FragA& a, const FragB& b, Acc& acc) {
+  gemm(mma, a, b, acc);
+}
+__device__ inline void commit_products() { warpgroup_commit_batch(); }
+template <int kNumPending>
+__device__ void wait_for_products() {
+  warpgroup_wait<kNumPending>();
+}
+
+}  // namespace flash_attn::sm90

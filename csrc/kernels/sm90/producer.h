@@ -1,0 +1,121 @@
+// The producer's side: one thread that keeps the copy engine busy.
+#pragma once
+
+#include "kernels/common/kv_range.h"
+#include "kernels/common/seq_info.h"
+#include "kernels/sm90/forward_traits.h"
+#include "kernels/sm90/row_box.h"
+#include "kernels/sm90/tensor_map.h"
+
+namespace flash_attn::sm90 {
+
+struct ForwardTensorMaps {
+  CUtensorMap q;
+  CUtensorMap k;
+  CUtensorMap v;
+  CUtensorMap o;
+};
+
+// Tiles of keys that a tile of queries visits; none where no row is in use.
+template <class Traits>
+__device__ KvRange visited_keys(const ForwardParams& params, const TileCoord& tile) {
+  if (!tile.has_used_rows()) return {};
+  const VisibleKeys<Traits::kMask> keys{tile.seq, params.window};
+  return kv_range<Traits::kMask, Traits::kTileM, Traits::kTileN>(keys, tile.m_begin);
+}
+
+// K and V of one head of one sequence, contiguous or strided, through the copy engine. Rows past the sequence arrive as
+// zeros, so that 0 V is 0 whatever memory holds there.
+template <class Traits>
+class TmaKvSource {
+ public:
+  using Element = typename Traits::Element;
+
+  __device__ TmaKvSource(const ForwardParams& params, const ForwardTensorMaps& maps, const TileCoord& tile)
+      : params_(params), maps_(maps), seq_(tile.seq), head_idx_(tile.head_idx / params.heads.num_heads_per_kv) {}
+
+  // A slice of columns of a tile of keys, to its place in the tile at `smem`.
+  __device__ void load_k(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
+    box<Traits::kHeadDim>(params_.k, n_idx)
+        .template load<Traits::kKSliceCols>(maps_.k, kHint, barrier, smem, first_col);
+  }
+  __device__ void load_v(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
+    box<Traits::kGroupCols>(params_.v, n_idx)
+        .template load<Traits::kGroupCols>(maps_.v, kHint, barrier, smem, first_col);
+  }
+
+ private:
+  // Every tile of queries reads the same keys.
+  static constexpr CacheHint kHint = CacheHint::EVICT_LAST;
+
+  template <int kCols>
+  __device__ auto box(const Operand& operand, int n_idx) const {
+    const int n_begin = n_idx * Traits::kTileN;
+    return RowBox<Traits::kTileN, Traits::template kBoxCols<kCols>>(
+        operand, seq_.batch_idx, head_idx_, seq_.row_begin_k + n_begin, seq_.seqlen_k - n_begin);
+  }
+
+  const ForwardParams& params_;
+  const ForwardTensorMaps& maps_;
+  const SeqInfo& seq_;
+  int head_idx_;
+};
+
+// Brings Q, and K and V in the order in which the consumers take them: the last tile of keys first, each K one step
+// before the V that goes with the K before it.
+template <class Traits, template <class> class KvSource>
+class Producer {
+ public:
+  using Element = typename Traits::Element;
+
+  __device__ Producer(const ForwardParams& params, const ForwardTensorMaps& maps, typename Traits::SharedStorage& smem)
+      : params_(params), maps_(maps), smem_(smem) {}
+
+  __device__ void bring(const TileCoord& tile) {
+    const KvRange range = visited_keys<Traits>(params_, tile);
+    const KvSource<Traits> source(params_, maps_, tile);
+    // The first K before Q, whose space the last tile's O may still be leaving.
+    if (!range.is_empty()) bring_k(source, range.end - 1);
+    bring_q(tile);
+    for (int n = range.end - 1; n >= range.begin; --n) {
+      if (n > range.begin) bring_k(source, n - 1);
+      bring_v(source, n);
+    }
+  }
+
+ private:
+  __device__ void bring_q(const TileCoord& tile) {
+    using Box = RowBox<Traits::kTileM, Traits::template kBoxCols<Traits::kHeadDim>>;
+    const Box box(params_.q, tile.seq.batch_idx, tile.head_idx, tile.seq.row_begin_q + tile.m_begin,
+                  tile.seq.rows_q - tile.m_begin);
+    Mbarrier& barrier = acquire(smem_.barriers.q, q_, Traits::kQBytes);
+    box.template load<Traits::kHeadDim>(maps_.q, CacheHint::EVICT_FIRST, barrier, smem_.q_or_o[q_.idx]);
+    q_.advance();
+  }
+  __device__ void bring_k(const KvSource<Traits>& source, int n_idx) {
+    Element* tile = smem_.k[k_.idx / Traits::kKSlices];
+    CUTE_UNROLL
+    for (int slice = 0; slice < Traits::kKSlices; ++slice) {
+      Mbarrier& barrier = acquire(smem_.barriers.k, k_, Traits::kKSliceBytes);
+      source.load_k(n_idx, slice * Traits::kKSliceCols, barrier, tile);
+      k_.advance();
+    }
+  }
+  __device__ void bring_v(const KvSource<Traits>& source, int n_idx) {
+    CUTE_UNROLL
+    for (int group = 0; group < Traits::kColumnGroups; ++group) {
+      Mbarrier& barrier = acquire(smem_.barriers.v[group], v_, Traits::kVSliceBytes);
+      source.load_v(n_idx, group * Traits::kGroupCols, barrier, smem_.v[v_.idx]);
+    }
+    v_.advance();
+  }
+
+  const ForwardParams& params_;
+  const ForwardTensorMaps& maps_;
+  typename Traits::SharedStorage& smem_;
+  StageCursor<Traits::kQStages> q_;
+  StageCursor<Traits::kKvStages * Traits::kKSlices> k_;
+  StageCursor<Traits::kKvStages> v_;
+};
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,212 @@
+// The consumers' side where O of 64 rows is too wide for one warpgroup's registers: two groups own half of its columns
+// each, and S is computed once.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "kernels/common/kv_range.h"
+#include "kernels/common/online_softmax.h"
+#include "kernels/common/row_reducer.h"
+#include "kernels/sm90/forward_traits.h"
+#include "kernels/sm90/wgmma.h"
+
+namespace flash_attn::sm90 {
+
+using namespace cute;
+
+// Group 0 computes S, the softmax and its half of O as in OverlappedSchedule, and hands P and the rows' factors through
+// shared memory to group 1, which adds P V to its own half while group 0 computes the next softmax.
+template <class Traits>
+class SplitColumnsSchedule {
+ public:
+  using Element = typename Traits::Element;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Softmax = OnlineSoftmax<Traits::kRowsPerLane>;
+  using SmemLayoutP = typename Traits::template SmemLayout<Traits::kTileM, Traits::kTileN, Traits::kPStages>;
+  static constexpr int kNumThreads = 2 * kThreadsPerWarpgroup;
+
+  __device__ SplitColumnsSchedule(SharedStorage& smem, int group) : smem_(smem), group_(group) {
+    if (owns_lse()) return;
+    for (int stage = 0; stage < Traits::kPStages; ++stage) arrive_at(NamedBarrier::kProbsEmpty, stage, kNumThreads);
+  }
+
+  __device__ bool owns_lse() const { return group_ == 0; }
+
+  // Accumulates this group's columns of O. `range` isn't empty, and Q is there. `score(scores, n_idx)` makes scores of
+  // Q K'; `meanwhile()` is called beside the first product.
+  template <class Score, class Meanwhile, class AccO>
+  __device__ void accumulate(const KvRange& range, int q_stage, const Score& score, const Meanwhile& meanwhile,
+                             Softmax& softmax, AccO& tOrO) {
+    if (owns_lse()) {
+      lead(range, q_stage, score, meanwhile, softmax, tOrO);
+    } else {
+      meanwhile();
+      follow(range, tOrO);
+    }
+  }
+
+  // Group 0 alone has the rows' sums, and tells group 1 what they make of O.
+  template <class Output>
+  __device__ auto finish(Softmax& softmax, Output& output, float sink) const {
+    float* last_factors = smem_.barriers.rows.last_factors;
+    Tensor factors = make_tensor<float>(Shape<Int<Traits::kRowsPerLane>, _1>{});
+    fill(factors, 1.f);
+    auto lse = softmax.finish(factors, QuadReducer{}, sink, 1.f);
+    if (owns_lse()) {
+      write_rows(last_factors, factors);
+      arrive_at(NamedBarrier::kLastFactors, 0, kNumThreads);
+    } else {
+      wait_at(NamedBarrier::kLastFactors, 0, kNumThreads);
+      read_rows(last_factors, factors);
+    }
+    Softmax::rescale(output, factors);
+    return lse;
+  }
+
+ private:
+  template <class Score, class Meanwhile, class AccO>
+  __device__ void lead(const KvRange& range, int q_stage, const Score& score, const Meanwhile& meanwhile,
+                       Softmax& softmax, AccO& tOrO) {
+    Tensor sVt = make_tensor(make_smem_ptr(&smem_.v[0][0]), typename Traits::SmemLayoutVt{});
+    typename Traits::TiledMmaPV mma_pv;
+    const auto group_pv = mma_pv.get_slice(0);
+    const Tensor tOrV = group_pv.partition_fragment_B(sVt)(_, _, _, _0{});  // (MMA, MMA_N over columns, MMA_K)
+    Tensor tSrS =
+        partition_fragment_C(typename Traits::TiledMmaQK{}, Shape<Int<Traits::kTileM>, Int<Traits::kTileN>>{});
+    Tensor tOrP = make_tensor<Element>(as_a_operand(tSrS.layout()));  // (MMA, MMA_M, MMA_K)
+    Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
+    Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
+
+    start_scores(q_stage, range.end - 1, tSrS);
+    meanwhile();
+    wait_for_scores<0>(tSrS);
+    score(scores, range.end - 1);
+    auto factors = softmax.template exponentiate<Traits::kTile.polynomial_exps>(scores, QuadReducer{});
+
+    for (int n = range.end - 2;; --n) {
+      wait_for_gemms<0>(tOrO);
+      if (n < range.end - 2) release(smem_.barriers.v[0], v_);
+      round_to(tOrP, tSrS);
+      Softmax::rescale(output, factors);
+      const int p_stage = hand_over(make_tensor(tOrP.data(), tSrS.layout()), factors);
+      if (n < range.begin) {
+        arrive_at(NamedBarrier::kFollow, p_stage, kNumThreads);
+        break;
+      }
+
+      start_scores(q_stage, n, tSrS);
+      wait_full(smem_.barriers.v[0], v_);
+      start_gemm(mma_pv, tOrP, tOrV, tOrO, GMMA::ScaleOut::One);
+      wait_for_scores<1>(tSrS);
+      arrive_at(NamedBarrier::kFollow, p_stage, kNumThreads);
+      score(scores, n);
+      factors = softmax.template exponentiate<Traits::kTile.polynomial_exps>(scores, QuadReducer{});
+    }
+
+    wait_full(smem_.barriers.v[0], v_);
+    start_gemm(mma_pv, tOrP, tOrV, tOrO, GMMA::ScaleOut::One);
+    wait_for_gemms<0>(tOrO);
+    release(smem_.barriers.v[0], v_);
+  }
+
+  // Group 1: O += P V of its columns, step by step behind group 0.
+  template <class AccO>
+  __device__ void follow(const KvRange& range, AccO& tOrO) {
+    Tensor sP = make_tensor(make_smem_ptr(&smem_.p[0][0]), SmemLayoutP{});
+    Tensor sVt =
+        make_tensor(make_smem_ptr(&smem_.v[0][Traits::kGroupCols * Traits::kTileN]), typename Traits::SmemLayoutVt{});
+    typename Traits::TiledMmaSharedPV mma_pv;
+    const auto group_pv = mma_pv.get_slice(0);
+    const Tensor tOrP = group_pv.partition_fragment_A(sP);                  // (MMA, MMA_M, MMA_K, stage)
+    const Tensor tOrV = group_pv.partition_fragment_B(sVt)(_, _, _, _0{});  // (MMA, MMA_N over columns, MMA_K)
+    Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
+    Tensor factors = make_tensor<float>(Shape<Int<Traits::kRowsPerLane>, _1>{});
+
+    for (int n = range.end - 1; n >= range.begin; --n) {
+      wait_at(NamedBarrier::kProbsFull, p_.idx, kNumThreads);
+      read_rows(smem_.barriers.rows.factors[p_.idx], factors);
+      Softmax::rescale(output, factors);
+      wait_full(smem_.barriers.v[1], v_);
+      wait_at(NamedBarrier::kFollow, p_.idx, kNumThreads);
+      Tensor tOrP_stage = tOrP(_, _, _, p_.idx);
+      start_gemm(mma_pv, tOrP_stage, tOrV, tOrO, GMMA::ScaleOut::One);
+      wait_for_gemms<0>(tOrO);
+      release(smem_.barriers.v[1], v_);
+      arrive_at(NamedBarrier::kProbsEmpty, p_.idx, kNumThreads);
+      p_.advance();
+    }
+  }
+
+  // S = Q K(n)', a slice of columns as it comes, each a group of products of its own.
+  template <class AccS>
+  __device__ void start_scores(int q_stage, int n_idx, AccS& tSrS) {
+    // The descriptors of Q and K are the same in each step, and nvcc 13.0 keeps all 64 at hand, in spilled registers,
+    // unless they seem to depend on the step; n_idx is never negative.
+    const int zero = n_idx >> 31;
+    Tensor sQ = make_tensor(make_smem_ptr(&smem_.q_or_o[q_stage][0] + zero), typename Traits::SmemLayoutQ{});
+    Tensor sK = make_tensor(make_smem_ptr(&smem_.k[0][0] + zero), typename Traits::SmemLayoutK{});
+    typename Traits::TiledMmaQK mma;
+    const auto group_mma = mma.get_slice(0);
+    Tensor tSrQ = group_mma.partition_fragment_A(sQ)(_, _, _, _0{});        // (MMA, MMA_M, MMA_K)
+    const Tensor tSrK = group_mma.partition_fragment_B(sK)(_, _, _, _0{});  // (MMA, MMA_N, MMA_K)
+    constexpr int kSteps = decltype(size<2>(tSrK))::value / Traits::kKSlices;
+    CUTE_UNROLL
+    for (int slice = 0; slice < Traits::kKSlices; ++slice) {
+      wait_full(smem_.barriers.k, k_);
+      start_gemm_steps<kSteps>(mma, tSrQ, tSrK, tSrS, slice * kSteps,
+                               slice == 0 ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One);
+      k_.advance();
+    }
+  }
+
+  // Waits until S is done, giving back the slices of K one by one; kNumLater products were started after it.
+  template <int kNumLater, class AccS>
+  __device__ void wait_for_scores(AccS& tSrS) {
+    for_each(make_int_sequence<Traits::kKSlices>{}, [&](auto slice) {
+      wait_for_products<kNumLater + Traits::kKSlices - 1 - decltype(slice)::value>();
+      release(smem_.barriers.k, k_released_);
+    });
+    fence_fragment(tSrS);
+  }
+
+  // P and the rows' factors to shared memory; returns the stage.
+  template <class Probs, class Factors>
+  __device__ int hand_over(const Probs& tSrP, const Factors& factors) {
+    Tensor sP = make_tensor(make_smem_ptr(&smem_.p[0][0]), SmemLayoutP{});
+    const auto to_smem = make_tiled_copy_C(Copy_Atom<StoreMatrix, Element>{}, typename Traits::TiledMmaQK{});
+    const auto thread_to_smem = to_smem.get_slice(lane_of_rows(0));
+    const int stage = p_.idx;
+    wait_at(NamedBarrier::kProbsEmpty, stage, kNumThreads);
+    copy(to_smem, thread_to_smem.retile_S(tSrP), thread_to_smem.partition_D(sP(_, _, stage)));
+    write_rows(smem_.barriers.rows.factors[stage], factors);
+    fence_smem_writes();
+    arrive_at(NamedBarrier::kProbsFull, stage, kNumThreads);
+    p_.advance();
+    return stage;
+  }
+
+  // A lane holds rows l / 4 and l / 4 + 8 of its warp's 16.
+  static __device__ int row_of(int i) {
+    return threadIdx.x % kThreadsPerWarpgroup / kThreadsPerWarp * 16 + threadIdx.x % kThreadsPerWarp / 4 + 8 * i;
+  }
+  template <class Rows>
+  static __device__ void write_rows(float* smem, const Rows& rows) {
+    if (threadIdx.x % 4 != 0) return;
+    CUTE_UNROLL
+    for (int i = 0; i < Traits::kRowsPerLane; ++i) smem[row_of(i)] = rows(i);
+  }
+  template <class Rows>
+  static __device__ void read_rows(const float* smem, Rows& rows) {
+    CUTE_UNROLL
+    for (int i = 0; i < Traits::kRowsPerLane; ++i) rows(i) = smem[row_of(i)];
+  }
+
+  SharedStorage& smem_;
+  int group_;
+  StageCursor<Traits::kKSlices> k_;           // where products start
+  StageCursor<Traits::kKSlices> k_released_;  // where they end
+  StageCursor<1> v_;
+  StageCursor<Traits::kPStages> p_;
+};
+
+}  // namespace flash_attn::sm90

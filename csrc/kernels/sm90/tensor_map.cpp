@@ -1,0 +1,53 @@
+#include "kernels/sm90/tensor_map.h"
+
+#include <cstdint>
+
+namespace flash_attn::sm90 {
+namespace {
+
+constexpr int kElementBytes = 2;
+constexpr int64_t kStrideUnitBytes = 16;
+constexpr int kWideBoxBytes = 128;
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's library is not named in this module's dependencies, so that the module loads where there is none.
+EncodeTiled find_encode_tiled() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  constexpr unsigned kFirstCudaThatHasIt = 12000;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kFirstCudaThatHasIt,
+                                                             cudaEnableDefault, &found);
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  return reinterpret_cast<EncodeTiled>(function);
+}
+
+// A dimension of one element may have any stride, which the copy engine wants in units of 16 bytes all the same.
+cuuint64_t stride_bytes(int64_t stride, int64_t size) {
+  return size > 1 ? static_cast<cuuint64_t>(stride) * kElementBytes : kStrideUnitBytes;
+}
+
+}  // namespace
+
+cudaError_t encode_tensor_map(const TensorMapSpec& spec, Dtype dtype, CUtensorMap* map) {
+  static const EncodeTiled encode_tiled = find_encode_tiled();
+  if (encode_tiled == nullptr) return cudaErrorCallRequiresNewerDriver;
+  const cuuint64_t row_bytes = stride_bytes(spec.operand.row_stride, spec.num_rows);
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(spec.head_dim), static_cast<cuuint64_t>(spec.box_rows),
+                              static_cast<cuuint64_t>(spec.num_rows) + 1, static_cast<cuuint64_t>(spec.num_heads),
+                              static_cast<cuuint64_t>(spec.batch)};
+  const cuuint64_t strides[] = {row_bytes, row_bytes, stride_bytes(spec.operand.head_stride, spec.num_heads),
+                                stride_bytes(spec.operand.batch_stride, spec.batch)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(spec.box_cols), static_cast<cuuint32_t>(spec.box_rows), 1, 1, 1};
+  const cuuint32_t every_element[] = {1, 1, 1, 1, 1};
+  const uintptr_t base = reinterpret_cast<uintptr_t>(spec.operand.ptr) - spec.box_rows * row_bytes;
+  const CUresult result = encode_tiled(
+      map, dtype == Dtype::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      static_cast<cuuint32_t>(sizeof(sizes) / sizeof(sizes[0])), reinterpret_cast<void*>(base), sizes, strides, box,
+      every_element, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      spec.box_cols * kElementBytes == kWideBoxBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace flash_attn::sm90

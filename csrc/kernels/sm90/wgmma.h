@@ -1,0 +1,87 @@
+// Asynchronous matrix products of a warpgroup, and the register layouts of their operands.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include <cute/tensor.hpp>
+
+#include "kernels/sm90/forward_traits.h"
+
+namespace flash_attn::sm90 {
+
+using namespace cute;
+
+// The rows, and the columns of O, that a consumer group owns.
+template <class Traits>
+CUTE_DEVICE int row_group_of(int group) {
+  return Traits::kColumnGroups == 1 ? group : 0;
+}
+template <class Traits>
+CUTE_DEVICE int column_group_of(int group) {
+  return Traits::kColumnGroups == 1 ? 0 : group;
+}
+// This thread's place among those that own a tile's rows.
+CUTE_DEVICE int lane_of_rows(int row_group) {
+  return row_group * kThreadsPerWarpgroup + threadIdx.x % kThreadsPerWarpgroup;
+}
+
+// Starts acc = A B, or acc += A B, over kNumSteps of the steps from `first_step` on; B is in shared memory, A there or
+// in registers. Until wait_for_gemms() the registers belong to the tensor cores.
+template <int kNumSteps, class TiledMma, class FragA, class FragB, class Acc>
+CUTE_DEVICE void start_gemm_steps(TiledMma mma, FragA& a, const FragB& b, Acc& acc, int first_step,
+                                  GMMA::ScaleOut accumulate) {
+  constexpr bool kRegisterA = !is_base_of<GMMA::DescriptorIterator, typename TiledMma::FrgTypeA>::value;
+  if constexpr (kRegisterA) fence_fragment(a);
+  fence_fragment(acc);
+  fence_products();
+  mma.accumulate_ = accumulate;
+  CUTE_UNROLL
+  for (int k = 0; k < kNumSteps; ++k) {
+    start_product(mma, a(_, _, first_step + k), b(_, _, first_step + k), acc);
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+  commit_products();
+}
+
+template <class TiledMma, class FragA, class FragB, class Acc>
+CUTE_DEVICE void start_gemm(const TiledMma& mma, FragA& a, const FragB& b, Acc& acc, GMMA::ScaleOut accumulate) {
+  start_gemm_steps<decltype(size<2>(a))::value>(mma, a, b, acc, 0, accumulate);
+}
+
+// Waits until all products but the last kNumPending started are done, `acc` being the result of one of those.
+template <int kNumPending, class Acc>
+CUTE_DEVICE void wait_for_gemms(Acc& acc) {
+  wait_for_products<kNumPending>();
+  fence_fragment(acc);
+}
+
+// Accumulator ((2, 2, N / 8), MMA_M, MMA_N) -> (rows, columns): a lane holds two rows, two columns of every eight.
+template <class Layout>
+CUTE_HOST_DEVICE constexpr auto as_rows_and_columns(Layout layout) {
+  static_assert(decltype(rank(layout))::value == 3 && decltype(rank<0>(layout))::value == 3);
+  return make_layout(make_layout(get<0, 1>(layout), get<1>(layout)),
+                     make_layout(get<0, 0>(layout), get<0, 2>(layout), get<2>(layout)));
+}
+
+// Accumulator ((2, 2, N / 8), MMA_M, MMA_N) -> A operand ((2, 2, 2), MMA_M, (N / 16, MMA_N)): two blocks of eight
+// columns side by side are what a lane owns of 16 columns of A.
+template <class Layout>
+CUTE_HOST_DEVICE constexpr auto as_a_operand(Layout layout) {
+  static_assert(decltype(rank(layout))::value == 3 && decltype(rank<0>(layout))::value == 3);
+  const auto pairs = logical_divide(get<0, 2>(layout), Int<2>{});  // (2, N / 16)
+  return make_layout(make_layout(get<0, 0>(layout), get<0, 1>(layout), get<0>(pairs)), get<1>(layout),
+                     coalesce(make_layout(get<1>(pairs), get<2>(layout))));
+}
+
+// P in its operand's registers, which hold S's elements in the same order.
+template <class FragP, class AccS>
+CUTE_DEVICE void round_to(FragP& tOrP, const AccS& tSrS) {
+  constexpr int kSize = decltype(size(tSrS))::value;
+  using Element = typename FragP::value_type;
+  using From = cutlass::Array<float, kSize>;
+  using To = cutlass::Array<Element, kSize>;
+  *reinterpret_cast<To*>(tOrP.data()) =
+      cutlass::NumericArrayConverter<Element, float, kSize>{}(*reinterpret_cast<const From*>(tSrS.data()));
+}
+
+}  // namespace flash_attn::sm90
