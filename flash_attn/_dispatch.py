@@ -70,21 +70,7 @@ PATHS = {
         capability=((9, 0), (9, 0)),
         dtypes=frozenset({"fp16", "bf16"}),
         max_head_dim=512,
-        features=frozenset(
-            {
-                "dense",
-                "varlen",
-                "causal",
-                "window",
-                "gqa",
-                "softcap",
-                "alibi",
-                "sinks",
-                "seqused_q",
-                "seqused_k",
-                "out",
-            }
-        ),
+        features=frozenset(),
     ),
     "sm80": PathSpec(
         name="sm80",

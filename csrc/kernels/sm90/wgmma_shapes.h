@@ -28,14 +28,14 @@ namespace flash_attn::sm90 {
   FLASH_ATTN_TEN(ITEM, 2)         \
   FLASH_ATTN_TEN(ITEM, 3)         \
   FLASH_ATTN_TEN(ITEM, 4) FLASH_ATTN_TEN(ITEM, 5) FLASH_ATTN_TEN(ITEM, 6) FLASH_ATTN_EIGHT(ITEM, 7) ITEM(78)
-#define FLASH_ATTN_LIST_176(ITEM)                                                                                      \
-  FLASH_ATTN_TEN(ITEM, )                                                                                               \
-  FLASH_ATTN_TEN(ITEM, 1)                                                                                              \
-  FLASH_ATTN_TEN(ITEM, 2)                                                                                              \
-  FLASH_ATTN_TEN(ITEM, 3)                                                                                              \
-  FLASH_ATTN_TEN(ITEM, 4)                                                                                              \
-  FLASH_ATTN_TEN(ITEM, 5) FLASH_ATTN_TEN(ITEM, 6) FLASH_ATTN_TEN(ITEM, 7) ITEM(80) ITEM(81) ITEM(82) ITEM(83) ITEM(84) \
-      ITEM(85) ITEM(86)
+#define FLASH_ATTN_LIST_176(ITEM) \
+  FLASH_ATTN_TEN(ITEM, )          \
+  FLASH_ATTN_TEN(ITEM, 1)         \
+  FLASH_ATTN_TEN(ITEM, 2)         \
+  FLASH_ATTN_TEN(ITEM, 3)         \
+  FLASH_ATTN_TEN(ITEM, 4)         \
+  FLASH_ATTN_TEN(ITEM, 5)         \
+  FLASH_ATTN_TEN(ITEM, 6) FLASH_ATTN_TEN(ITEM, 7) ITEM(80) ITEM(81) ITEM(82) ITEM(83) ITEM(84) ITEM(85) ITEM(86)
 
 #define FLASH_ATTN_PARAMETER(i) float &d##i,
 #define FLASH_ATTN_NAME(i) "%" #i ", "
