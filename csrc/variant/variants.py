@@ -218,11 +218,15 @@ def _table(chosen: list[Group]) -> str:
 
 
 def generate(out_dir: Path, archs: Iterable[int], head_dims: Iterable[int], dtypes: Iterable[str]) -> list[Path]:
-    """Writes the files of the chosen subset into `out_dir` and returns their paths.
+    """Writes the files of the chosen subset into `out_dir` and returns their paths."""
+    return write_files(groups(archs, head_dims, dtypes), out_dir)
+
+
+def write_files(chosen: list[Group], out_dir: Path) -> list[Path]:
+    """Writes the groups' files and the table into `out_dir` and returns their paths.
 
     A file whose text is unchanged is left alone, so that a rebuild compiles only what differs.
     """
-    chosen = groups(archs, head_dims, dtypes)
     texts = {group.file_name: _instantiation(group) for group in chosen}
     texts["kernel_tables.cpp"] = _table(chosen)
     out_dir.mkdir(parents=True, exist_ok=True)

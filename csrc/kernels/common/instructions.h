@@ -36,6 +36,11 @@ __device__ inline int load_acquire(const int* from) {
   return value;
 }
 
+// Adds without a result. (nvcc 13.0 makes of atomicAdd, whose result nobody reads, an ATOMG that returns one.)
+__device__ inline void add_to_global(float* to, float value) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+
 __device__ inline void store_release(int* to, int value) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(FLASH_ATTN_EMULATED)
 #include "kernels/misc/elements.h"
 #include "kernels/misc/tokens.h"
 #endif
@@ -24,7 +24,7 @@ struct RotaryParams {
   RotaryPairs pairs;
 };
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(FLASH_ATTN_EMULATED)
 
 __device__ inline bool has_position(const RotaryParams& rotary, int64_t position) {
   return position >= 0 && position < rotary.num_positions;

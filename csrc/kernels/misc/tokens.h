@@ -29,7 +29,7 @@ struct TokenLayout {
 // kVector moves pieces of 16 bytes: columns are contiguous, and strides, sizes and addresses multiples of that.
 enum class TokenAccess { kVector, kScalar };
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(FLASH_ATTN_EMULATED)
 
 struct TokenCoord {
   int64_t source_batch_idx;  // 0 in a packed tensor

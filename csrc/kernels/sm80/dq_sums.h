@@ -34,14 +34,11 @@ __device__ float* dq_sums_of(const BackwardParams& params, int64_t tile_idx, int
   return params.dq_sums.ptr + (tile_idx * Traits::kColumnBlocks + column_block) * kTileElements + threadIdx.x;
 }
 
-// Adds in any order. (nvcc 13.0 makes of atomicAdd, whose result nobody reads, an ATOMG that returns one.)
+// Adds in any order.
 template <class Traits, class Acc>
 __device__ void add_to_dq(float* sums, const Acc& acc) {
   CUTE_UNROLL
-  for (int i = 0; i < size(acc); ++i) {
-    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(sums + i * Traits::kNumThreads), "f"(acc(i))
-                 : "memory");
-  }
+  for (int i = 0; i < size(acc); ++i) detail::add_to_global(sums + i * Traits::kNumThreads, acc(i));
 }
 
 // Adds in the order of turns: `counter` is the turn that may add now.

@@ -1,0 +1,181 @@
+"""Builds the package with kernels that run on the CPU (csrc/dev/emulator): for tests, and for developers without a GPU.
+
+usage: python build_support/emulator.py
+
+It is a copy of the package in build/emulator/package whose extension holds the real ops, planner and kernels, compiled
+as C++ for the CPU, of a few variants. It is never shipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from build_support.jobs import choose_jobs  # noqa: E402
+from build_support.options import load_variants  # noqa: E402
+from build_support.toolkit import find_cuda_home, find_cutlass  # noqa: E402
+
+CSRC = ROOT / "csrc"
+EMULATOR = CSRC / "dev" / "emulator"
+BUILD = ROOT / "build" / "emulator"
+PACKAGE = BUILD / "package"
+
+# (kind, dtype, tile row) and the options of each kernel: one of everything that differs in its source.
+VARIANTS = (
+    ("backward", "bf16", (64, 64, "163KB"), {("Score::kGeneral",)}),
+    ("backward", "fp16", (32, 32, "99KB"), {("Score::kPlain",)}),
+    (
+        "forward",
+        "bf16",
+        (64, 64, "99KB"),
+        {
+            ("Mask::kCausal", "Score::kPlain"),
+            ("Mask::kGeneral", "Score::kGeneral"),
+            ("Mask::kGeneral", "Score::kPlain", "Rows::k64"),
+            ("Mask::kGeneral", "Score::kGeneral", "Rows::k64"),
+            ("Mask::kGeneral", "Score::kPlain", "Rows::k16"),
+        },
+    ),
+    ("forward", "fp16", (32, 32, "99KB"), {("Mask::kFull", "Score::kPlain")}),
+)
+
+COMMON_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w"]
+KERNEL_FLAGS = [
+    # Headers of the emulator stand in for those of the same name.
+    f"-I{EMULATOR}",
+    f"-I{CSRC}",
+    "-include dev/emulator/cuda_builtins.h",
+    # Every access calls the emulator's memory check, which is linked instead of ThreadSanitizer.
+    "-fsanitize=thread",
+    "--param tsan-instrument-func-entry-exit=0",
+    # CUTLASS names device functions in templates that nothing uses here.
+    "-fpermissive",
+    "-x c++",
+]
+
+
+def build_emulator() -> Path:
+    """The folder to put first on PYTHONPATH; ImportError where it can't be built."""
+    compiler = _find_compiler(os.environ)
+    includes = _find_headers(os.environ)
+    try:
+        import ninja
+        import torch  # noqa: F401
+    except ImportError as missing:
+        raise ImportError(f"{missing.name} is not installed") from None
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "build.ninja").write_text(_ninja_file(compiler, includes, _generate()))
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(BUILD), "--quiet", f"-j{choose_jobs(os.environ)}"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    _assemble_package()
+    return PACKAGE
+
+
+def _find_compiler(environ: Mapping[str, str]) -> str:
+    compiler = environ.get("CXX", "c++").split()
+    if shutil.which(compiler[-1]) is None:
+        raise ImportError(f"there is no C++ compiler {compiler[-1]!r}")
+    macros = subprocess.run(
+        [*compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
+    ).stdout
+    if "__clang__" in macros:
+        raise ImportError(f"{' '.join(compiler)} is clang, and only g++ takes CUTLASS's device code as C++")
+    return " ".join(compiler)
+
+
+def _find_headers(environ: Mapping[str, str]) -> list[Path]:
+    cuda = _find_cuda_headers(environ)
+    try:
+        cutlass = find_cutlass(ROOT, environ)
+    except SystemExit as reason:
+        raise ImportError(str(reason)) from None
+    return [cutlass, cuda, cuda / "cccl", Path(sysconfig.get_path("include"))]
+
+
+def _find_cuda_headers(environ: Mapping[str, str]) -> Path:
+    """Those of a toolkit, or else those that torch's wheels bring."""
+    cuda_home, looked_in = find_cuda_home(environ)
+    candidates = [cuda_home / "include"] if cuda_home else []
+    spec = find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        candidates += sorted(Path(folder).glob("cu*/include"))
+        candidates += sorted(Path(folder).glob("cuda_runtime/include"))
+    for folder in candidates:
+        if (folder / "cuda_runtime.h").exists() and (folder / "cccl").exists():
+            return folder
+    raise ImportError("there are no CUDA headers; looked in " + ", ".join([*map(str, candidates), *looked_in]))
+
+
+def _generate() -> list[Path]:
+    """Writes the files that instantiate VARIANTS, and the table of them."""
+    variants = load_variants()
+    chosen = []
+    for kind, dtype, tile_row, wanted in VARIANTS:
+        for group in variants.groups([80], [tile_row[0], tile_row[1]], [dtype]):
+            options = tuple(own for own in group.options if own in wanted)
+            if (group.kind.name, group.tile_row) == (kind, tile_row) and options:
+                chosen.append(replace(group, options=options))
+    return variants.write_files(chosen, BUILD / "generated")
+
+
+def _ninja_file(compiler: str, includes: list[Path], generated: list[Path]) -> str:
+    from torch.utils import cpp_extension
+
+    from build_support.kernels import TORCH_TARGET_VERSION
+
+    api = [file for file in sorted((CSRC / "api").glob("*.cpp")) if file.name != "cuda_stream.cpp"]
+    host = [*sorted(EMULATOR.glob("*.cpp")), *sorted((CSRC / "plan").glob("*.cpp"))]
+    host += [file for file in generated if file.suffix == ".cpp"]
+    kernels = [file for file in generated if file.suffix == ".cu"]
+    kernels += [*sorted((CSRC / "kernels" / "misc").glob("*.cu")), *sorted(EMULATOR.glob("*.cu"))]
+    folders = [*includes, *cpp_extension.include_paths()]
+    flags = " ".join([*COMMON_FLAGS, *(f"-isystem {folder}" for folder in folders), "-DUSE_CUDA"])
+    libraries = " ".join([*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"])
+    lines = [
+        f"rule compile\n  command = {compiler} -MMD -MF $out.d $flags {flags} -c $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc",
+        # Functions of this module come before those of the same name in torch and CUDA's libraries.
+        f"rule link\n  command = {compiler} -shared -Wl,-Bsymbolic $in {libraries} -o $out",
+    ]
+    objects = []
+    for files, own_flags in (
+        (kernels, KERNEL_FLAGS),  # first: they take longest
+        (api, [f"-I{CSRC}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DFLASH_ATTN_FEW_ROWS=true"]),
+        (host, [f"-I{CSRC}"]),
+    ):
+        for file in files:
+            objects.append(f"objects/{file.parent.name}_{file.name}.o")
+            lines.append(f"build {objects[-1]}: compile {file}\n  flags = {' '.join(own_flags)}")
+    lines.append(f"build _C.abi3.so: link {' '.join(objects)}\n")
+    return "\n".join(lines)
+
+
+def _assemble_package() -> None:
+    """Links to the package's Python files, beside the emulated extension."""
+    package = PACKAGE / "flash_attn"
+    shutil.rmtree(PACKAGE, ignore_errors=True)
+    package.mkdir(parents=True)
+    for file in (ROOT / "flash_attn").iterdir():
+        if file.suffix == ".py" or (file.is_dir() and file.name != "__pycache__"):
+            (package / file.name).symlink_to(file)
+    (package / "_C.abi3.so").symlink_to(BUILD / "_C.abi3.so")
+    info = {"version": "", "kernels_built": True, "reason": "", "archs": [80], "cuda": None, "torch": None}
+    info["head_dims"] = sorted({dim for _, _, row, _ in VARIANTS for dim in row[:2]})
+    info["dtypes"] = sorted({dtype for _, dtype, _, _ in VARIANTS})
+    (package / "_build_info.json").write_text(json.dumps(info))
+
+
+if __name__ == "__main__":
+    print(build_emulator())

@@ -1,0 +1,96 @@
+// What nvcc knows without a header, as far as our kernels use it. Included before everything else of a kernel's file.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "dev/emulator/thread_block.h"
+
+#define FLASH_ATTN_EMULATED
+
+// Thread blocks run one after the other.
+#undef __shared__
+#define __shared__ static
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+#define threadIdx ::flash_attn::emulator::thread_idx
+#define blockIdx ::flash_attn::emulator::block_idx
+#define blockDim ::flash_attn::emulator::block_dim
+#define gridDim ::flash_attn::emulator::grid_dim
+
+inline void __syncthreads() { flash_attn::emulator::sync_block(); }
+inline void __syncwarp(unsigned lanes = flash_attn::emulator::kAllLanes) { flash_attn::emulator::sync_warp(lanes); }
+inline void __threadfence() {}
+
+namespace flash_attn::emulator {
+
+// What lane `from` of the warp shows.
+template <class T>
+T show(unsigned lanes, T value, int from) {
+  struct Exchange {
+    T own;
+    T other;
+    int from;
+  } exchange{value, value, from};
+  if ((lanes >> from & 1) == 0) fail("a shuffle from a lane that isn't in its mask");
+  meet_with(lanes, exchange, [](unsigned lanes, auto lane_of) {
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      if (lanes >> lane & 1) lane_of(lane).other = lane_of(lane_of(lane).from).own;
+    }
+  });
+  return exchange.other;
+}
+
+}  // namespace flash_attn::emulator
+
+template <class T>
+T __shfl_sync(unsigned lanes, T value, int from) {
+  return flash_attn::emulator::show(lanes, value, from);
+}
+template <class T>
+T __shfl_xor_sync(unsigned lanes, T value, int mask) {
+  return flash_attn::emulator::show(lanes, value, flash_attn::emulator::lane() ^ mask);
+}
+template <class T>
+T __shfl_up_sync(unsigned lanes, T value, int distance) {
+  const int lane = flash_attn::emulator::lane();
+  return flash_attn::emulator::show(lanes, value, lane < distance ? lane : lane - distance);
+}
+inline unsigned __ballot_sync(unsigned lanes, bool vote) {
+  struct Vote {
+    bool own;
+    unsigned all;
+  } ballot{vote, 0};
+  flash_attn::emulator::meet_with(lanes, ballot, [](unsigned lanes, auto lane_of) {
+    unsigned all = 0;
+    for (int lane = 0; lane < flash_attn::emulator::kWarpSize; ++lane) {
+      if (lanes >> lane & 1) all |= unsigned{lane_of(lane).own} << lane;
+    }
+    for (int lane = 0; lane < flash_attn::emulator::kWarpSize; ++lane) {
+      if (lanes >> lane & 1) lane_of(lane).all = all;
+    }
+  });
+  return ballot.all;
+}
+
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+using std::isinf;

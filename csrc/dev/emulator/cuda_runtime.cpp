@@ -1,0 +1,49 @@
+// What the host's code asks of CUDA and of torch's CUDA part.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "api/cuda_stream.h"
+#include "dev/emulator/memory_check.h"
+
+namespace {
+
+constexpr int kNumSms = 4;  // few, so that small calls have some with several thread blocks
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = flash_attn::emulator::memory::kMaxSmemBytes;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = kNumSms;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "an error that the emulator can't have"; }
+
+// There is no device to switch to, and no guard of it.
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
+
+}  // extern "C"
+
+namespace flash_attn {
+
+cudaStream_t current_stream(const Tensor&) { return nullptr; }
+
+}  // namespace flash_attn

@@ -1,0 +1,36 @@
+// The emulator's part of what C++ has no name for.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "dev/emulator/thread_block.h"
+
+namespace flash_attn {
+
+template <class T>
+T& dynamic_smem() {
+  return *static_cast<T*>(emulator::dynamic_smem());
+}
+
+namespace detail {
+
+inline float fast_exp2(float x) {
+  const float result = std::exp2(x);
+  return result < FLT_MIN ? 0.f : result;
+}
+
+inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
+
+inline int load_acquire(const int* from) {
+  emulator::poll();
+  return *from;
+}
+
+inline void add_to_global(float* to, float value) { *to += value; }
+
+inline void store_release(int* to, int value) { *to = value; }
+
+}  // namespace detail
+
+}  // namespace flash_attn

@@ -1,0 +1,131 @@
+"""Declared cases on the SM80 kernels' real source, run on the CPU (csrc/dev/emulator).
+
+They run in a process of their own, since the package that is built for it holds other kernels of the same names; from
+tests/:
+
+    PYTHONPATH=$(python ../build_support/emulator.py) python -m pytest emulated.py
+"""
+
+import ctypes
+import re
+from dataclasses import replace
+
+import checks
+import harness
+import pytest
+import reference
+import torch
+from cases import ALL
+from tolerance import assert_close
+
+import flash_attn
+from flash_attn import _dispatch, _ops
+
+# Served by the kernels that build_support/emulator.py compiles: bf16 with head dims up to 64, whose plain scores are
+# causal where there are more than 64 queries; fp16 with head dims up to 32 and neither.
+FORWARD = (
+    "varlen-causal-gqa",
+    "varlen-many-short",
+    "causal-short-k-sinks",
+    "gqa-6-3-causal",
+    "seqused-k",
+    "empty-k-causal",
+    "scale-negative-causal",
+    "dim-33x7-bfloat16",
+    "dim-40x64-bfloat16",
+    "alibi-softcap-window",
+    "softcap-causal-gqa",
+    "varlen-alibi-batch",
+    "dropout-causal-gqa",
+    "dropout-seqused",
+    "bwd-16x16-full",
+    "paged-leftpad",
+    "leftpad",
+    "cache-decode",
+    "cache-empty",
+    "cache-paged",
+    "cache-batch-idx",
+    "append-varlen",
+    "append-paged",
+    "rotary-interleaved",
+    "rotary-paged-gqa",
+)
+SPLIT = ("cache-decode", "paged-16", "varlen-many-short")
+BACKWARD = (
+    "varlen-softcap-sinks",
+    "alibi-batch-causal",
+    "dropout-sinks",
+    "bwd-33x7-everything",
+    "bwd-16x16-full",
+)
+
+# Kernels of csrc/dev/emulator/faulty_kernels.cu, and what is said of them.
+FAULTS = {
+    "read_unwritten": "reads byte .* of shared memory, which nothing has written",
+    "read_without_barrier": "reads byte .* of shared memory, which (nothing|thread .*) (has written|wrote)",
+    "write_without_barrier": "writes byte .* of shared memory, which .* read, with no barrier between",
+    "read_without_wait": "reads byte .* of shared memory while a cp.async to it is under way",
+    "read_without_barrier_after_wait": "reads byte .* of shared memory",
+    "read_past_tensor": "reads global memory outside of any tensor",
+    "write_past_tensor": "writes global memory outside of any tensor",
+    "copy_past_tensor": "reads global memory outside of any tensor",
+    "write_past_shared_memory": "writes byte .* of 1024 bytes of shared memory",
+    "shuffle_with_a_lane_that_left": "wait at .* an instruction of their warp, for others that never come",
+    "wait_for_a_later_block": "waits for a thread block that does not start before it",
+}
+
+CASES = {case.id: case for case in ALL}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cpu_tensors_reach_the_kernels():
+    """The ops are registered for CUDA tensors, which the dispatchers of torch and of the package tell from others."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(_dispatch, "_device_objections", lambda path, q: [])
+    # What was right here is switched on for GPUs once it was right there, too.
+    spec = _dispatch.PATHS["sm80"]
+    patch.setitem(_dispatch.PATHS, "sm80", replace(spec, features=frozenset(_dispatch.FEATURES)))
+    for module in (checks, harness):
+        patch.setattr(module, "device_of", lambda path: "cpu")
+    library = torch.library.Library("flash_attn", "IMPL", "CPU")
+    for name in ("forward", "forward_out", "backward", "backward_out", "append_kv", "rotary", "combine"):
+        op = getattr(torch.ops.flash_attn, name).default
+        library.impl(name, lambda *arguments, op=op: op.redispatch(_ops._CUDA_KEY, *arguments))
+    yield
+    patch.undo()
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(name):
+    checks.check_forward("sm80", CASES[name])
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(name):
+    checks.check_backward("sm80", CASES[name])
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_split(name):
+    checks.check_forward("sm80", CASES[name], features=frozenset({"num_splits"}), num_splits=3)
+
+
+def test_combine():
+    """Parts that saw nothing hold NaN."""
+    generator = torch.Generator().manual_seed(0)
+    parts, lse = torch.randn(3, 2, 5, 4, 40, generator=generator), torch.randn(3, 2, 5, 4, generator=generator)
+    parts[1, 0], lse[1, 0] = float("nan"), float("-inf")
+    with flash_attn.use_path("sm80"):
+        ours = flash_attn.flash_attn_combine(parts, lse)
+    exact, low = reference.combine(parts.double(), lse.double()), reference.combine(parts, lse)
+    for name, *values in zip(("out", "lse"), ours, exact, low, strict=True):
+        assert_close(name, *values)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(name):
+    library = ctypes.CDLL(flash_attn._C.__file__)
+    library.flash_attn_run_faulty_kernel.restype = ctypes.c_char_p
+    out = torch.zeros(64)
+    said = library.flash_attn_run_faulty_kernel(name.encode(), ctypes.c_void_p(out.data_ptr())).decode()
+    assert re.search(FAULTS[name], said)
