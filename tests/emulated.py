@@ -63,7 +63,7 @@ BACKWARD = (
 FAULTS = {
     "read_unwritten": "reads byte .* of shared memory, which nothing has written",
     "read_without_barrier": "reads byte .* of shared memory, which (nothing|thread .*) (has written|wrote)",
-    "write_without_barrier": "writes byte .* of shared memory, which .* read, with no barrier between",
+    "write_without_barrier": "(reads|writes) byte .* of shared memory, which .*, with no barrier between",
     "read_without_wait": "reads byte .* of shared memory while a cp.async to it is under way",
     "read_without_barrier_after_wait": "reads byte .* of shared memory",
     "read_past_tensor": "reads global memory outside of any tensor",

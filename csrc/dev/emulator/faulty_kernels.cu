@@ -90,22 +90,23 @@ constexpr FaultyKernel kFaultyKernels[] = {
     {"wait_for_a_later_block", &wait_for_a_later_block},
 };
 
+std::string said;
+
 }  // namespace
 }  // namespace flash_attn
 
 // What the emulator said, or "" if it found nothing. `out` is a tensor of kNumThreads floats.
 extern "C" const char* flash_attn_run_faulty_kernel(const char* name, float* out) {
-  static std::string said;
-  said.clear();
+  flash_attn::said.clear();
   for (const auto& faulty : flash_attn::kFaultyKernels) {
     if (std::strcmp(faulty.name, name) != 0) continue;
     try {
       flash_attn::start_kernel(
           faulty.kernel, {flash_attn::kNumBlocks, flash_attn::kNumThreads, sizeof(flash_attn::Storage), nullptr}, out);
     } catch (const std::exception& error) {
-      said = error.what();
+      flash_attn::said = error.what();
     }
-    return said.c_str();
+    return flash_attn::said.c_str();
   }
   return "there is no such kernel";
 }

@@ -1,0 +1,23 @@
+"""The SM80 kernels without a GPU: builds the package on the emulator and runs emulated.py with it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from repository import ROOT
+
+from build_support.emulator import build_emulator
+
+
+def test_emulated_kernels():
+    try:
+        package = build_emulator()
+    except ImportError as reason:
+        pytest.skip(f"the kernels can't be emulated: {reason}")
+    # From tests/, where no flash_attn hides the emulated one.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "emulated.py"]
+    run = subprocess.run(
+        command, cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(package)}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
