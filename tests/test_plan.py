@@ -2,7 +2,7 @@
 
 import pytest
 import repository  # noqa: F401  (makes build_support importable)
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from build_support.plan_module import load_plan_module
@@ -201,6 +201,34 @@ def test_chosen_splits_depend_on_shapes_alone_and_fit_the_grid():
     assert made.num_splits == 0
     assert made.num_slots == 4 + made.target_slots
     assert made.num_blocks == made.num_slots * 8
+
+
+def _num_slots_used(made, lengths, left):
+    """How many slots the device takes (csrc/kernels/common/split_schedule.h), causal, with a window."""
+    work = []
+    for queries, keys in lengths:
+        row_tiles = -(-queries * made.packed_heads // made.tile_m)
+        first = max(keys - queries - left, 0) // made.tile_n
+        work.append((row_tiles, max(-(-keys // made.tile_n) - first, 0) if queries and keys else 0))
+    total = sum(row_tiles * key_tiles for row_tiles, key_tiles in work)
+    per_split = max(-(-total // made.target_slots), made.min_tiles)
+    return sum(row_tiles * min(max(-(-key_tiles // per_split), 1), 256) for row_tiles, key_tiles in work)
+
+
+_LENGTHS = st.tuples(st.one_of(st.integers(0, 4), st.integers(0, 3000)), st.one_of(st.just(1), st.integers(0, 9000)))
+
+
+@given(
+    lengths=st.lists(_LENGTHS, min_size=1, max_size=40), left=st.integers(0, 2000), heads=st.sampled_from([1, 2, 8])
+)
+@example(lengths=[(1000, 4000)] + [(1, 4000)] * 19, left=300, heads=1)  # one entry sees far more keys than the mean
+def test_the_grid_holds_every_split(lengths, left, heads):
+    made = plan(
+        **CACHE, batch=len(lengths), rows_q=sum(queries for queries, _ in lengths), rows_k=9000, num_heads=heads,
+        num_heads_k=1, window_left=left, window_right=0,
+    )  # fmt: skip
+    if made.rows != planner.Rows.MANY and made.num_splits == 0:
+        assert _num_slots_used(made, lengths, left) <= made.num_slots
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,8 @@ MIXED = [
            (250, 17, 180, 1, 37, 129), window=(60, 0), sinks=BF16),
     _mixed("speculative", "a few drafted tokens each", (5, 1, 4, 8), (200, 64, 4, 131), heads=(8, 1)),
     _mixed("padded", "a batch padded with requests that have neither queries nor keys", (1, 6, 0, 0), (100, 30, 0, 0)),
+    _mixed("one-long-chunk", "a window; one entry's queries together see far more keys than the others'",
+           (1000,) + (1,) * 19, (1500,) + (600,) * 19, window=(300, 0), heads=(1, 1)),
     _mixed("seqused-q", "fixed slots, of which some queries are used", (8, 8, 8), (100, 30, 8), seqused_q=(1, 8, 0)),
 ]  # fmt: skip
 SPECULATIVE_APPEND = [

@@ -60,6 +60,7 @@ PYBIND11_MODULE(flash_attn_plan, module) {
       .def_property_readonly("num_splits", [](const Plan& plan) { return plan.split.num_splits; })
       .def_property_readonly("num_slots", [](const Plan& plan) { return plan.split.num_slots; })
       .def_property_readonly("target_slots", [](const Plan& plan) { return plan.split.target_slots; })
+      .def_property_readonly("min_tiles", [](const Plan& plan) { return plan.split.min_tiles; })
       .def_readonly("num_threads", &Plan::num_threads)
       .def_readonly("smem_bytes", &Plan::smem_bytes);
 

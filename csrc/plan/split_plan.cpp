@@ -43,10 +43,11 @@ int64_t packed_heads_of(const Problem& problem) {
   return fits && problem.pack_gqa != PackGqa::kNever ? heads : 1;
 }
 
-// Keys that one row can see at most, and those that the other rows of its entry see besides.
-int64_t most_visible_keys(const Problem& problem) {
-  if (problem.window_left < 0 || problem.window_right < 0) return problem.rows_k;
-  return std::min(problem.rows_k, problem.window_left + problem.window_right + queries_per_entry(problem));
+// Keys that one row can see at most, and those that the other rows of an entry with so many queries see besides.
+int64_t most_visible_keys(const Problem& problem, int64_t queries) {
+  const int64_t rows_k = problem.rows_k;
+  if (problem.window_left < 0 || problem.window_right < 0) return rows_k;
+  return std::min(rows_k, std::min(problem.window_left, rows_k) + std::min(problem.window_right, rows_k) + queries);
 }
 
 }  // namespace
@@ -75,15 +76,20 @@ SplitPlan make_split_plan(const Problem& problem, const Tile& tile, int smem_byt
   const Waves waves = waves_for(tile.m);
   const int64_t resident = gpu.num_sms * std::clamp<int64_t>(blocks_per_sm, 1, kMaxBlocksPerSm);
   plan.min_tiles = static_cast<int>(ceil_div(kMinKeysPerSplit, tile.n));
-  const int64_t most_splits = ceil_div(ceil_div(most_visible_keys(problem), tile.n) + 1, plan.min_tiles);
+  const auto most_splits = [&](int64_t queries) {
+    return ceil_div(ceil_div(most_visible_keys(problem, queries), tile.n) + 1, plan.min_tiles);
+  };
   plan.num_splits = problem.num_splits;
-  if (problem.num_splits == 0 && (most_splits <= 1 || row_tiles * head_runs >= waves.enough * resident)) {
+  const bool is_short = most_splits(queries_per_entry(problem)) <= 1;
+  if (problem.num_splits == 0 && (is_short || row_tiles * head_runs >= waves.enough * resident)) {
     plan.num_splits = 1;
   }
   plan.num_slots = row_tiles * std::max(plan.num_splits, 1);
   if (plan.num_splits == 0) {
     plan.target_slots = static_cast<int>(ceil_div(waves.target * resident, std::max<int64_t>(head_runs, 1)));
-    plan.num_slots = std::min(row_tiles + plan.target_slots, row_tiles * std::min<int64_t>(most_splits, kMaxSplits));
+    // All queries of a packed batch may be one entry's: the grid must hold its splits, too.
+    const int64_t most = std::min<int64_t>(most_splits(problem.rows_q), kMaxSplits);
+    plan.num_slots = std::min(row_tiles + plan.target_slots, row_tiles * most);
   }
   return plan;
 }
