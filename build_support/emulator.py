@@ -32,12 +32,24 @@ EMULATOR = CSRC / "dev" / "emulator"
 BUILD = ROOT / "build" / "emulator"
 PACKAGE = BUILD / "package"
 
-# (kind, dtype, tile row) and the options of each kernel: one of everything that differs in its source.
+# (kind, architecture, dtype, tile row) and the options of each kernel: one of everything that differs in its source.
 VARIANTS = (
-    ("backward", "bf16", (64, 64, "163KB"), {("Score::kGeneral",)}),
-    ("backward", "fp16", (32, 32, "99KB"), {("Score::kPlain",)}),
     (
         "forward",
+        90,
+        "bf16",
+        (64, 64, "227KB"),
+        {
+            ("Mask::kCausal", "Score::kPlain"),
+            ("Mask::kGeneral", "Score::kGeneral"),
+        },
+    ),
+    ("forward", 90, "bf16", (512, 512, "227KB"), {("Mask::kCausal", "Score::kPlain")}),
+    ("backward", 80, "bf16", (64, 64, "163KB"), {("Score::kGeneral",)}),
+    ("backward", 80, "fp16", (32, 32, "99KB"), {("Score::kPlain",)}),
+    (
+        "forward",
+        80,
         "bf16",
         (64, 64, "99KB"),
         {
@@ -48,10 +60,10 @@ VARIANTS = (
             ("Mask::kGeneral", "Score::kPlain", "Rows::k16"),
         },
     ),
-    ("forward", "fp16", (32, 32, "99KB"), {("Mask::kFull", "Score::kPlain")}),
+    ("forward", 80, "fp16", (32, 32, "99KB"), {("Mask::kFull", "Score::kPlain")}),
 )
 
-COMMON_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w"]
+COMMON_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w", "-Wno-psabi"]
 KERNEL_FLAGS = [
     # Headers of the emulator stand in for those of the same name.
     f"-I{EMULATOR}",
@@ -122,8 +134,8 @@ def _generate() -> list[Path]:
     """Writes the files that instantiate VARIANTS, and the table of them."""
     variants = load_variants()
     chosen = []
-    for kind, dtype, tile_row, wanted in VARIANTS:
-        for group in variants.groups([80], [tile_row[0], tile_row[1]], [dtype]):
+    for kind, arch, dtype, tile_row, wanted in VARIANTS:
+        for group in variants.groups([arch], [tile_row[0], tile_row[1]], [dtype]):
             options = tuple(own for own in group.options if own in wanted)
             if (group.kind.name, group.tile_row) == (kind, tile_row) and options:
                 chosen.append(replace(group, options=options))
@@ -137,7 +149,7 @@ def _ninja_file(compiler: str, includes: list[Path], generated: list[Path]) -> s
 
     api = [file for file in sorted((CSRC / "api").glob("*.cpp")) if file.name != "cuda_stream.cpp"]
     host = [*sorted(EMULATOR.glob("*.cpp")), *sorted((CSRC / "plan").glob("*.cpp"))]
-    host += [file for file in generated if file.suffix == ".cpp"]
+    host += [*sorted((CSRC / "kernels" / "sm90").glob("*.cpp")), *(file for file in generated if file.suffix == ".cpp")]
     kernels = [file for file in generated if file.suffix == ".cu"]
     kernels += [*sorted((CSRC / "kernels" / "misc").glob("*.cu")), *sorted(EMULATOR.glob("*.cu"))]
     folders = [*includes, *cpp_extension.include_paths()]
@@ -171,9 +183,10 @@ def _assemble_package() -> None:
         if file.suffix == ".py" or (file.is_dir() and file.name != "__pycache__"):
             (package / file.name).symlink_to(file)
     (package / "_C.abi3.so").symlink_to(BUILD / "_C.abi3.so")
-    info = {"version": "", "kernels_built": True, "reason": "", "archs": [80], "cuda": None, "torch": None}
-    info["head_dims"] = sorted({dim for _, _, row, _ in VARIANTS for dim in row[:2]})
-    info["dtypes"] = sorted({dtype for _, dtype, _, _ in VARIANTS})
+    info = {"version": "", "kernels_built": True, "reason": "", "cuda": None, "torch": None}
+    info["archs"] = sorted({arch for _, arch, *_ in VARIANTS})
+    info["head_dims"] = sorted({dim for *_, row, _ in VARIANTS for dim in row[:2]})
+    info["dtypes"] = sorted({dtype for _, _, dtype, *_ in VARIANTS})
     (package / "_build_info.json").write_text(json.dumps(info))
 
 

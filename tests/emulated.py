@@ -1,4 +1,4 @@
-"""Declared cases on the SM80 kernels' real source, run on the CPU (csrc/dev/emulator).
+"""Declared cases on the SM80 kernels' real source, run on the CPU (csrc/dev/emulator). emulated_sm90.py: on SM90's.
 
 They run in a process of their own, since the package that is built for it holds other kernels of the same names; from
 tests/:
@@ -64,7 +64,7 @@ FAULTS = {
     "read_unwritten": "reads byte .* of shared memory, which nothing has written",
     "read_without_barrier": "reads byte .* of shared memory, which (nothing|thread .*) (has written|wrote)",
     "write_without_barrier": "(reads|writes) byte .* of shared memory, which .*, with no barrier between",
-    "read_without_wait": "reads byte .* of shared memory while a cp.async to it is under way",
+    "read_without_wait": "reads byte .* of shared memory while a copy to it is under way",
     "read_without_barrier_after_wait": "reads byte .* of shared memory",
     "read_past_tensor": "reads global memory outside of any tensor",
     "write_past_tensor": "writes global memory outside of any tensor",
@@ -75,6 +75,7 @@ FAULTS = {
 }
 
 CASES = {case.id: case for case in ALL}
+SM90_FEATURES = frozenset("dense varlen causal window gqa softcap alibi sinks seqused_q seqused_k out".split())
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,8 +84,8 @@ def cpu_tensors_reach_the_kernels():
     patch = pytest.MonkeyPatch()
     patch.setattr(_dispatch, "_device_objections", lambda path, q: [])
     # What was right here is switched on for GPUs once it was right there, too.
-    spec = _dispatch.PATHS["sm80"]
-    patch.setitem(_dispatch.PATHS, "sm80", replace(spec, features=frozenset(_dispatch.FEATURES)))
+    for path, features in (("sm80", frozenset(_dispatch.FEATURES)), ("sm90", SM90_FEATURES)):
+        patch.setitem(_dispatch.PATHS, path, replace(_dispatch.PATHS[path], features=features))
     for module in (checks, harness):
         patch.setattr(module, "device_of", lambda path: "cpu")
     library = torch.library.Library("flash_attn", "IMPL", "CPU")

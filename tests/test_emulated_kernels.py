@@ -1,4 +1,4 @@
-"""The SM80 kernels without a GPU: builds the package on the emulator and runs emulated.py with it."""
+"""Kernels without a GPU: builds the package on the emulator and runs emulated.py and emulated_sm90.py with it."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ def test_emulated_kernels():
     except ImportError as reason:
         pytest.skip(f"the kernels can't be emulated: {reason}")
     # From tests/, where no flash_attn hides the emulated one.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "emulated.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "emulated.py", "emulated_sm90.py"]
     run = subprocess.run(
         command, cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(package)}, capture_output=True, text=True
     )

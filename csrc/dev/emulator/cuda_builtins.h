@@ -3,11 +3,25 @@
 
 #include <cuda_runtime.h>
 
+// CuTe's own gives every address as 0 where there is no GPU.
+#define cast_smem_ptr_to_uint cast_smem_ptr_to_uint_of_cute
+#include <cute/arch/util.hpp>
+#undef cast_smem_ptr_to_uint
+
 #include <bit>
 #include <cmath>
 #include <cstdint>
 
+#include "dev/emulator/memory_check.h"
 #include "dev/emulator/thread_block.h"
+
+namespace cute {
+
+inline uint32_t cast_smem_ptr_to_uint(const void* ptr) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(ptr) - flash_attn::emulator::memory::smem());
+}
+
+}  // namespace cute
 
 #define FLASH_ATTN_EMULATED
 
@@ -17,6 +31,8 @@
 
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
 
 #define threadIdx ::flash_attn::emulator::thread_idx
 #define blockIdx ::flash_attn::emulator::block_idx

@@ -1,8 +1,7 @@
 // Kernels with one fault each, for a test of whether the emulator finds it.
 #include <cstring>
-#include <exception>
-#include <string>
 
+#include "dev/emulator/faulty_kernels.h"
 #include "kernels/common/instructions.h"
 #include "kernels/common/start_kernel.h"
 #include "kernels/sm80/instructions.h"
@@ -90,23 +89,16 @@ constexpr FaultyKernel kFaultyKernels[] = {
     {"wait_for_a_later_block", &wait_for_a_later_block},
 };
 
-std::string said;
-
 }  // namespace
 }  // namespace flash_attn
 
 // What the emulator said, or "" if it found nothing. `out` is a tensor of kNumThreads floats.
 extern "C" const char* flash_attn_run_faulty_kernel(const char* name, float* out) {
-  flash_attn::said.clear();
-  for (const auto& faulty : flash_attn::kFaultyKernels) {
+  using namespace flash_attn;
+  for (const FaultyKernel& faulty : kFaultyKernels) {
     if (std::strcmp(faulty.name, name) != 0) continue;
-    try {
-      flash_attn::start_kernel(
-          faulty.kernel, {flash_attn::kNumBlocks, flash_attn::kNumThreads, sizeof(flash_attn::Storage), nullptr}, out);
-    } catch (const std::exception& error) {
-      flash_attn::said = error.what();
-    }
-    return flash_attn::said.c_str();
+    return emulator::said_of(
+        [&] { start_kernel(faulty.kernel, {kNumBlocks, kNumThreads, sizeof(Storage), nullptr}, out); });
   }
   return "there is no such kernel";
 }

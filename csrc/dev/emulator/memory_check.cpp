@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "dev/emulator/ordering.h"
 #include "dev/emulator/tensor_memory.h"
 #include "dev/emulator/thread_block.h"
 
@@ -14,78 +15,111 @@ namespace {
 
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating-point type
 constexpr int kCellBytes = 2;
-constexpr int kMaxWarps = 32;
-
-// When a thread came by: between which barriers of its block and of its warp.
-struct Visit {
-  int thread = -1;
-  unsigned block_epoch = 0;
-  unsigned warp_epoch = 0;
-};
+constexpr int kNumCells = kMaxSmemBytes / kCellBytes;
+constexpr int kMaxWarps = kMaxThreads / kWarpSize;
 
 enum class Content { kNone, kExpected, kThere };
 
+// kGeneric: a thread's loads and stores. kAsync: those of the copy engine and the tensor cores.
+enum class Proxy { kGeneric, kAsync };
+
 struct Cell {
   Content content = Content::kNone;
-  Visit write;
-  Visit read;            // the last
-  unsigned readers = 0;  // warps that read since the barrier before it
+  Proxy proxy = Proxy::kGeneric;  // of the last write
+  ordering::Agent writer = -1;
+  ordering::Time write_time = 0;
+  unsigned readers = 0;  // warps that read since
 };
+
+// A warp's last read of a cell.
+struct Read {
+  uint32_t time : 27;
+  uint32_t lane : 5;
+};
+constexpr uint32_t kUnderWay = (1u << 27) - 1;
 
 alignas(1024) unsigned char smem_bytes[kMaxSmemBytes];
 int smem_size = 0;
-std::vector<Cell> cells(kMaxSmemBytes / kCellBytes);
-unsigned block_epoch = 0;
-unsigned warp_epochs[kMaxWarps];
+std::vector<Cell> cells(kNumCells);
+std::vector<Read> reads_of_warp[kMaxWarps];
+std::vector<Registers> lent[kMaxThreads];
 uintptr_t stack_begin = 0;
 size_t stack_size = 0;
 
-Visit this_visit() {
-  const int thread = thread_idx.x;
-  return {thread, block_epoch, warp_epochs[thread / kWarpSize]};
-}
-
-bool is_ordered(const Visit& before, const Visit& now) {
-  if (before.thread < 0 || before.thread == now.thread || before.block_epoch != now.block_epoch) return true;
-  return before.thread / kWarpSize == now.thread / kWarpSize && before.warp_epoch != now.warp_epoch;
-}
+std::string byte_of(size_t cell_idx) { return " byte " + std::to_string(cell_idx * kCellBytes) + " of shared memory"; }
 
 [[noreturn]] void fail_at(const char* what, size_t cell_idx, const char* other_did, int other) {
-  fail(std::string(what) + " byte " + std::to_string(cell_idx * kCellBytes) + " of shared memory, which thread " +
-       std::to_string(other) + " " + other_did + ", with no barrier between");
+  fail(what + byte_of(cell_idx) + ", which " +
+       (other < kMaxThreads ? "thread " + std::to_string(other) : std::string("a copy of the copy engine")) + " " +
+       other_did + ", with no barrier between");
 }
 
-void read_cell(size_t idx, const Visit& now) {
-  Cell& cell = cells[idx];
-  if (cell.content == Content::kNone) {
-    fail("reads byte " + std::to_string(idx * kCellBytes) + " of shared memory, which nothing has written");
-  }
-  if (cell.content == Content::kExpected) {
-    fail("reads byte " + std::to_string(idx * kCellBytes) + " of shared memory while a cp.async to it is under way");
-  }
-  if (!is_ordered(cell.write, now)) fail_at("reads", idx, "wrote", cell.write.thread);
-  if (cell.read.block_epoch != now.block_epoch) cell.readers = 0;
-  cell.readers |= 1u << (now.thread / kWarpSize);
-  cell.read = now;
+void mark_read(size_t idx, int thread, uint32_t time) {
+  const int warp = thread / kWarpSize;
+  cells[idx].readers |= 1u << warp;
+  reads_of_warp[warp][idx] = {.time = time, .lane = static_cast<uint32_t>(thread % kWarpSize)};
 }
 
-void write_cell(size_t idx, const Visit& now, Content content) {
+void read_cell(size_t idx, Proxy proxy) {
+  const Cell& cell = cells[idx];
+  if (cell.content == Content::kNone) fail("reads" + byte_of(idx) + ", which nothing has written");
+  if (cell.content == Content::kExpected) fail("reads" + byte_of(idx) + " while a copy to it is under way");
+  if (!ordering::is_over(cell.writer, cell.write_time)) fail_at("reads", idx, "wrote", cell.writer);
+  const bool needs_fence = proxy == Proxy::kAsync && cell.proxy == Proxy::kGeneric;
+  if (needs_fence && !ordering::is_fenced(cell.writer, cell.write_time)) {
+    fail("has the copy engine or the tensor cores read" + byte_of(idx) + ", which thread " +
+         std::to_string(cell.writer) + " wrote, with no fence after it");
+  }
+}
+
+void check_readers(size_t idx) {
+  for (unsigned left = cells[idx].readers; left != 0; left &= left - 1) {
+    const int warp = __builtin_ctz(left);
+    const Read& read = reads_of_warp[warp][idx];
+    const int reader = warp * kWarpSize + static_cast<int>(read.lane);
+    if (read.time == kUnderWay) {
+      fail("writes" + byte_of(idx) + ", which the copy engine or the tensor cores still read for thread " +
+           std::to_string(reader));
+    }
+    if (!ordering::is_over(reader, read.time)) fail_at("writes", idx, "or another one of its warp read", reader);
+  }
+}
+
+void write_cell(size_t idx, Content content, Proxy proxy) {
   Cell& cell = cells[idx];
+  const int thread = thread_idx.x;
   // Lanes of a warp may write what they agree on.
-  const bool same_warp = cell.write.thread / kWarpSize == now.thread / kWarpSize;
-  if (!same_warp && !is_ordered(cell.write, now)) fail_at("writes", idx, "wrote", cell.write.thread);
-  const unsigned others = cell.readers & ~(1u << (now.thread / kWarpSize));
-  if (!is_ordered(cell.read, now) || (cell.read.block_epoch == now.block_epoch && others != 0)) {
-    fail_at("writes", idx, "or a thread of another warp read", cell.read.thread);
+  const bool same_warp = cell.writer >= 0 && cell.writer / kWarpSize == thread / kWarpSize;
+  if (cell.writer >= 0 && !same_warp && !ordering::is_over(cell.writer, cell.write_time)) {
+    fail_at("writes", idx, "wrote", cell.writer);
   }
-  cell.content = content;
-  cell.write = now;
+  if (cell.content == Content::kExpected && cell.proxy == Proxy::kAsync) {
+    fail("writes" + byte_of(idx) + " while a copy to it is under way");
+  }
+  check_readers(idx);
+  cell = {.content = content, .proxy = proxy, .writer = thread, .write_time = ordering::now()};
+}
+
+void check_registers(uintptr_t begin, size_t num_bytes, const char* verb) {
+  for (const Registers& registers : lent[thread_idx.x]) {
+    const auto first = reinterpret_cast<uintptr_t>(registers.begin);
+    if (begin >= first + registers.num_bytes || begin + num_bytes <= first) continue;
+    if (registers.may_be_read && verb[0] == 'r') continue;
+    fail(std::string(verb) + " registers of a matrix product that it has not waited for");
+  }
+}
+
+// Of shared memory that was checked before.
+template <class Visitor>
+void for_each_cell(const void* smem, size_t num_bytes, const Visitor& visit) {
+  const size_t offset = static_cast<const unsigned char*>(smem) - smem_bytes;
+  for (size_t idx = offset / kCellBytes; idx * kCellBytes < offset + num_bytes; ++idx) visit(idx);
 }
 
 template <class Visitor>
 void check(const void* address, size_t num_bytes, const char* verb, const Visitor& visit) {
   const auto begin = reinterpret_cast<uintptr_t>(address);
-  if (begin - stack_begin < stack_size) return;
+  if (begin - stack_begin < stack_size) return check_registers(begin, num_bytes, verb);
   const uintptr_t offset = begin - reinterpret_cast<uintptr_t>(smem_bytes);
   if (offset >= kMaxSmemBytes) {
     if (!tensor_memory::may_touch(begin, num_bytes)) fail(std::string(verb) + " global memory outside of any tensor");
@@ -95,7 +129,7 @@ void check(const void* address, size_t num_bytes, const char* verb, const Visito
     fail(std::string(verb) + " byte " + std::to_string(offset) + " of " + std::to_string(smem_size) +
          " bytes of shared memory");
   }
-  for (size_t idx = offset / kCellBytes; idx * kCellBytes < offset + num_bytes; ++idx) visit(idx);
+  for_each_cell(address, num_bytes, visit);
 }
 
 }  // namespace
@@ -106,11 +140,9 @@ void begin_block(int smem_size_now) {
   smem_size = smem_size_now;
   std::memset(smem_bytes, kPoison, smem_size);
   std::fill(cells.begin(), cells.begin() + (smem_size + kCellBytes - 1) / kCellBytes, Cell{});
-  ++block_epoch;
+  for (unsigned warp = 0; warp * kWarpSize < block_dim.x; ++warp) reads_of_warp[warp].resize(kNumCells);
+  for (auto& registers : lent) registers.clear();
 }
-
-void on_block_barrier() { ++block_epoch; }
-void on_warp_barrier(int warp_idx) { ++warp_epochs[warp_idx]; }
 
 void set_stack(const void* begin, size_t num_bytes) {
   stack_begin = reinterpret_cast<uintptr_t>(begin);
@@ -118,17 +150,65 @@ void set_stack(const void* begin, size_t num_bytes) {
 }
 
 void read(const void* from, size_t num_bytes) {
-  check(from, num_bytes, "reads", [now = this_visit()](size_t idx) { read_cell(idx, now); });
+  check(from, num_bytes, "reads", [](size_t idx) {
+    read_cell(idx, Proxy::kGeneric);
+    mark_read(idx, thread_idx.x, ordering::now());
+  });
 }
 
 void write(const void* to, size_t num_bytes) {
-  check(to, num_bytes, "writes", [now = this_visit()](size_t idx) { write_cell(idx, now, Content::kThere); });
+  check(to, num_bytes, "writes", [](size_t idx) { write_cell(idx, Content::kThere, Proxy::kGeneric); });
 }
 
 void expect(const void* smem, size_t num_bytes) {
-  check(smem, num_bytes, "writes", [now = this_visit()](size_t idx) { write_cell(idx, now, Content::kExpected); });
+  check(smem, num_bytes, "writes", [](size_t idx) { write_cell(idx, Content::kExpected, Proxy::kGeneric); });
   std::memset(const_cast<void*>(smem), kPoison, num_bytes);
 }
+
+void begin_async_read(const void* smem, size_t num_bytes) {
+  check(smem, num_bytes, "reads", [](size_t idx) {
+    read_cell(idx, Proxy::kAsync);
+    mark_read(idx, thread_idx.x, kUnderWay);
+  });
+}
+
+void continue_async_read(int thread, const void* smem, size_t num_bytes) {
+  for_each_cell(smem, num_bytes, [thread](size_t idx) { mark_read(idx, thread, kUnderWay); });
+}
+
+void end_async_read(int thread, const void* smem, size_t num_bytes) {
+  for_each_cell(smem, num_bytes, [thread](size_t idx) { mark_read(idx, thread, ordering::now()); });
+}
+
+void begin_async_write(void* smem, size_t num_bytes) {
+  check(smem, num_bytes, "writes", [](size_t idx) { write_cell(idx, Content::kExpected, Proxy::kAsync); });
+  std::memset(smem, kPoison, num_bytes);
+}
+
+void end_async_write(void* smem, size_t num_bytes, int mbarrier_idx) {
+  for_each_cell(smem, num_bytes, [mbarrier_idx](size_t idx) {
+    cells[idx] = {.content = Content::kThere,
+                  .proxy = Proxy::kAsync,
+                  .writer = ordering::copies_of(mbarrier_idx),
+                  .write_time = ordering::now()};
+  });
+}
+
+void lend(const Registers& registers) {
+  const auto* const begin = static_cast<const char*>(registers.begin);
+  for (Registers& before : lent[thread_idx.x]) {
+    const auto* const first = static_cast<const char*>(before.begin);
+    if (before.may_be_read != registers.may_be_read) continue;
+    if (first <= begin && begin + registers.num_bytes <= first + before.num_bytes) return;
+    if (first + before.num_bytes == begin) {
+      before.num_bytes += registers.num_bytes;
+      return;
+    }
+  }
+  lent[thread_idx.x].push_back(registers);
+}
+
+void take_back_all() { lent[thread_idx.x].clear(); }
 
 }  // namespace flash_attn::emulator::memory
 
@@ -151,6 +231,7 @@ void __tsan_vptr_update(void**, void*) {}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
+uint8_t __tsan_atomic8_load(const volatile uint8_t* from, int) { return *from; }
 uint64_t __tsan_atomic64_load(const volatile uint64_t* from, int) { return *from; }
 uint64_t __tsan_atomic64_fetch_or(volatile uint64_t* to, uint64_t bits, int) { return __atomic_fetch_or(to, bits, 0); }
 }

@@ -12,8 +12,6 @@ inline constexpr int kMaxSmemBytes = 227 * 1024;
 unsigned char* smem();
 
 void begin_block(int smem_bytes);
-void on_block_barrier();
-void on_warp_barrier(int warp_idx);
 // Of the thread that runs from now on: its own to use.
 void set_stack(const void* begin, size_t num_bytes);
 
@@ -23,5 +21,23 @@ void write(const void* to, size_t num_bytes);
 
 // Until the next write to it, this shared memory may not be read.
 void expect(const void* smem, size_t num_bytes);
+
+// What the copy engine and the tensor cores do to shared memory, on behalf of the running thread. From begin to end of
+// a read nothing may write it; from begin to end of a write nothing may touch it, and who reads it then has to have
+// waited for the barrier in shared memory that the copy comes with. `thread` is the one that began the read.
+void begin_async_read(const void* smem, size_t num_bytes);
+void continue_async_read(int thread, const void* smem, size_t num_bytes);
+void end_async_read(int thread, const void* smem, size_t num_bytes);
+void begin_async_write(void* smem, size_t num_bytes);
+void end_async_write(void* smem, size_t num_bytes, int mbarrier_idx);
+
+// Registers of the running thread that the tensor cores read, or write, until they are given back.
+struct Registers {
+  const void* begin;
+  size_t num_bytes;
+  bool may_be_read;
+};
+void lend(const Registers& registers);
+void take_back_all();
 
 }  // namespace flash_attn::emulator::memory

@@ -5,13 +5,19 @@
 #include <ucontext.h>
 
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <random>
 #include <stdexcept>
 #include <vector>
 
 #include "dev/emulator/async_copies.h"
+#include "dev/emulator/barriers.h"
+#include "dev/emulator/copy_engine.h"
 #include "dev/emulator/memory_check.h"
+#include "dev/emulator/ordering.h"
+#include "dev/emulator/register_file.h"
+#include "dev/emulator/warpgroup_products.h"
 
 namespace flash_attn::emulator {
 
@@ -22,22 +28,23 @@ dim3 grid_dim;
 
 namespace {
 
-constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kMaxPolls = 10000;
 
-enum class State { kNew, kRunnable, kAtBarrier, kMeeting, kReturned };
+enum class State { kNew, kRunnable, kAtBarrier, kMeeting, kAsleep, kReturned };
 
 struct Fiber {
   State state;
   jmp_buf position;
-  unsigned lanes;  // that it meets
+  unsigned lanes;         // that it meets
+  std::string waits_for;  // while it is asleep
 };
 
 struct Block {
   Fiber fibers[kMaxThreads];
   void* shown[kMaxThreads];
   std::vector<int> runnable;
+  std::vector<std::function<void()>> later;
   int num_alive;
   int num_at_barrier;
   int num_polls;
@@ -63,7 +70,7 @@ void make_runnable(int thread) {
 
 void release_barrier() {
   block.num_at_barrier = 0;
-  memory::on_block_barrier();
+  ordering::on_block_barrier();
   for (int i = 0; i < static_cast<int>(block_dim.x); ++i) {
     if (block.fibers[i].state == State::kAtBarrier) make_runnable(i);
   }
@@ -73,6 +80,8 @@ void release_barrier() {
 
 void run_thread() {
   (*thread_body)();
+  end_thread_of_copy_engine();
+  end_thread_of_products();
   block.fibers[thread_idx.x].state = State::kReturned;
   if (--block.num_alive == 0) _longjmp(launch_position, 1);
   if (block.num_at_barrier == block.num_alive) release_barrier();
@@ -92,11 +101,30 @@ void run_thread() {
 [[noreturn]] void fail_as_stuck() {
   int num_meeting = 0;
   for (unsigned i = 0; i < block_dim.x; ++i) num_meeting += block.fibers[i].state == State::kMeeting;
-  fail(std::to_string(block.num_at_barrier) + " threads wait at __syncthreads and " + std::to_string(num_meeting) +
-       " at an instruction of their warp, for others that never come");
+  std::string waiting = std::to_string(block.num_at_barrier) + " threads wait at __syncthreads and " +
+                        std::to_string(num_meeting) + " at an instruction of their warp, for others that never come";
+  std::map<std::string, int> num_asleep;
+  for (unsigned i = 0; i < block_dim.x; ++i) {
+    if (block.fibers[i].state == State::kAsleep) ++num_asleep[block.fibers[i].waits_for];
+  }
+  for (const auto& [what, count] : num_asleep) waiting += "; " + std::to_string(count) + " for " + what;
+  fail(waiting);
+}
+
+// Any moment is a right one, so a step of a thread and what happens by itself are drawn alike.
+void let_things_happen() {
+  while (!block.later.empty()) {
+    const size_t drawn = order() % (block.later.size() + block.runnable.size());
+    if (drawn >= block.later.size()) return;
+    std::swap(block.later[drawn], block.later.back());
+    const std::function<void()> work = std::move(block.later.back());
+    block.later.pop_back();
+    work();
+  }
 }
 
 [[noreturn]] void run_another() {
+  let_things_happen();
   if (block.runnable.empty()) fail_as_stuck();
   std::swap(block.runnable[order() % block.runnable.size()], block.runnable.back());
   const int next = block.runnable.back();
@@ -115,6 +143,7 @@ void wait(State state) {
 
 void run_block(int num_threads) {
   block.runnable.clear();
+  block.later.clear();
   for (int i = 0; i < num_threads; ++i) {
     make_runnable(i);
     block.fibers[i].state = State::kNew;
@@ -138,8 +167,13 @@ void run_blocks(int num_blocks, int num_threads, int smem_bytes, const std::func
   error.clear();
   for (int i = 0; i < num_blocks && error.empty(); ++i) {
     block_idx = {static_cast<unsigned>(i), 0, 0};
+    ordering::begin_block();
     memory::begin_block(smem_bytes);
     drop_async_copies();
+    drop_barriers();
+    drop_copies_of_engine();
+    drop_products();
+    begin_register_file();
     run_block(num_threads);
   }
   if (!error.empty()) throw std::runtime_error("emulated kernel: " + error);
@@ -151,6 +185,15 @@ void* dynamic_smem() { return memory::smem(); }
 void fail(const std::string& what) {
   error = "block " + std::to_string(block_idx.x) + ", thread " + std::to_string(thread_idx.x) + ": " + what;
   _longjmp(launch_position, 1);
+}
+
+void happen_later(std::function<void()> work) { block.later.push_back(std::move(work)); }
+
+void wake(int thread) { make_runnable(thread); }
+
+void sleep(const std::string& waits_for) {
+  block.fibers[thread_idx.x].waits_for = waits_for;
+  wait(State::kAsleep);
 }
 
 void sync_block() {
@@ -179,7 +222,7 @@ void meet(unsigned lanes, void* own, void (*step)(unsigned lanes, Shown shown)) 
 }
 
 void sync_warp(unsigned lanes) {
-  meet(lanes, nullptr, [](unsigned, Shown) { memory::on_warp_barrier(thread_idx.x / kWarpSize); });
+  meet(lanes, nullptr, [](unsigned lanes, Shown) { ordering::on_warp_barrier(thread_idx.x / kWarpSize, lanes); });
 }
 
 void poll() {

@@ -20,6 +20,12 @@ void run_blocks(int num_blocks, int num_threads, int smem_bytes, const std::func
 // The running thread block's dynamic shared memory.
 void* dynamic_smem();
 
+// `work` happens by itself some time later, between any two steps of the block's threads.
+void happen_later(std::function<void()> work);
+
+// A thread that sleeps may go on.
+void wake(int thread);
+
 // What follows is called by the running thread.
 
 // Ends the launch; run_blocks throws what is wrong.
@@ -28,6 +34,10 @@ void* dynamic_smem();
 // Waits for all threads of the block that have not returned.
 void sync_block();
 
+// Waits until it is woken; `waits_for` says for what, where that never comes.
+void sleep(const std::string& waits_for);
+
+inline constexpr int kMaxThreads = 1024;
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kAllLanes = ~0u;
 

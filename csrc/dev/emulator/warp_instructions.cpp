@@ -77,4 +77,19 @@ void load_matrices(const void* row, uint32_t (&own)[4]) {
 template void load_matrices<MatrixOrder::kRows>(const void* row, uint32_t (&own)[4]);
 template void load_matrices<MatrixOrder::kTransposed>(const void* row, uint32_t (&own)[4]);
 
+void store_matrices(const uint32_t (&own)[4], void* row) {
+  struct Operands {
+    const uint32_t (&own)[4];
+    uint32_t* row;
+  };
+  if (reinterpret_cast<uintptr_t>(row) % kRowBytes != 0) fail("stmatrix of a row that is not aligned to 16 bytes");
+  memory::write(row, kRowBytes);
+  Operands operands{own, static_cast<uint32_t*>(row)};
+  meet_with(kAllLanes, operands, [](unsigned, auto lane_of) {
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      for (int i = 0; i < kNumMatrices; ++i) lane_of(kMatrixRows * i + lane / 4).row[lane % 4] = lane_of(lane).own[i];
+    }
+  });
+}
+
 }  // namespace flash_attn::emulator

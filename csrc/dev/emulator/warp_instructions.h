@@ -22,4 +22,7 @@ void multiply_matrices(MmaOperands& own);
 template <MatrixOrder kOrder>
 void load_matrices(const void* row, uint32_t (&own)[4]);
 
+// stmatrix, the reverse by rows.
+void store_matrices(const uint32_t (&own)[4], void* row);
+
 }  // namespace flash_attn::emulator

@@ -1,0 +1,172 @@
+#include "dev/emulator/barriers.h"
+
+#include <string>
+#include <vector>
+
+#include "dev/emulator/memory_check.h"
+#include "dev/emulator/ordering.h"
+#include "dev/emulator/thread_block.h"
+
+namespace flash_attn::emulator {
+namespace {
+
+constexpr int kNumNamedBarriers = 16;
+constexpr int kMbarrierBytes = 8;
+
+struct NamedBarrier {
+  int num_threads = 0;  // 0: nobody is there
+  int num_arrived = 0;
+  std::vector<int> waiting;
+  ordering::Knowledge arrived;
+};
+
+struct Mbarrier {
+  void* at;
+  int num_arrivals;  // of each phase
+  int num_missing;
+  int num_missing_bytes = 0;
+  unsigned parity = 0;  // of the phase that is under way
+  bool is_fenced = false;
+  int initialised_by;
+  std::vector<int> waiting;
+  ordering::Knowledge arrived;  // in the phase that is under way
+  ordering::Knowledge passed;   // in those before
+};
+
+NamedBarrier named_barriers[kNumNamedBarriers];
+std::vector<Mbarrier> mbarriers;
+
+std::string name_of(const void* at) {
+  return "the mbarrier at byte " + std::to_string(static_cast<const unsigned char*>(at) - memory::smem());
+}
+
+NamedBarrier& come_to(int id, int num_threads) {
+  const std::string name = "barrier " + std::to_string(id);
+  if (id < 0 || id >= kNumNamedBarriers) fail(name + " is none of the hardware's");
+  if (num_threads <= 0 || num_threads % kWarpSize != 0) fail(name + " counts warps");
+  NamedBarrier& barrier = named_barriers[id];
+  if (barrier.num_threads != 0 && barrier.num_threads != num_threads) {
+    fail(name + " is used for " + std::to_string(num_threads) + " threads while it is for " +
+         std::to_string(barrier.num_threads));
+  }
+  barrier.num_threads = num_threads;
+  ++barrier.num_arrived;
+  ordering::release(barrier.arrived);
+  return barrier;
+}
+
+bool all_came(const NamedBarrier& barrier) { return barrier.num_arrived == barrier.num_threads; }
+
+// For those who wait.
+void open(NamedBarrier& barrier) {
+  for (const int thread : barrier.waiting) {
+    ordering::acquire(thread, barrier.arrived);
+    wake(thread);
+  }
+  barrier.num_threads = barrier.num_arrived = 0;
+  barrier.waiting.clear();
+  barrier.arrived.clear();
+}
+
+int find_mbarrier(void* at) {
+  memory::read(at, kMbarrierBytes);
+  for (size_t idx = 0; idx < mbarriers.size(); ++idx) {
+    if (mbarriers[idx].at == at) return static_cast<int>(idx);
+  }
+  fail("there is no barrier at " + name_of(at));
+}
+
+void end_phase_if_complete(Mbarrier& barrier) {
+  if (barrier.num_missing > 0 || barrier.num_missing_bytes != 0) return;
+  barrier.num_missing = barrier.num_arrivals;
+  barrier.parity ^= 1;
+  barrier.passed = barrier.arrived;
+  barrier.arrived.clear();
+  for (const int thread : barrier.waiting) {
+    ordering::acquire(thread, barrier.passed);
+    wake(thread);
+  }
+  barrier.waiting.clear();
+}
+
+}  // namespace
+
+void drop_barriers() {
+  for (NamedBarrier& barrier : named_barriers) {
+    barrier.num_threads = barrier.num_arrived = 0;
+    barrier.waiting.clear();
+    barrier.arrived.clear();
+  }
+  mbarriers.clear();
+  mbarriers.reserve(ordering::kMaxMbarriers);
+}
+
+void wait_at_named_barrier(int id, int num_threads) {
+  NamedBarrier& barrier = come_to(id, num_threads);
+  if (all_came(barrier)) {
+    ordering::acquire(barrier.arrived);
+    open(barrier);
+    return;
+  }
+  barrier.waiting.push_back(thread_idx.x);
+  sleep("barrier " + std::to_string(id));
+}
+
+void arrive_at_named_barrier(int id, int num_threads) {
+  NamedBarrier& barrier = come_to(id, num_threads);
+  if (all_came(barrier)) open(barrier);
+}
+
+void init_mbarrier(void* at, int num_arrivals) {
+  memory::write(at, kMbarrierBytes);
+  if (reinterpret_cast<uintptr_t>(at) % kMbarrierBytes != 0) fail(name_of(at) + " is not aligned to eight bytes");
+  if (mbarriers.size() == ordering::kMaxMbarriers) fail("has more mbarriers than the emulator");
+  Mbarrier& barrier = mbarriers.emplace_back();
+  barrier.at = at;
+  barrier.num_arrivals = barrier.num_missing = num_arrivals;
+  barrier.initialised_by = thread_idx.x;
+  barrier.arrived.clear();
+  barrier.passed.clear();
+}
+
+void fence_mbarrier_init() {
+  for (Mbarrier& barrier : mbarriers) {
+    if (barrier.initialised_by == static_cast<int>(thread_idx.x)) barrier.is_fenced = true;
+  }
+}
+
+void arrive_and_expect_bytes(void* at, int num_bytes) {
+  Mbarrier& barrier = mbarriers[find_mbarrier(at)];
+  if (barrier.num_missing == 0) fail("arrives at " + name_of(at) + " more often than it was initialised for");
+  barrier.num_missing_bytes += num_bytes;
+  --barrier.num_missing;
+  ordering::release(barrier.arrived);
+  end_phase_if_complete(barrier);
+}
+
+void arrive_at_mbarrier(void* at) { arrive_and_expect_bytes(at, 0); }
+
+void wait_at_mbarrier(void* at, unsigned parity) {
+  Mbarrier& barrier = mbarriers[find_mbarrier(at)];
+  if (barrier.parity != parity % 2) {
+    ordering::acquire(barrier.passed);
+    return;
+  }
+  barrier.waiting.push_back(thread_idx.x);
+  sleep(name_of(at) + " and parity " + std::to_string(parity % 2));
+}
+
+int mbarrier_for_copy(void* at) {
+  const int idx = find_mbarrier(at);
+  if (!mbarriers[idx].is_fenced) fail("copies with " + name_of(at) + ", whose initialisation was not fenced");
+  return idx;
+}
+
+void complete_bytes(int mbarrier_idx, int num_bytes) {
+  Mbarrier& barrier = mbarriers[mbarrier_idx];
+  barrier.num_missing_bytes -= num_bytes;
+  ordering::release_copies(mbarrier_idx, barrier.arrived);
+  end_phase_if_complete(barrier);
+}
+
+}  // namespace flash_attn::emulator

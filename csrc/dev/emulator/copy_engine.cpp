@@ -1,0 +1,181 @@
+#include "dev/emulator/copy_engine.h"
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "dev/emulator/barriers.h"
+#include "dev/emulator/memory_check.h"
+#include "dev/emulator/swizzle.h"
+#include "dev/emulator/thread_block.h"
+
+namespace flash_attn::emulator {
+namespace {
+
+constexpr int kRank = 5;
+constexpr int kElementBytes = 2;
+constexpr uint32_t kPieceBytes = 16;
+
+// What a descriptor of ours holds; the driver's own is opaque.
+struct Descriptor {
+  uintptr_t base;
+  std::array<uint64_t, kRank> sizes;
+  std::array<uint64_t, kRank> strides;  // in bytes
+  uint32_t box_cols;
+  uint32_t box_rows;
+  Swizzle swizzle;
+
+  uint32_t box_bytes() const { return box_cols * box_rows * kElementBytes; }
+};
+static_assert(sizeof(Descriptor) <= sizeof(CUtensorMap));
+
+Descriptor descriptor_of(const CUtensorMap& map) {
+  Descriptor descriptor;
+  std::memcpy(&descriptor, &map, sizeof descriptor);
+  return descriptor;
+}
+
+struct Box {
+  Descriptor descriptor;
+  unsigned char* smem;
+  BoxOrigin origin;
+};
+
+struct Stores {
+  std::vector<Box> started;
+  std::vector<Box> committed;
+};
+
+Stores stores_of_threads[kMaxThreads];
+
+bool is_unit_of_16_bytes(uint64_t bytes) { return bytes % 16 == 0; }
+
+// Calls visit(smem, global, num_bytes) for each piece of a row, `global` being null where the piece lies outside of the
+// tensor; a piece may lie in it with its first bytes only.
+template <class Visit>
+void for_each_piece(const Box& box, const Visit& visit) {
+  const Descriptor& map = box.descriptor;
+  const auto first_byte = static_cast<uint32_t>(box.smem - memory::smem());
+  for (uint32_t row = 0; row < map.box_rows; ++row) {
+    int64_t at[kRank];
+    for (int dim = 0; dim < kRank; ++dim) at[dim] = box.origin.at[dim] + (dim == 1 ? static_cast<int64_t>(row) : 0);
+    uintptr_t row_begin = map.base;
+    bool is_inside = true;
+    for (int dim = 1; dim < kRank; ++dim) {
+      is_inside = is_inside && at[dim] >= 0 && at[dim] < static_cast<int64_t>(map.sizes[dim]);
+      row_begin += at[dim] * map.strides[dim];
+    }
+    for (uint32_t byte = 0; byte < map.box_cols * kElementBytes; byte += kPieceBytes) {
+      const int64_t column = at[0] + byte / kElementBytes;
+      const int64_t num_inside = static_cast<int64_t>(map.sizes[0]) - column;
+      const bool has_elements = is_inside && column >= 0 && num_inside > 0;
+      const uint32_t offset = swizzled(first_byte + row * map.box_cols * kElementBytes + byte, map.swizzle);
+      visit(memory::smem() + offset,
+            has_elements ? reinterpret_cast<unsigned char*>(row_begin + column * kElementBytes) : nullptr,
+            num_inside < kPieceBytes / kElementBytes ? static_cast<uint32_t>(num_inside) * kElementBytes : kPieceBytes);
+    }
+  }
+}
+
+Box box_at(const CUtensorMap& map, const void* smem, const BoxOrigin& origin) {
+  const Box box{descriptor_of(map), static_cast<unsigned char*>(const_cast<void*>(smem)), origin};
+  const auto offset = static_cast<uintptr_t>(box.smem - memory::smem());
+  if (offset >= memory::kMaxSmemBytes) fail("copies a box to or from what is not shared memory");
+  if (offset % period_of(box.descriptor.swizzle) != 0) fail("copies a box at an address that its swizzle can't have");
+  return box;
+}
+
+void land(const Box& box, int mbarrier_idx) {
+  for_each_piece(box, [&](unsigned char* smem, const unsigned char* from, uint32_t num_bytes) {
+    std::memset(smem, 0, kPieceBytes);
+    if (from != nullptr) std::memcpy(smem, from, num_bytes);
+    memory::end_async_write(smem, kPieceBytes, mbarrier_idx);
+  });
+  complete_bytes(mbarrier_idx, static_cast<int>(box.descriptor.box_bytes()));
+}
+
+}  // namespace
+
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
+                      const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  constexpr uint64_t kMaxSize = uint64_t{1} << 32;
+  constexpr uint64_t kMaxStride = uint64_t{1} << 40;
+  constexpr uint32_t kMaxBox = 256;
+  const bool has_16_bits = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const bool has_swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_64B || swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  if (rank != kRank || !has_16_bits || !has_swizzle) return CUDA_ERROR_INVALID_VALUE;
+  Descriptor descriptor{
+      .base = reinterpret_cast<uintptr_t>(base),
+      .sizes = {},
+      .strides = {kElementBytes},
+      .box_cols = box[0],
+      .box_rows = box[1],
+      .swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? Swizzle::k128 : Swizzle::k64,
+  };
+  if (!is_unit_of_16_bytes(descriptor.base)) return CUDA_ERROR_INVALID_VALUE;
+  if (box[0] * kElementBytes > static_cast<uint32_t>(descriptor.swizzle)) return CUDA_ERROR_INVALID_VALUE;
+  for (int dim = 0; dim < kRank; ++dim) {
+    if (sizes[dim] == 0 || sizes[dim] > kMaxSize || box[dim] == 0 || box[dim] > kMaxBox) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
+    descriptor.sizes[dim] = sizes[dim];
+    if (dim == 0) continue;
+    const uint64_t stride = strides[dim - 1];
+    if (!is_unit_of_16_bytes(stride) || stride >= kMaxStride) return CUDA_ERROR_INVALID_VALUE;
+    descriptor.strides[dim] = stride;
+  }
+  std::memcpy(map, &descriptor, sizeof descriptor);
+  return CUDA_SUCCESS;
+}
+
+void drop_copies_of_engine() {
+  for (Stores& stores : stores_of_threads) {
+    stores.started.clear();
+    stores.committed.clear();
+  }
+}
+
+void start_box_load(const CUtensorMap& map, void* mbarrier, void* smem, const BoxOrigin& origin) {
+  const int mbarrier_idx = mbarrier_for_copy(mbarrier);
+  const Box box = box_at(map, smem, origin);
+  for_each_piece(box, [](unsigned char* to, const unsigned char* from, uint32_t num_bytes) {
+    if (from != nullptr) memory::read(from, num_bytes);
+    memory::begin_async_write(to, kPieceBytes);
+  });
+  happen_later([=] { land(box, mbarrier_idx); });
+}
+
+void start_box_store(const CUtensorMap& map, const void* smem, const BoxOrigin& origin) {
+  const Box box = box_at(map, smem, origin);
+  for_each_piece(box, [](const unsigned char* from, unsigned char* to, uint32_t num_bytes) {
+    if (to != nullptr) memory::write(to, num_bytes);
+    memory::begin_async_read(from, kPieceBytes);
+  });
+  stores_of_threads[thread_idx.x].started.push_back(box);
+}
+
+void commit_box_stores() {
+  Stores& stores = stores_of_threads[thread_idx.x];
+  stores.committed.insert(stores.committed.end(), stores.started.begin(), stores.started.end());
+  stores.started.clear();
+}
+
+void wait_for_box_stores() {
+  std::vector<Box>& committed = stores_of_threads[thread_idx.x].committed;
+  for (const Box& box : committed) {
+    for_each_piece(box, [](const unsigned char* from, unsigned char* to, uint32_t num_bytes) {
+      if (to != nullptr) std::memcpy(to, from, num_bytes);
+      memory::end_async_read(thread_idx.x, from, kPieceBytes);
+    });
+  }
+  committed.clear();
+}
+
+void end_thread_of_copy_engine() {
+  const Stores& stores = stores_of_threads[thread_idx.x];
+  if (!stores.started.empty() || !stores.committed.empty()) fail("returns while its stores read shared memory");
+}
+
+}  // namespace flash_attn::emulator

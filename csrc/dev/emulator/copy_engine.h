@@ -1,0 +1,31 @@
+// TMA: boxes of a tensor to and from shared memory, as a descriptor says. A load lands some time after it was started,
+// a store has read its shared memory when its thread waited for it, and not before.
+#pragma once
+
+#include <cuda.h>
+
+namespace flash_attn::emulator {
+
+// Where a box begins, in elements, the innermost dimension first.
+struct BoxOrigin {
+  int at[5];
+};
+
+// cuTensorMapEncodeTiled, for tensors of five dimensions with 16-bit elements and swizzles of 64 and 128 bytes.
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
+                      const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
+                      CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                      CUtensorMapFloatOOBfill fill);
+
+// Of all threads of the block before.
+void drop_copies_of_engine();
+
+// By the running thread.
+void start_box_load(const CUtensorMap& map, void* mbarrier, void* smem, const BoxOrigin& origin);
+void start_box_store(const CUtensorMap& map, const void* smem, const BoxOrigin& origin);
+void commit_box_stores();
+void wait_for_box_stores();
+// A thread returns: nothing of it may be under way.
+void end_thread_of_copy_engine();
+
+}  // namespace flash_attn::emulator

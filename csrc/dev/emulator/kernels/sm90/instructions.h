@@ -1,0 +1,136 @@
+// The emulator's part of the instructions that the SM90 kernels are made of.
+#pragma once
+
+#include <cuda.h>
+
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/atom/copy_traits_sm90.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+#include <type_traits>
+
+#include "dev/emulator/barriers.h"
+#include "dev/emulator/copy_engine.h"
+#include "dev/emulator/ordering.h"
+#include "dev/emulator/register_file.h"
+#include "dev/emulator/warp_instructions.h"
+#include "dev/emulator/warpgroup_products.h"
+
+namespace flash_attn::sm90 {
+
+using namespace cute;
+
+inline int warpgroup_idx() { return threadIdx.x / 128; }
+inline int warp_idx() { return threadIdx.x / emulator::kWarpSize; }
+inline bool is_elected_lane() { return emulator::lane() == 0; }
+
+template <int kRegisters>
+void take_registers() {
+  emulator::take_registers_up_to(kRegisters);
+}
+template <int kRegisters>
+void give_up_registers() {
+  emulator::give_up_registers_to(kRegisters);
+}
+
+inline void wait_at_barrier(int id, int num_threads) { emulator::wait_at_named_barrier(id, num_threads); }
+inline void arrive_at_barrier(int id, int num_threads) { emulator::arrive_at_named_barrier(id, num_threads); }
+
+class Mbarrier {
+ public:
+  void init(int num_arrivals) { emulator::init_mbarrier(this, num_arrivals); }
+  void arrive() { emulator::arrive_at_mbarrier(this); }
+  void arrive_and_expect(int num_bytes) { emulator::arrive_and_expect_bytes(this, num_bytes); }
+  void wait(unsigned parity) { emulator::wait_at_mbarrier(this, parity); }
+
+ private:
+  uint64_t state_;
+};
+
+inline void fence_barrier_init() { emulator::fence_mbarrier_init(); }
+
+using CacheHint = TMA::CacheHintSm90;
+
+struct BoxCoord {
+  int col;
+  int row;
+  int row_end;
+  int head;
+  int batch;
+
+  emulator::BoxOrigin origin() const { return {{col, row, row_end, head, batch}}; }
+};
+
+inline void prefetch_descriptor(const CUtensorMap&) {}
+inline void load_box(const CUtensorMap& map, CacheHint, Mbarrier& barrier, void* smem, const BoxCoord& at) {
+  emulator::start_box_load(map, &barrier, smem, at.origin());
+}
+inline void store_box(const CUtensorMap& map, const void* smem, const BoxCoord& at) {
+  emulator::start_box_store(map, smem, at.origin());
+}
+inline void commit_stores() { emulator::commit_box_stores(); }
+inline void wait_for_stores() { emulator::wait_for_box_stores(); }
+inline void fence_smem_writes() { emulator::ordering::fence(); }
+
+struct StoreMatrix {
+  using SRegisters = uint32_t[4];
+  using DRegisters = uint128_t[1];
+
+  static void copy(const uint32_t& s0, const uint32_t& s1, const uint32_t& s2, const uint32_t& s3, uint128_t& row) {
+    emulator::store_matrices({s0, s1, s2, s3}, &row);
+  }
+};
+
+template <class Fragment>
+void fence_fragment(Fragment&) {}
+inline void fence_products() {}
+
+namespace detail {
+
+template <class Fragment>
+struct MajorOf;
+template <GMMA::Major kMajor>
+struct MajorOf<GMMA::smem_desc<kMajor>> {
+  static constexpr emulator::Major kValue = kMajor == GMMA::Major::MN ? emulator::Major::kMN : emulator::Major::kK;
+};
+
+}  // namespace detail
+
+template <class TiledMma, class FragA, class FragB, class Acc>
+void start_product(const TiledMma& mma, const FragA& a, const FragB& b, Acc& acc) {
+  constexpr bool kRegisterA = !is_base_of<GMMA::DescriptorIterator, typename TiledMma::FrgTypeA>::value;
+  static_assert(decltype(size<1>(acc))::value == 1 && decltype(size<2>(acc))::value == 1,
+                "one instruction, with the rows of one warpgroup");
+  emulator::Product product{.element = std::is_same_v<typename TiledMma::ValTypeB, cutlass::half_t>
+                                           ? emulator::ProductElement::kFp16
+                                           : emulator::ProductElement::kBf16,
+                            .n = decltype(size(acc))::value * 2,
+                            .b = static_cast<uint64_t>(*b.data()),
+                            .b_major = detail::MajorOf<typename TiledMma::FrgTypeB>::kValue,
+                            .starts_at_zero = mma.accumulate_ == GMMA::ScaleOut::Zero,
+                            .acc = &acc(0)};
+  if constexpr (kRegisterA) {
+    product.a_registers = reinterpret_cast<const uint32_t*>(&a(0));
+  } else {
+    product.a = static_cast<uint64_t>(*a.data());
+  }
+  emulator::start_product(product);
+}
+inline void commit_products() { emulator::commit_products(); }
+template <int kNumPending>
+void wait_for_products() {
+  emulator::wait_for_products(kNumPending);
+}
+
+}  // namespace flash_attn::sm90
+
+namespace cute {
+
+// Which lane holds what is the hardware's.
+template <>
+struct Copy_Traits<flash_attn::sm90::StoreMatrix> : Copy_Traits<SM90_U32x4_STSM_N> {};
+
+}  // namespace cute
