@@ -102,6 +102,18 @@ DOUTS = {
 }  # fmt: skip
 
 
+def _assert_strides_change_no_bit(path, case, inputs, leaves, dout):
+    def run():
+        strided = torch.autograd.grad(inputs.call(deterministic=True)[0], leaves, dout)
+        plain = dout.clone(memory_format=torch.contiguous_format)
+        plain = torch.autograd.grad(inputs.call(deterministic=True)[0], leaves, plain)
+        for name, *pair in zip("qkv", strided, plain, strict=True):
+            assert_same_bits(f"d{name}", *pair)
+        return True
+
+    on_path(path, case.features | {"backward"}, inputs, run)
+
+
 @pytest.mark.parametrize("dims", [(64, 64), (40, 24), (128, 33)], ids=str)
 @pytest.mark.parametrize("layout", DOUTS)
 def test_dout_of_any_strides(path, layout, dims):
@@ -111,15 +123,7 @@ def test_dout_of_any_strides(path, layout, dims):
     dout = torch.randn(2, 17, 4, dims[1], generator=torch.Generator().manual_seed(1)).to(case.dtype)
     dout = place(dout.to(device_of(path)), DOUTS[layout])
 
-    def run():
-        strided = torch.autograd.grad(inputs.call(deterministic=True)[0], leaves, dout)
-        plain = dout.clone(memory_format=torch.contiguous_format)
-        plain = torch.autograd.grad(inputs.call(deterministic=True)[0], leaves, plain)
-        for name, *pair in zip("qkv", strided, plain, strict=True):
-            assert_same_bits(f"d{name}", *pair)
-        return True
-
-    on_path(path, case.features | {"backward"}, inputs, run)
+    _assert_strides_change_no_bit(path, case, inputs, leaves, dout)
 
 
 @pytest.mark.parametrize("expanded", [0, None], ids=["stride-0", "heads-first"])
@@ -129,15 +133,7 @@ def test_dout_of_packed_sequences_of_any_strides(path, expanded):
     dout = torch.randn(57, 4, 64, generator=torch.Generator().manual_seed(1)).to(case.dtype)
     dout = place(dout.to(device_of(path)), Memory((1, 0, 2), expanded=expanded))
 
-    def run():
-        strided = torch.autograd.grad(inputs.call(deterministic=True)[0], leaves, dout)
-        plain = dout.clone(memory_format=torch.contiguous_format)
-        plain = torch.autograd.grad(inputs.call(deterministic=True)[0], leaves, plain)
-        for name, *pair in zip("qkv", strided, plain, strict=True):
-            assert_same_bits(f"d{name}", *pair)
-        return True
-
-    on_path(path, case.features | {"backward"}, inputs, run)
+    _assert_strides_change_no_bit(path, case, inputs, leaves, dout)
 
 
 def test_gradient_of_a_sum_is_that_of_ones(path):

@@ -69,10 +69,6 @@ inline Dtype dtype_of(const Tensor& q) {
   return dtype == ScalarType::Half ? Dtype::kFp16 : Dtype::kBf16;
 }
 
-// The kernels read and write rows in pieces of 16 bytes.
-inline constexpr int64_t kVectorBytes = 16;
-inline constexpr int64_t kVectorElements = kVectorBytes / kElementBytes;
-
 inline bool has_vector_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   if (tensor.size(last) % kVectorElements != 0 || tensor.stride(last) != 1) return false;

@@ -1,35 +1,14 @@
 #include "plan/backward_plan.h"
 
-#include <limits>
 #include <sstream>
 
-#include "plan/plan.h"
-#include "variant/varlen_tiles.h"
+#include "plan/grid.h"
 
 namespace flash_attn {
-namespace {
-
-// Tiles of one head of one dense entry, or of all packed entries.
-int64_t count_tiles(Layout layout, int64_t rows, int64_t batch, int tile_rows) {
-  if (layout == Layout::kVarlen) return num_varlen_slots(rows, batch, tile_rows);
-  return (rows + tile_rows - 1) / tile_rows;
-}
-
-void check_grid(const char* name, int64_t num_blocks) {
-  if (num_blocks <= std::numeric_limits<int32_t>::max()) return;
-  throw UnsupportedProblem(std::string(name) + ": a launch has at most 2147483647 tiles, got " +
-                           std::to_string(num_blocks));
-}
-
-}  // namespace
 
 BackwardPlan make_backward_plan(const Problem& problem, Arch arch, int smem_limit) {
   const BackwardTileRow* row = find_backward_tile_row(arch, problem.head_dim, problem.head_dim_v, smem_limit);
-  if (row == nullptr) {
-    throw UnsupportedProblem("head_dim: no SM" + std::to_string(static_cast<int>(arch)) + " backward kernel for " +
-                             std::to_string(problem.head_dim) + "/" + std::to_string(problem.head_dim_v) + " in " +
-                             std::to_string(smem_limit / 1024) + " KB of shared memory");
-  }
+  if (row == nullptr) refuse_head_dims(problem, arch, "backward kernel", smem_limit);
   const BackwardTile& tile = row->tile;
   const BackwardVariant variant{arch, problem.dtype, row->head_dim, row->smem, score_of(problem)};
   const int64_t key_tiles = count_tiles(problem.layout_k, problem.rows_k, problem.batch, tile.n);
@@ -47,8 +26,8 @@ BackwardPlan make_backward_plan(const Problem& problem, Arch arch, int smem_limi
                     .num_dq_counters = num_query_blocks,
                     .num_threads = num_threads(tile),
                     .smem_bytes = smem_bytes(variant)};
-  check_grid("k", plan.num_key_blocks);
-  check_grid("q", plan.num_query_blocks);
+  check_num_blocks("k", plan.num_key_blocks);
+  check_num_blocks("q", plan.num_query_blocks);
   return plan;
 }
 

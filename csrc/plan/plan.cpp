@@ -1,19 +1,15 @@
 #include "plan/plan.h"
 
-#include <limits>
 #include <sstream>
 
+#include "plan/grid.h"
 #include "plan/split_plan.h"
-#include "variant/varlen_tiles.h"
 
 namespace flash_attn {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The general score and pages are compiled with the general mask only, which is as good as any other where most of the
-// time goes into the score or the loads.
-// So are kernels with few rows, whose time goes into loads.
+// The general score, pages and few rows are compiled with the general mask only, which is as good as any other where
+// most of the time goes into the score or the loads.
 Mask mask_of(const Problem& problem, Rows rows) {
   const bool all_left = problem.window_left < 0 || problem.window_left >= problem.rows_k;
   if (rows != Rows::kMany || score_of(problem) == Score::kGeneral || problem.has_pages || !all_left) {
@@ -23,36 +19,25 @@ Mask mask_of(const Problem& problem, Rows rows) {
   return problem.window_right == 0 ? Mask::kCausal : Mask::kGeneral;
 }
 
-int64_t count_tiles(const Problem& problem, int tile_m) {
-  if (problem.layout == Layout::kVarlen) return num_varlen_slots(problem.rows_q, problem.batch, tile_m);
-  return ceil_div(problem.rows_q, tile_m);
-}
-
 }  // namespace
 
 Plan make_plan(const Problem& problem, Arch arch, const Gpu& gpu) {
   const Rows rows = arch == Arch::kSm80 ? choose_rows(problem) : Rows::kMany;
   const TileRow* row = find_tile_row(arch, rows, problem.head_dim, problem.head_dim_v, gpu.smem_limit);
-  if (row == nullptr) {
-    throw UnsupportedProblem("head_dim: no SM" + std::to_string(static_cast<int>(arch)) + " kernel for " +
-                             std::to_string(problem.head_dim) + "/" + std::to_string(problem.head_dim_v) + " in " +
-                             std::to_string(gpu.smem_limit / 1024) + " KB of shared memory");
-  }
+  if (row == nullptr) refuse_head_dims(problem, arch, "kernel", gpu.smem_limit);
   const Variant variant{arch, problem.dtype, row->head_dim, row->smem, mask_of(problem, rows), score_of(problem), rows};
   const int smem = smem_bytes(variant);
   SplitPlan split;
   int64_t tiles_per_head = 0;
   int64_t num_blocks = 0;
   if (rows == Rows::kMany) {
-    tiles_per_head = count_tiles(problem, row->tile.m);
+    tiles_per_head = count_tiles(problem.layout, problem.rows_q, problem.batch, row->tile.m);
     num_blocks = tiles_per_head * problem.num_heads * problem.num_tile_runs();
   } else {
     split = make_split_plan(problem, row->tile, smem, gpu);
     num_blocks = split.num_slots * (problem.num_heads / split.packed_heads);
   }
-  if (num_blocks > std::numeric_limits<int32_t>::max()) {
-    throw UnsupportedProblem("q: a launch has at most 2147483647 tiles, got " + std::to_string(num_blocks));
-  }
+  check_num_blocks("q", num_blocks);
   return {.variant = variant,
           .tile = row->tile,
           .tiles_per_head = tiles_per_head,

@@ -116,6 +116,9 @@ inline constexpr TileRow kForwardTilesSm90[] = {
 inline constexpr int kThreadsPerWarp = 32;
 inline constexpr int kThreadsPerWarpgroup = 128;
 inline constexpr int kElementBytes = 2;
+// Rows are read and written in pieces of 16 bytes.
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kVectorElements = kVectorBytes / kElementBytes;
 inline constexpr int kFloatBytes = 4;
 // Parts of a tile's keys: as many as the merging kernel's shared memory holds the weights of.
 inline constexpr int kMaxSplits = 256;

@@ -18,6 +18,13 @@ CUTE_HOST_DEVICE constexpr auto as_rows_and_columns(Layout layout) {
   return make_layout(make_layout(get<1>(atom), get<1>(layout)), make_layout(get<0>(atom), get<2>(layout)));
 }
 
+// The (row, column) within a tile of each element that thread `thread_idx` of a product holds of its accumulator.
+template <class Mma, int kRows, int kCols>
+CUTE_DEVICE auto accumulator_coords(int thread_idx) {
+  const Tensor coords = Mma{}.get_slice(thread_idx).partition_C(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
+  return make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
+}
+
 // Accumulator (4, MMA_M, MMA_N) -> A operand ((4, 2), MMA_M, MMA_N / 2): two 16 x 8 accumulator atoms side by side hold
 // exactly what a lane owns of one 16 x 16 operand.
 template <class Layout>

@@ -4,12 +4,11 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/common/instructions.h"
+#include "kernels/common/logarithm.h"
 
 namespace flash_attn {
 
 using namespace cute;
-
-inline constexpr float kLog2E = 1.4426950408889634f;
 
 namespace detail {
 
@@ -137,15 +136,8 @@ class OnlineSoftmax {
   }
 
  private:
-  static constexpr float kLn2 = 0.6931471805599453f;
-
   // A row without a visible key so far has maximum -inf; subtracting it would make NaN.
   static __device__ float finite(float maximum) { return maximum == -INFINITY ? 0.f : maximum; }
-
-  static __device__ float log_add_exp(float a, float b) {
-    const float high = fmaxf(a, b);
-    return high == -INFINITY ? high : high + log1pf(expf(fminf(a, b) - high));
-  }
 
   RowTensor row_max_;
   RowTensor row_sum_;  // of this lane's columns; the lanes' sums meet in finish()

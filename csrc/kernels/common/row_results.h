@@ -13,11 +13,11 @@ using namespace cute;
 // Rows past the length in use, but within the tensor: O = 0, LSE = -inf, with or without a sink. `coords` holds the
 // (row, column) within the tile of each element of `output`, both in (rows, columns) view.
 template <int kTileM, class Coords, class Output, class LseRows>
-__device__ void clear_unused_rows(const TileCoord& tile, const Coords& coords, Output& output, LseRows& lse) {
-  if (tile.m_begin + kTileM <= tile.seq.seqlen_q) return;
+__device__ void clear_unused_rows(int m_begin, int num_used_rows, const Coords& coords, Output& output, LseRows& lse) {
+  if (m_begin + kTileM <= num_used_rows) return;
   CUTE_UNROLL
   for (int row = 0; row < size<0>(output); ++row) {
-    if (tile.m_begin + static_cast<int>(get<0>(coords(row, 0))) < tile.seq.seqlen_q) continue;
+    if (m_begin + static_cast<int>(get<0>(coords(row, 0))) < num_used_rows) continue;
     lse(row) = -INFINITY;
     CUTE_UNROLL
     for (int col = 0; col < size<1>(output); ++col) output(row, col) = 0.f;

@@ -1,6 +1,7 @@
 // Merges what splits of the keys computed for one row.
 #pragma once
 
+#include "kernels/common/logarithm.h"
 #include "kernels/misc/elements.h"
 
 namespace flash_attn {
@@ -42,12 +43,6 @@ __device__ float combined_lse(const RowParts<Element>& parts) {
   for (int s = lane; s < parts.count; s += detail::kLanesOfRow) sum += expf(parts.lse[s * parts.lse_stride] - max);
   sum = detail::reduce_over_lanes(sum, [](float a, float b) { return a + b; });
   return max + logf(sum);
-}
-
-// log(exp(a) + exp(b))
-__device__ inline float log_add_exp(float a, float b) {
-  const float high = fmaxf(a, b);
-  return high == -INFINITY ? high : high + log1pf(expf(fminf(a, b) - high));
 }
 
 template <int kColumns>

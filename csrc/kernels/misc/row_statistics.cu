@@ -1,10 +1,10 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
+#include "kernels/common/logarithm.h"
 #include "kernels/common/start_kernel.h"
+#include "kernels/misc/elements.h"
 #include "kernels/misc/row_statistics.h"
+#include "variant/tiles.h"
 
 namespace flash_attn {
 namespace {
@@ -13,38 +13,18 @@ constexpr int kNumThreads = 256;
 constexpr int kLanesPerRow = 8;
 constexpr int kRowsPerBlock = kNumThreads / kLanesPerRow;
 constexpr int kSinkThreads = 1024;
-constexpr int kVectorElements = 8;
-constexpr int kWarpSize = 32;
-constexpr float kLog2E = 1.4426950408889634f;
 
 // A batch of one where lengths vary: the rows of all entries are packed.
 __host__ __device__ int num_row_runs(const SeqParams& seq) { return seq.cu_seqlens_q == nullptr ? seq.batch : 1; }
 
-__device__ float2 to_floats(__half2 pair) { return __half22float2(pair); }
-__device__ float2 to_floats(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
-
-template <class Pair>
-__device__ float dot(const uint4& a, const uint4& b) {
-  const Pair* a_pairs = reinterpret_cast<const Pair*>(&a);
-  const Pair* b_pairs = reinterpret_cast<const Pair*>(&b);
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < kVectorElements / 2; ++i) {
-    const float2 x = to_floats(a_pairs[i]);
-    const float2 y = to_floats(b_pairs[i]);
-    sum += x.x * y.x + x.y * y.y;
-  }
-  return sum;
-}
-
-template <class Pair>
-__device__ const Pair* row_of(const Operand& operand, int batch_idx, int64_t row, int head_idx) {
+template <class Element>
+__device__ const Element* row_of(const Operand& operand, int batch_idx, int64_t row, int head_idx) {
   const int64_t offset = batch_idx * operand.batch_stride + row * operand.row_stride + head_idx * operand.head_stride;
-  return static_cast<const Pair*>(operand.ptr) + offset / 2;
+  return static_cast<const Element*>(operand.ptr) + offset;
 }
 
 // Eight lanes share a row, so that a row of 64 columns is read in whole sectors.
-template <class Pair>
+template <class Element>
 __global__ void __launch_bounds__(kNumThreads) row_statistics_kernel(const __grid_constant__ BackwardParams params) {
   const int blocks_per_head = (params.seq.rows_q + kRowsPerBlock - 1) / kRowsPerBlock;
   const int run = blockIdx.x / blocks_per_head;
@@ -57,13 +37,19 @@ __global__ void __launch_bounds__(kNumThreads) row_statistics_kernel(const __gri
   const int64_t idx = batch_idx * rows.batch_stride + head_idx * rows.head_stride + row;
   const float lse = rows.lse[idx];
   const bool saw_keys = lse != -INFINITY;
-  const auto* o = reinterpret_cast<const uint4*>(row_of<Pair>(params.o, batch_idx, row, head_idx));
-  const auto* dout = reinterpret_cast<const uint4*>(row_of<Pair>(params.dout, batch_idx, row, head_idx));
+  const Element* o = row_of<Element>(params.o, batch_idx, row, head_idx);
+  const Element* dout = row_of<Element>(params.dout, batch_idx, row, head_idx);
   const int lane = threadIdx.x % kLanesPerRow;
   float delta = 0.f;
-  for (int i = lane; i < params.heads.head_dim_v / kVectorElements; i += kLanesPerRow)
-    delta += dot<Pair>(o[i], dout[i]);
-  const unsigned row_lanes = ((1u << kLanesPerRow) - 1) << (threadIdx.x % kWarpSize / kLanesPerRow * kLanesPerRow);
+  for (int column = lane * kVectorElements; column < params.heads.head_dim_v;
+       column += kLanesPerRow * kVectorElements) {
+    const auto o_part = load_vector<kVectorElements>(o + column);
+    const auto dout_part = load_vector<kVectorElements>(dout + column);
+#pragma unroll
+    for (int i = 0; i < kVectorElements; ++i) delta += to_float(o_part.at[i]) * to_float(dout_part.at[i]);
+  }
+  const unsigned row_lanes = ((1u << kLanesPerRow) - 1)
+                             << (threadIdx.x % kThreadsPerWarp / kLanesPerRow * kLanesPerRow);
 #pragma unroll
   for (int distance = kLanesPerRow / 2; distance > 0; distance /= 2) {
     delta += __shfl_xor_sync(row_lanes, delta, distance);
@@ -103,8 +89,7 @@ cudaError_t launch_row_statistics(const BackwardParams& params, Dtype dtype, cud
   const int64_t blocks_per_head = (params.seq.rows_q + kRowsPerBlock - 1) / kRowsPerBlock;
   const auto num_blocks = static_cast<int>(blocks_per_head * params.heads.num_heads * num_row_runs(params.seq));
   if (num_blocks > 0) {
-    const auto kernel =
-        dtype == Dtype::kFp16 ? &row_statistics_kernel<__half2> : &row_statistics_kernel<__nv_bfloat162>;
+    const auto kernel = dtype == Dtype::kFp16 ? &row_statistics_kernel<__half> : &row_statistics_kernel<__nv_bfloat16>;
     start_kernel(kernel, {num_blocks, kNumThreads, 0, stream}, params);
   }
   if (params.sink.scores != nullptr && params.heads.num_heads > 0) {

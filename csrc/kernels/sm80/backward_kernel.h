@@ -61,26 +61,6 @@ __device__ void load_keys(const BackwardParams& params, const KeyTileCoord& tile
   load_v.load(tile.n_begin, make_tensor(make_smem_ptr(smem.v), typename Traits::SmemLayoutV{}));
 }
 
-// The (row, column) within the tile of each score that this lane holds.
-template <class Traits>
-__device__ auto score_coords() {
-  const auto thread_mma = typename Traits::MmaScores{}.get_slice(threadIdx.x);
-  const Tensor coords = thread_mma.partition_C(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<Traits::kTileN>>{}));
-  return make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
-}
-
-// Rounds this lane's part of P or dS into shared memory.
-template <class Traits, class Scores>
-__device__ void put_scores(typename Traits::Element* smem, const Scores& tSr) {
-  using Element = typename Traits::Element;
-  Tensor target = make_tensor(make_smem_ptr(smem), typename Traits::SmemLayoutScores{});
-  const auto to_smem = make_tiled_copy_C(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<32>, Element>{},
-                                         typename Traits::MmaScores{});
-  const auto thread_to_smem = to_smem.get_slice(threadIdx.x);
-  const Tensor rounded = convert_to<Element>(tSr);
-  copy(to_smem, thread_to_smem.retile_S(rounded), thread_to_smem.partition_D(target));
-}
-
 // S = Q K', dP = dO V', and from them P and dS, which go to shared memory.
 template <class Traits, class Tile>
 __device__ void compute_scores(const BackwardParams& params, const VisibleKeys<Mask::kGeneral>& keys, const Tile& tile,
@@ -102,9 +82,9 @@ __device__ void compute_scores(const BackwardParams& params, const VisibleKeys<M
 
   Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
   Tensor grads = make_tensor(tSrDp.data(), as_rows_and_columns(tSrDp.layout()));
-  softmax_backward<Traits>(scores, grads, score_coords<Traits>(), params, keys, tile);
-  put_scores<Traits>(smem.p, tSrS);
-  put_scores<Traits>(smem.ds, tSrDp);
+  softmax_backward<Traits>(scores, grads, Traits::score_coords(), params, keys, tile);
+  round_to_smem<typename Traits::MmaScores, Traits::kTileM, Traits::kTileN>(smem.p, tSrS);
+  round_to_smem<typename Traits::MmaScores, Traits::kTileM, Traits::kTileN>(smem.ds, tSrDp);
 }
 
 // dV += P' dO and dK += dS' Q, on this thread block's columns.
@@ -169,7 +149,7 @@ __device__ void backward_mainloop(const BackwardParams& params, const KeyTileCoo
     const QueryStep next = step.after(m_first, m_end);
     const KvRange range = kv_range<Mask::kGeneral, kTileM, kTileN>(keys, step.m_idx * kTileM);
     ScoreTile<Traits::kRowsPerLane> scores{step.head_idx, step.m_idx * kTileM, tile.n_begin, range.needs_mask(n_idx)};
-    scores.load_rows(params.rows, seq, score_coords<Traits>());
+    scores.load_rows(params.rows, seq, Traits::score_coords());
 
     cp_async_wait<0>();
     __syncthreads();  // Q and dO have landed, and every warp is done with the step before

@@ -1,6 +1,7 @@
 // Everything about an SM80 backward kernel that is known when it is compiled, derived once from its tile row.
 #pragma once
 
+#include "kernels/common/fragment_layout.h"
 #include "kernels/sm80/instructions.h"
 #include "kernels/sm80/tile_types.h"
 #include "variant/backward_tiles.h"
@@ -73,10 +74,11 @@ struct BackwardTraits {
 
   template <int kCols>
   using Access = RowAccess<Element, kNumThreads, kCols>;
-  template <int kCols>
-  static constexpr bool kAccessesWholeTiles =
-      kTileM % Access<kCols>::kRowsPerPass == 0 && kTileN % Access<kCols>::kRowsPerPass == 0;
-  static_assert(kAccessesWholeTiles<kHeadDim> && kAccessesWholeTiles<kHeadDimV>, "a load would pass its tile's end");
+  static_assert(Access<kHeadDim>::takes_whole(kTileM, kTileN) && Access<kHeadDimV>::takes_whole(kTileM, kTileN),
+                "a load would pass its tile's end");
+
+  // The (row, column) within the tile of each score that this lane holds.
+  static CUTE_DEVICE auto score_coords() { return accumulator_coords<MmaScores, kTileM, kTileN>(threadIdx.x); }
 };
 
 // First element of the column block's part of a tile, whose 64 columns are together in memory.

@@ -5,11 +5,12 @@
 
 #include "kernels/common/instructions.h"
 #include "kernels/common/params.h"
+#include "kernels/common/row_results.h"
 #include "kernels/common/seq_info.h"
-#include "kernels/sm80/forward_epilogue.h"
 #include "kernels/sm80/forward_mainloop.h"
 #include "kernels/sm80/forward_traits.h"
 #include "kernels/sm80/tile_loader.h"
+#include "kernels/sm80/tile_store.h"
 
 namespace flash_attn::sm80 {
 
@@ -54,9 +55,13 @@ __global__ void __launch_bounds__(Traits::kNumThreads) forward_kernel(const __gr
   const float sink = params.sink.scores == nullptr ? -INFINITY : params.sink.scores[tile.head_idx];
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
   auto lse = softmax.finish(output, reducer, sink, params.dropout.rescale);
-  clear_unused_rows<Traits>(tile.m_begin, tile.seq.seqlen_q, output, lse);
-  store_lse<Traits>(params, tile, lse);
-  store_output<Traits>(params, tile, smem, tOrO);
+  const SeqInfo& seq = tile.seq;
+  const auto coords = Traits::output_coords();
+  clear_unused_rows<Traits::kTileM>(tile.m_begin, seq.seqlen_q, coords, output, lse);
+  store_lse(params, tile, coords, lse);
+  store_tile<Traits, typename Traits::TiledMma, Traits::kTileM, Traits::kHeadDimV>(
+      params.o, {seq.batch_idx, seq.row_begin_q, tile.m_begin, seq.rows_q}, tile.head_idx, {0, params.heads.head_dim_v},
+      smem.q_or_o, tOrO);
 }
 
 }  // namespace flash_attn::sm80

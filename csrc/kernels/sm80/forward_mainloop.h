@@ -12,7 +12,6 @@
 #include "kernels/common/row_map.h"
 #include "kernels/common/row_reducer.h"
 #include "kernels/common/score.h"
-#include "kernels/sm80/forward_epilogue.h"
 #include "kernels/sm80/forward_traits.h"
 #include "kernels/sm80/gemm.h"
 #include "kernels/sm80/probabilities.h"
@@ -69,7 +68,7 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
   const Tensor tSsQ = copy_q.get_slice(threadIdx.x).partition_S(sQ);
   const Tensor tSsK = copy_k.get_slice(threadIdx.x).partition_S(sK);
   const Tensor tOsV = copy_v.get_slice(threadIdx.x).partition_S(sVt);
-  const auto score_coords = accumulator_coords<Traits, kTileN>();
+  const auto coords = Traits::score_coords();
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
   const auto load_next_k = [&](int n) {
     if (n > range.begin) load_k.load((n - 1) * kTileN, sK);
@@ -91,14 +90,14 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
     gemm_smem_smem(mma, tSrS, tSrQ, tSrK, tSsQ, tSsK, copy_q, copy_k);
 
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
-    apply_score<Traits::kScore>(scores, score_coords, params.score, seq, tile.rows, tile.m_begin, n * kTileN);
-    if (range.needs_mask(n)) apply_mask(scores, score_coords, tile.keys, tile.m_begin, n * kTileN);
+    apply_score<Traits::kScore>(scores, coords, params.score, seq, tile.rows, tile.m_begin, n * kTileN);
+    if (range.needs_mask(n)) apply_mask(scores, coords, tile.keys, tile.m_begin, n * kTileN);
     softmax.update(scores, output, reducer);
     if constexpr (kKeysEarly) load_next_k(n);  // the reducer's barrier: every warp is done with K(n)
     if constexpr (Traits::kScore == Score::kGeneral && !Traits::kFewRows) {
       if (params.dropout.rng_state != nullptr) {
         DropoutMask(params.dropout, params.heads.num_heads, seq.batch_idx, tile.rows.head_idx)
-            .template apply<(Traits::kWarpsN > 1 ? 1 : 4)>(scores, score_coords, tile.m_begin, n * kTileN);
+            .template apply<(Traits::kWarpsN > 1 ? 1 : 4)>(scores, coords, tile.m_begin, n * kTileN);
       }
     }
     auto probabilities = Probabilities<Traits>::put(smem, tSrS);
@@ -116,7 +115,7 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
 template <class Traits>
 __device__ auto make_row_reducer(typename Traits::SharedStorage& smem) {
   if constexpr (Traits::kWarpsN > 1) {
-    const auto coords = accumulator_coords<Traits, Traits::kTileN>();
+    const auto coords = Traits::score_coords();
     const int warp_idx = threadIdx.x / kThreadsPerWarp;
     return CrossWarpReducer<Traits::kWarpsN, Traits::kTileM, decltype(coords)>(smem.rows, warp_idx / Traits::kWarpsM,
                                                                                coords);

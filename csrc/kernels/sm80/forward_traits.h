@@ -1,6 +1,7 @@
 // Everything about an SM80 forward kernel that is known when it is compiled, derived once from its tile row.
 #pragma once
 
+#include "kernels/common/fragment_layout.h"
 #include "kernels/sm80/instructions.h"
 #include "kernels/sm80/tile_types.h"
 #include "variant/tiles.h"
@@ -57,10 +58,12 @@ struct ForwardTraits {
 
   template <int kCols>
   using Access = RowAccess<Element, kNumThreads, kCols>;
-  template <int kCols>
-  static constexpr bool kAccessesWholeTiles =
-      kTileM % Access<kCols>::kRowsPerPass == 0 && kTileN % Access<kCols>::kRowsPerPass == 0;
-  static_assert(kAccessesWholeTiles<kHeadDim> && kAccessesWholeTiles<kHeadDimV>, "a load would pass its tile's end");
+  static_assert(Access<kHeadDim>::takes_whole(kTileM, kTileN) && Access<kHeadDimV>::takes_whole(kTileM, kTileN),
+                "a load would pass its tile's end");
+
+  // The (row, column) within the tile of each element that this lane holds of S and of O.
+  static CUTE_DEVICE auto score_coords() { return accumulator_coords<TiledMma, kTileM, kTileN>(threadIdx.x); }
+  static CUTE_DEVICE auto output_coords() { return accumulator_coords<TiledMma, kTileM, kHeadDimV>(threadIdx.x); }
 };
 
 }  // namespace flash_attn::sm80

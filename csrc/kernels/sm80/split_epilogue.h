@@ -5,8 +5,9 @@
 
 #include "kernels/common/params.h"
 #include "kernels/common/split_schedule.h"
-#include "kernels/sm80/forward_epilogue.h"
 #include "kernels/sm80/forward_traits.h"
+#include "kernels/sm80/tile_loader.h"
+#include "kernels/sm80/tile_store.h"
 
 namespace flash_attn::sm80 {
 
@@ -36,7 +37,7 @@ class PackedRowAddresses {
 template <class Traits>
 __device__ auto sinks_of_rows(const ForwardParams& params, const SplitTile& tile) {
   auto sinks = make_tensor<float>(Shape<Int<Traits::kRowsPerLane>>{});
-  const auto coords = accumulator_coords<Traits, Traits::kHeadDimV>();
+  const auto coords = Traits::output_coords();
   CUTE_UNROLL
   for (int i = 0; i < size(sinks); ++i) {
     const int head_idx = tile.rows.head(tile.m_begin + static_cast<int>(get<0>(coords(i, 0))));
@@ -48,7 +49,7 @@ __device__ auto sinks_of_rows(const ForwardParams& params, const SplitTile& tile
 // Calls store(row within the tile, LSE) in the one lane of each row, for rows that the entry has.
 template <class Traits, class LseRows, class Store>
 __device__ void for_each_lse(const SplitTile& tile, const LseRows& lse, const Store& store) {
-  const auto coords = accumulator_coords<Traits, Traits::kHeadDimV>();
+  const auto coords = Traits::output_coords();
   if (static_cast<int>(get<1>(coords(0, 0))) != 0) return;
   CUTE_UNROLL
   for (int i = 0; i < size(lse); ++i) {
@@ -71,7 +72,8 @@ __device__ void store_packed_output(const ForwardParams& params, const SplitTile
                                     typename Traits::SharedStorage& smem, const AccO& tOrO) {
   using Element = typename Traits::Element;
   using TiledStore = typename Traits::template Access<Traits::kHeadDimV>::TiledStore;
-  const Tensor sO = round_to_smem<Traits>(smem, tOrO);
+  const Tensor sO = round_to_smem<typename Traits::TiledMma, Traits::kTileM, Traits::kHeadDimV>(smem.q_or_o, tOrO);
+  __syncthreads();
   const PackedRowAddresses<Element> rows(params.o, tile.seq, tile.rows);
   const auto thread_store = TiledStore{}.get_slice(threadIdx.x);
   const Tensor source = thread_store.partition_S(sO);  // (CPY, CPY_M, CPY_K)
@@ -98,7 +100,7 @@ __device__ void store_partial(const ForwardParams& params, const SplitTile& tile
   const int64_t first_row = tile.partial_idx * Traits::kTileM;
   for_each_lse<Traits>(tile, lse, [&](int row, float value) { params.split.lse[first_row + row] = value; });
   const int head_dim_v = params.heads.head_dim_v;
-  const auto coords = accumulator_coords<Traits, Traits::kHeadDimV>();
+  const auto coords = Traits::output_coords();
   CUTE_UNROLL
   for (int i = 0; i < size<0>(output); ++i) {
     const int row = get<0>(coords(i, 0));

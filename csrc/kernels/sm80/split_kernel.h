@@ -5,6 +5,7 @@
 
 #include "kernels/common/instructions.h"
 #include "kernels/common/params.h"
+#include "kernels/common/row_results.h"
 #include "kernels/common/split_schedule.h"
 #include "kernels/sm80/forward_mainloop.h"
 #include "kernels/sm80/forward_traits.h"
@@ -50,15 +51,16 @@ __global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid
   if (tile.has_used_rows()) attend_to_part<Traits>(params, tile, smem, softmax, reducer, tOrO);
 
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
+  const auto coords = Traits::output_coords();
   if (tile.num_splits > 1) {
     // The sinks join when the parts meet.
     auto lse = softmax.finish(output, reducer, -INFINITY, 1.f);
-    clear_unused_rows<Traits>(tile.m_begin, tile.num_used_rows(), output, lse);
+    clear_unused_rows<Traits::kTileM>(tile.m_begin, tile.num_used_rows(), coords, output, lse);
     store_partial<Traits>(params, tile, output, lse);
     return;
   }
   auto lse = softmax.finish(output, reducer, sinks_of_rows<Traits>(params, tile), 1.f);
-  clear_unused_rows<Traits>(tile.m_begin, tile.num_used_rows(), output, lse);
+  clear_unused_rows<Traits::kTileM>(tile.m_begin, tile.num_used_rows(), coords, output, lse);
   store_packed_lse<Traits>(params, tile, lse);
   store_packed_output<Traits>(params, tile, smem, tOrO);
 }

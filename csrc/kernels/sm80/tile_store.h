@@ -26,18 +26,24 @@ struct ColumnBlock {
   int count;
 };
 
+// Rounds this lane's part of an accumulator into a tile in shared memory, which it returns.
+template <class Mma, int kRows, int kCols, class Element, class Acc>
+__device__ auto round_to_smem(Element* smem, const Acc& acc) {
+  Tensor tile = make_tensor(make_smem_ptr(smem), SmemTile<kRows, kCols>{});
+  const auto to_smem = make_tiled_copy_C(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<32>, Element>{}, Mma{});
+  const auto thread_to_smem = to_smem.get_slice(threadIdx.x);
+  const Tensor rounded = convert_to<Element>(acc);
+  copy(to_smem, thread_to_smem.retile_S(rounded), thread_to_smem.partition_D(tile));
+  return tile;
+}
+
 // Rounds and stores. `smem` holds a tile and may be in use by others until a barrier before the call.
 template <class Traits, class Mma, int kRows, int kCols, class Acc>
 __device__ void store_tile(const Operand& target, const RowBlock& rows, int head_idx, const ColumnBlock& columns,
                            typename Traits::Element* smem, const Acc& acc) {
   using Element = typename Traits::Element;
   using TiledStore = typename Traits::template Access<kCols>::TiledStore;
-  Tensor staged = make_tensor(make_smem_ptr(smem), SmemTile<kRows, kCols>{});
-
-  const auto to_smem = make_tiled_copy_C(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<32>, Element>{}, Mma{});
-  const auto thread_to_smem = to_smem.get_slice(threadIdx.x);
-  Tensor rounded = convert_to<Element>(acc);
-  copy(to_smem, thread_to_smem.retile_S(rounded), thread_to_smem.partition_D(staged));
+  const Tensor staged = round_to_smem<Mma, kRows, kCols>(smem, acc);
   __syncthreads();
 
   const auto thread_store = TiledStore{}.get_slice(threadIdx.x);

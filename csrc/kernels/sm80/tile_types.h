@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "kernels/sm80/instructions.h"
-#include "variant/variant.h"
+#include "variant/tiles.h"
 
 namespace flash_attn::sm80 {
 
@@ -41,9 +41,11 @@ using TransposedSmemTile = decltype(composition(
 // Neighbouring threads take neighbouring 16 bytes of a row.
 template <class Element, int kNumThreads, int kCols>
 struct RowAccess {
-  static constexpr int kVectorElements = sizeof(uint128_t) / sizeof(Element);
   static constexpr int kThreadsPerRow = (kCols % 64 == 0 ? 64 : 32) / kVectorElements;
   static constexpr int kRowsPerPass = kNumThreads / kThreadsPerRow;
+  static constexpr bool takes_whole(int tile_m, int tile_n) {
+    return tile_m % kRowsPerPass == 0 && tile_n % kRowsPerPass == 0;
+  }
   using ThreadLayout = Layout<Shape<Int<kRowsPerPass>, Int<kThreadsPerRow>>, Stride<Int<kThreadsPerRow>, _1>>;
   using ValueLayout = Layout<Shape<_1, Int<kVectorElements>>>;
   using TiledLoad = decltype(make_tiled_copy(Copy_Atom<AsyncCopy, Element>{}, ThreadLayout{}, ValueLayout{}));

@@ -12,14 +12,6 @@ namespace flash_attn::sm90 {
 
 using namespace cute;
 
-// The (row, column) within the tile of each element that this lane holds of an accumulator with kCols columns.
-template <class Traits, class TiledMma, int kCols>
-__device__ auto accumulator_coords(int row_group) {
-  const auto thread_mma = TiledMma{}.get_slice(lane_of_rows(row_group));
-  const Tensor coords = thread_mma.partition_C(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<kCols>>{}));
-  return make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
-}
-
 // The group's part of O takes the place of a part of Q that no other group reads any more. Returns while it is leaving.
 template <class Traits, class AccO>
 __device__ void store_output(const ForwardParams& params, const ForwardTensorMaps& maps, const TileCoord& tile,

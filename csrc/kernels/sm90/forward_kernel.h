@@ -55,9 +55,9 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
   typename Traits::TiledMmaPV mma_pv;
   Tensor tOrO = partition_fragment_C(mma_pv, Shape<Int<Traits::kTileM>, Int<Traits::kGroupCols>>{});
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
-  const int row_group = row_group_of<Traits>(group);
-  const auto score_coords = accumulator_coords<Traits, typename Traits::TiledMmaQK, Traits::kTileN>(row_group);
-  const auto output_coords = accumulator_coords<Traits, typename Traits::TiledMmaPV, Traits::kGroupCols>(row_group);
+  const int lane = lane_of_rows(row_group_of<Traits>(group));
+  const auto score_coords = accumulator_coords<typename Traits::TiledMmaQK, Traits::kTileM, Traits::kTileN>(lane);
+  const auto output_coords = accumulator_coords<typename Traits::TiledMmaPV, Traits::kTileM, Traits::kGroupCols>(lane);
 
   for_each_tile<Traits>(params, order, [&](const TileCoord& tile) {
     const KvRange range = visited_keys<Traits>(params, tile);
@@ -80,7 +80,7 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
 
     const float sink = params.sink.scores == nullptr ? -INFINITY : params.sink.scores[tile.head_idx];
     auto lse = schedule.finish(softmax, output, sink);
-    clear_unused_rows<Traits::kTileM>(tile, output_coords, output, lse);
+    clear_unused_rows<Traits::kTileM>(tile.m_begin, tile.seq.seqlen_q, output_coords, output, lse);
     if (schedule.owns_lse()) store_lse(params, tile, output_coords, lse);
     store_output<Traits>(params, maps, tile, smem.q_or_o[q.idx], group, tOrO);
     leaving.add();

@@ -2,10 +2,11 @@
 
 #include <cstdint>
 
+#include "variant/tiles.h"
+
 namespace flash_attn::sm90 {
 namespace {
 
-constexpr int kElementBytes = 2;
 constexpr int64_t kStrideUnitBytes = 16;
 constexpr int kWideBoxBytes = 128;
 

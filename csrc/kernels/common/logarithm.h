@@ -1,0 +1,17 @@
+// Logarithms: LSE is natural, exponents are of 2, which the hardware computes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace flash_attn {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+// log(exp(a) + exp(b))
+__device__ inline float log_add_exp(float a, float b) {
+  const float high = fmaxf(a, b);
+  return high == -INFINITY ? high : high + log1pf(expf(fminf(a, b) - high));
+}
+
+}  // namespace flash_attn
