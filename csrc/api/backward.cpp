@@ -40,8 +40,8 @@ void check_backward(const BackwardArgs& args, const Problem& problem) {
 
 Gradients make_gradients(const ForwardArgs& args, const std::optional<Gradients>& given) {
   if (!given) {
-    return {torch::stable::new_empty(args.q, sizes_of(args.q)), torch::stable::new_empty(args.k, sizes_of(args.k)),
-            torch::stable::new_empty(args.v, sizes_of(args.v))};
+    return {allocate_like(args.q, sizes_of(args.q)), allocate_like(args.k, sizes_of(args.k)),
+            allocate_like(args.v, sizes_of(args.v))};
   }
   check_like("dq", given->dq, args.q, args.q.scalar_type(), "q's");
   check_like("dk", given->dk, args.k, args.q.scalar_type(), "q's");
@@ -55,27 +55,38 @@ Tensor float_copy(const Tensor& tensor) {
 
 float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-// Bytes: 8 for each query row and head, and 4 for each element of dQ, its rows rounded up to tiles and its columns to
-// the head-dim bucket.
-struct Workspace {
-  Tensor lse_log2;
-  Tensor delta;
-  Tensor dq_sums;
-  std::optional<Tensor> turns;
-
+// In float32, one after another: dQ's sums, of which each element has 4 bytes, its rows rounded up to tiles and its
+// columns to the head-dim bucket; the turns; log-sum-exp and delta, 8 bytes for each query row and head.
+class Workspace {
+ public:
   Workspace(const BackwardArgs& args, const BackwardPlan& plan)
-      : lse_log2(torch::stable::new_empty(args.lse, sizes_of(args.lse))),
-        delta(torch::stable::new_empty(args.lse, sizes_of(args.lse))),
-        dq_sums(torch::stable::new_zeros(args.lse, {plan.num_dq_sums})) {
-    if (args.forward.deterministic) turns = torch::stable::new_zeros(args.lse, {plan.num_dq_counters}, ScalarType::Int);
+      : num_sums_(plan.num_dq_sums),
+        num_turns_(args.forward.deterministic ? plan.num_dq_counters : 0),
+        num_rows_(args.lse.numel()),
+        memory_(allocate(args.lse, {num_sums_ + num_turns_ + 2 * num_rows_}, ScalarType::Float)) {}
+
+  // What thread blocks add to.
+  cudaError_t clear(cudaStream_t stream) const {
+    const size_t bytes = (num_sums_ + num_turns_) * sizeof(float);
+    return bytes == 0 ? cudaSuccess : cudaMemsetAsync(dq_sums(), 0, bytes, stream);
   }
+  float* dq_sums() const { return floats_of(memory_); }
+  int* turns() const { return num_turns_ == 0 ? nullptr : reinterpret_cast<int*>(dq_sums() + num_sums_); }
+  float* lse_log2() const { return dq_sums() + num_sums_ + num_turns_; }
+  float* delta() const { return lse_log2() + num_rows_; }
+
+ private:
+  int64_t num_sums_;
+  int64_t num_turns_;
+  int64_t num_rows_;
+  Tensor memory_;
 };
 
 RowStatistics row_statistics_of(const Tensor& lse, const std::optional<Tensor>& dlse, const Workspace& workspace) {
   return {.lse = floats_of(lse),
           .dlse = dlse ? floats_of(*dlse) : nullptr,
-          .lse_log2 = floats_of(workspace.lse_log2),
-          .delta = floats_of(workspace.delta),
+          .lse_log2 = workspace.lse_log2(),
+          .delta = workspace.delta(),
           .batch_stride = lse.dim() == 3 ? lse.stride(0) : 0,
           .head_stride = lse.stride(lse.dim() - 2)};
 }
@@ -106,31 +117,31 @@ BackwardResult run_backward(const BackwardArgs& args, const std::optional<Gradie
   const Tensor lse = torch::stable::contiguous(args.lse);
   const std::optional<Tensor> dlse = args.dlse ? std::optional(torch::stable::contiguous(*args.dlse)) : std::nullopt;
   const std::optional<Tensor> sink = forward.s_aux ? std::optional(float_copy(*forward.s_aux)) : std::nullopt;
-  const Tensor ds_aux = torch::stable::new_empty(lse, {sink ? problem.num_heads : 0});
+  const Tensor ds_aux = allocate(lse, {sink ? problem.num_heads : 0}, ScalarType::Float);
 
-  const BackwardParams params{
-      .q = operand_of(q),
-      .k = operand_of(k),
-      .v = operand_of(v),
-      .o = operand_of(out),
-      .dout = operand_of(dout),
-      .dq = operand_of(dq.written),
-      .dk = operand_of(dk.written),
-      .dv = operand_of(dv.written),
-      .rows = row_statistics_of(lse, dlse, workspace),
-      .dq_sums = {floats_of(workspace.dq_sums), static_cast<int>(plan.query_tiles_per_head)},
-      .turns = {workspace.turns ? static_cast<int*>(workspace.turns->mutable_data_ptr()) : nullptr},
-      .heads = head_params_of(problem),
-      .seq = seq_params_of(forward, problem),
-      .key_tiles_per_head = static_cast<int>(plan.key_tiles_per_head),
-      .window = window_params_of(problem),
-      .score = score_params_of(forward),
-      .grad_scale = static_cast<float>(forward.softmax_scale),
-      .dropout = dropout_params_of(forward),
-      .sink = {sink ? floats_of(*sink) : nullptr},
-      .ds_aux = floats_of(ds_aux)};
+  const BackwardParams params{.q = operand_of(q),
+                              .k = operand_of(k),
+                              .v = operand_of(v),
+                              .o = operand_of(out),
+                              .dout = operand_of(dout),
+                              .dq = operand_of(dq.written),
+                              .dk = operand_of(dk.written),
+                              .dv = operand_of(dv.written),
+                              .rows = row_statistics_of(lse, dlse, workspace),
+                              .dq_sums = {workspace.dq_sums(), static_cast<int>(plan.query_tiles_per_head)},
+                              .turns = {workspace.turns()},
+                              .heads = head_params_of(problem),
+                              .seq = seq_params_of(forward, problem),
+                              .key_tiles_per_head = static_cast<int>(plan.key_tiles_per_head),
+                              .window = window_params_of(problem),
+                              .score = score_params_of(forward),
+                              .grad_scale = static_cast<float>(forward.softmax_scale),
+                              .dropout = dropout_params_of(forward),
+                              .sink = {sink ? floats_of(*sink) : nullptr},
+                              .ds_aux = floats_of(ds_aux)};
   const cudaStream_t stream = current_stream(forward.q);
-  cudaError_t error = launch_row_statistics(params, problem.dtype, stream);
+  cudaError_t error = workspace.clear(stream);
+  if (error == cudaSuccess) error = launch_row_statistics(params, problem.dtype, stream);
   if (error == cudaSuccess) {
     error = launch(params, {static_cast<int>(plan.num_key_blocks), static_cast<int>(plan.num_query_blocks), stream});
   }

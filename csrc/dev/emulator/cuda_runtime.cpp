@@ -2,6 +2,8 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <cstring>
+
 #include "api/cuda_stream.h"
 #include "dev/emulator/copy_engine.h"
 #include "dev/emulator/memory_check.h"
@@ -29,6 +31,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     default:
       return cudaErrorInvalidValue;
   }
+}
+cudaError_t cudaMemsetAsync(void* to, int byte, size_t count, cudaStream_t) {
+  std::memset(to, byte, count);
+  return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 // The kernels ask for one function of the driver.
