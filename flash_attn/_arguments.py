@@ -80,6 +80,10 @@ def int32_vector(
     name: str, tensor: Any, device: torch.device, size: int | None, layout: str, whose: str = "q's"
 ) -> None:
     """Checks int32 metadata of one dimension, such as cu_seqlens. Its values are never read here."""
+    if isinstance(tensor, torch.Tensor) and tensor.dtype is torch.int32 and tensor.device == device:
+        shape = tensor.shape
+        if len(shape) == 1 and (size is None or shape[0] == size) and tensor.is_contiguous():
+            return
     require_tensor(name, tensor)
     require_device(name, tensor, device, whose)
     require_dtype(name, tensor, torch.int32)
@@ -91,6 +95,10 @@ def int32_vector(
 
 
 def block_table_of(block_table: Any, device: torch.device, batch: int | None) -> None:
+    if isinstance(block_table, torch.Tensor) and block_table.dtype is torch.int32 and block_table.device == device:
+        shape = block_table.shape
+        if len(shape) == 2 and (batch is None or shape[0] == batch) and (shape[1] <= 1 or block_table.stride(1) == 1):
+            return
     require_tensor("block_table", block_table)
     require_device("block_table", block_table, device)
     require_dtype("block_table", block_table, torch.int32)
@@ -223,11 +231,13 @@ def out_of(out: Any, q: torch.Tensor, head_dim_v: int, needs_grad: bool) -> None
     require_tensor("out", out)
     require_device("out", out, q.device)
     require_dtype("out", out, q.dtype, "q's ")
-    require_shape("out", out, (*q.shape[:-1], head_dim_v), "q's with head_dim_v")
+    # In two steps, as in check_qkv.
+    if out.shape != q.shape or head_dim_v != q.size(-1):
+        require_shape("out", out, (*q.shape[:-1], head_dim_v), "q's with head_dim_v")
     strides = out.stride()
     if head_dim_v > 1 and strides[-1] != 1:
         raise ValueError(f"out must have stride 1 in its last dimension, got stride {strides}")
-    if any(stride == 0 and size > 1 for stride, size in zip(strides, out.shape, strict=True)):
+    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, out.shape, strict=True)):
         raise ValueError(f"out must not overlap itself, got stride {strides} for shape {tuple(out.shape)}")
     if needs_grad or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError("out must not be given when a gradient is needed; got tensors with requires_grad=True")

@@ -169,20 +169,27 @@ def _check_new(
         return 0
     if v is None:
         raise ValueError("v must be given with k, got None")
-    for name, tensor in (("k", k), ("v", v)):
-        check.require_tensor(name, tensor)
-        check.require_device(name, tensor, q.device)
-        check.require_dtype(name, tensor, q.dtype, "q's ")
-    packed = cu_seqlens_k_new is not None
-    if packed:
+    if cu_seqlens_k_new is not None:
         check.int32_vector("cu_seqlens_k_new", cu_seqlens_k_new, q.device, batch + 1, "(batch + 1,)")
-    tokens = "total_k_new" if packed else "batch, seqlen_new"
-    for name, tensor, cache, dim in (("k", k, k_cache, "head_dim"), ("v", v, v_cache, "head_dim_v")):
-        layout = f"({tokens}, num_heads_k, {dim})"
-        check.require_rank(name, tensor, layout)
-        leading = (k.shape[0],) if packed else (batch, k.shape[1])
-        check.require_shape(name, tensor, (*leading, *cache.shape[-2:]), layout)
-    return k.shape[0] if packed else k.shape[1]
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
+        check.require_tensor("k", k)
+        check.require_tensor("v", v)
+    device, dtype, shape_k, shape_v = q.device, q.dtype, k.shape, v.shape
+    packed = cu_seqlens_k_new is not None
+    row_dim = 0 if packed else 1
+    tokens = shape_k[row_dim] if len(shape_k) > row_dim else 0
+    leading = (tokens,) if packed else (batch, tokens)
+    cached_k, cached_v = k_cache.shape, v_cache.shape
+    right_shapes = shape_k == (*leading, cached_k[2], cached_k[3]) and shape_v == (*leading, cached_v[2], cached_v[3])
+    if right_shapes and k.dtype == dtype and v.dtype == dtype and k.device == device and v.device == device:
+        return tokens
+    layout = "total_k_new" if packed else "batch, seqlen_new"
+    for name, tensor, cached, dim in (("k", k, cached_k, "head_dim"), ("v", v, cached_v, "head_dim_v")):
+        check.require_device(name, tensor, device)
+        check.require_dtype(name, tensor, dtype, "q's ")
+        check.require_rank(name, tensor, f"({layout}, num_heads_k, {dim})")
+        check.require_shape(name, tensor, (*leading, *cached[-2:]), f"({layout}, num_heads_k, {dim})")
+    return tokens
 
 
 def _check_rotary(q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> None:

@@ -314,9 +314,11 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
     """(out, lse) of a checked call on the path chosen for it."""
     arguments = call.op_arguments()
     ops = torch.ops.flash_attn
-    if call.out is None and _is_plain(call.q, call.k, call.v):
+    if _is_plain(call.q, call.k, call.v) and (call.out is None or _is_plain(call.out)):
         if path != "cpu":
             arguments = (*arguments, _dispatch.PATHS[path].arch)
+        if call.out is not None:
+            return call.out, _write_forward(path, arguments, call.out)
         if call.needs_grad:
             return _EagerForward.apply(*arguments)
         return cpu.forward(*arguments) if path == "cpu" else _run_kernel("forward", *arguments)
@@ -329,6 +331,14 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
     if call.out is not None:
         return call.out, ops.cpu_forward_out(*arguments, call.out)
     return ops.cpu_forward(*arguments)
+
+
+def _write_forward(path: str, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
+    """lse; `out`, which nothing differentiates, is written without the dispatcher's Python kernels."""
+    if path == "cpu":
+        return _forward_out(*arguments, out)
+    torch.autograd.graph.increment_version(out)
+    return _run_kernel("forward_out", *arguments, out)
 
 
 def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:
