@@ -8,10 +8,8 @@ tests/:
 
 import ctypes
 import re
-from dataclasses import replace
 
 import checks
-import harness
 import pytest
 import reference
 import torch
@@ -19,7 +17,6 @@ from cases import ALL
 from tolerance import assert_close
 
 import flash_attn
-from flash_attn import _dispatch, _ops
 
 # Served by the kernels that build_support/emulator.py compiles: bf16 with head dims up to 64, whose plain scores are
 # causal where there are more than 64 queries; fp16 with head dims up to 32 and neither.
@@ -64,36 +61,21 @@ FAULTS = {
     "read_unwritten": "reads byte .* of shared memory, which nothing has written",
     "read_without_barrier": "reads byte .* of shared memory, which (nothing|thread .*) (has written|wrote)",
     "write_without_barrier": "(reads|writes) byte .* of shared memory, which .*, with no barrier between",
+    "write_what_a_lane_disagrees_with": "writes byte .* to which thread .* wrote another value, with no barrier",
+    "copy_to_where_a_lane_copies": "writes byte .* of shared memory, which thread .* wrote, with no barrier",
     "read_without_wait": "reads byte .* of shared memory while a copy to it is under way",
     "read_without_barrier_after_wait": "reads byte .* of shared memory",
     "read_past_tensor": "reads global memory outside of any tensor",
     "write_past_tensor": "writes global memory outside of any tensor",
     "copy_past_tensor": "reads global memory outside of any tensor",
     "write_past_shared_memory": "writes byte .* of 1024 bytes of shared memory",
+    "write_what_another_block_writes": "writes global memory at .* of block 0 wrote in this launch",
+    "read_what_another_block_writes": "reads global memory at .* of block 0 wrote in this launch",
     "shuffle_with_a_lane_that_left": "wait at .* an instruction of their warp, for others that never come",
     "wait_for_a_later_block": "waits for a thread block that does not start before it",
 }
 
 CASES = {case.id: case for case in ALL}
-SM90_FEATURES = frozenset("dense varlen causal window gqa softcap alibi sinks seqused_q seqused_k out".split())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cpu_tensors_reach_the_kernels():
-    """The ops are registered for CUDA tensors, which the dispatchers of torch and of the package tell from others."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(_dispatch, "_device_objections", lambda path, q: [])
-    # What was right here is switched on for GPUs once it was right there, too.
-    for path, features in (("sm80", frozenset(_dispatch.FEATURES)), ("sm90", SM90_FEATURES)):
-        patch.setitem(_dispatch.PATHS, path, replace(_dispatch.PATHS[path], features=features))
-    for module in (checks, harness):
-        patch.setattr(module, "device_of", lambda path: "cpu")
-    library = torch.library.Library("flash_attn", "IMPL", "CPU")
-    for name in ("forward", "forward_out", "backward", "backward_out", "append_kv", "rotary", "combine"):
-        op = getattr(torch.ops.flash_attn, name).default
-        library.impl(name, lambda *arguments, op=op: op.redispatch(_ops._CUDA_KEY, *arguments))
-    yield
-    patch.undo()
 
 
 @pytest.mark.parametrize("name", FORWARD)

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <cstdlib>
 #include <cstring>
 
 #include "api/cuda_stream.h"
@@ -11,6 +12,12 @@
 namespace {
 
 constexpr int kNumSms = 4;  // few, so that small calls have some with several thread blocks
+
+// Of a thread block.
+int max_smem_bytes() {
+  const char* kilobytes = std::getenv("FLASH_ATTN_EMULATOR_SMEM_KB");
+  return kilobytes == nullptr ? flash_attn::emulator::memory::kMaxSmemBytes : std::atoi(kilobytes) * 1024;
+}
 
 }  // namespace
 
@@ -23,7 +30,7 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = flash_attn::emulator::memory::kMaxSmemBytes;
+      *value = max_smem_bytes();
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
       *value = kNumSms;
@@ -36,7 +43,10 @@ cudaError_t cudaMemsetAsync(void* to, int byte, size_t count, cudaStream_t) {
   std::memset(to, byte, count);
   return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  const bool is_smem = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
+  return is_smem && value > max_smem_bytes() ? cudaErrorInvalidValue : cudaSuccess;
+}
 // The kernels ask for one function of the driver.
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* found) {

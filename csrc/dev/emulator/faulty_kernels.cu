@@ -41,6 +41,17 @@ void write_without_barrier(float* out) {
   own_value() = 2.f;
 }
 
+void write_what_a_lane_disagrees_with(float* out) {
+  dynamic_smem<Storage>().values[threadIdx.x / 2] = threadIdx.x;
+  out[threadIdx.x] = 0.f;
+}
+
+void copy_to_where_a_lane_copies(float* out) {
+  const auto* source = reinterpret_cast<const cute::uint128_t*>(out);
+  auto* target = reinterpret_cast<cute::uint128_t*>(dynamic_smem<Storage>().values);
+  sm80::AsyncCopy::copy(source[0], target[threadIdx.x / 2], true);
+}
+
 void read_without_wait(float* out) {
   start_copy(out);
   __syncthreads();
@@ -57,6 +68,12 @@ void read_past_tensor(float* out) { own_value() = out[threadIdx.x + 1]; }
 void write_past_tensor(float* out) { out[threadIdx.x + 1] = 0.f; }
 void copy_past_tensor(float* out) { start_copy(out + kNumThreads); }
 void write_past_shared_memory(float*) { (&dynamic_smem<Storage>())[1].values[threadIdx.x] = 0.f; }
+
+void write_what_another_block_writes(float* out) { out[threadIdx.x] = 0.f; }
+void read_what_another_block_writes(float* out) {
+  if (threadIdx.x > 0) return;
+  out[1 + blockIdx.x] = out[blockIdx.x];
+}
 
 void shuffle_with_a_lane_that_left(float* out) {
   if (threadIdx.x == 0) return;
@@ -79,12 +96,16 @@ constexpr FaultyKernel kFaultyKernels[] = {
     {"read_unwritten", &read_unwritten},
     {"read_without_barrier", &read_without_barrier},
     {"write_without_barrier", &write_without_barrier},
+    {"write_what_a_lane_disagrees_with", &write_what_a_lane_disagrees_with},
+    {"copy_to_where_a_lane_copies", &copy_to_where_a_lane_copies},
     {"read_without_wait", &read_without_wait},
     {"read_without_barrier_after_wait", &read_without_barrier_after_wait},
     {"read_past_tensor", &read_past_tensor},
     {"write_past_tensor", &write_past_tensor},
     {"copy_past_tensor", &copy_past_tensor},
     {"write_past_shared_memory", &write_past_shared_memory},
+    {"write_what_another_block_writes", &write_what_another_block_writes},
+    {"read_what_another_block_writes", &read_what_another_block_writes},
     {"shuffle_with_a_lane_that_left", &shuffle_with_a_lane_that_left},
     {"wait_for_a_later_block", &wait_for_a_later_block},
 };

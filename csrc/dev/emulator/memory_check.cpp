@@ -1,9 +1,12 @@
 #include "dev/emulator/memory_check.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "dev/emulator/ordering.h"
@@ -38,11 +41,30 @@ struct Read {
 };
 constexpr uint32_t kUnderWay = (1u << 27) - 1;
 
+// A store to what another lane of the warp stored to, with no barrier between: right if both store the same.
+struct Agreement {
+  size_t cell_idx;
+  uint16_t before;
+  int other;
+  int thread;
+};
+
+// Who wrote the cells of a piece of global memory, in the running launch.
+struct GlobalWrite {
+  int block = -1;
+  int thread = -1;
+  ordering::Time time = 0;
+};
+constexpr size_t kCellsPerPiece = 64;
+using GlobalPiece = std::array<GlobalWrite, kCellsPerPiece>;
+
 alignas(1024) unsigned char smem_bytes[kMaxSmemBytes];
 int smem_size = 0;
 std::vector<Cell> cells(kNumCells);
 std::vector<Read> reads_of_warp[kMaxWarps];
 std::vector<Registers> lent[kMaxThreads];
+std::vector<Agreement> agreements;  // of the store that is under way
+std::unordered_map<uintptr_t, GlobalPiece> global_writes;
 uintptr_t stack_begin = 0;
 size_t stack_size = 0;
 
@@ -85,13 +107,34 @@ void check_readers(size_t idx) {
   }
 }
 
-void write_cell(size_t idx, Content content, Proxy proxy) {
+uint16_t value_of(size_t cell_idx) {
+  static_assert(sizeof(uint16_t) == kCellBytes);
+  uint16_t value;
+  std::memcpy(&value, smem_bytes + cell_idx * kCellBytes, kCellBytes);
+  return value;
+}
+
+// The compiler's calls come before the store; what was stored is there at the next one.
+void settle_agreements() {
+  if (agreements.empty()) return;
+  const std::vector<Agreement> settled = std::exchange(agreements, {});
+  for (const Agreement& agreement : settled) {
+    if (value_of(agreement.cell_idx) == agreement.before) continue;
+    fail("thread " + std::to_string(agreement.thread) + " writes" + byte_of(agreement.cell_idx) + ", to which thread " +
+         std::to_string(agreement.other) + " wrote another value, with no barrier between");
+  }
+}
+
+enum class Overlap { kNever, kOfEqualValues };
+
+void write_cell(size_t idx, Content content, Proxy proxy, Overlap overlap) {
   Cell& cell = cells[idx];
   const int thread = thread_idx.x;
-  // Lanes of a warp may write what they agree on.
-  const bool same_warp = cell.writer >= 0 && cell.writer / kWarpSize == thread / kWarpSize;
-  if (cell.writer >= 0 && !same_warp && !ordering::is_over(cell.writer, cell.write_time)) {
-    fail_at("writes", idx, "wrote", cell.writer);
+  if (cell.writer >= 0 && !ordering::is_over(cell.writer, cell.write_time)) {
+    const bool may_agree = overlap == Overlap::kOfEqualValues && cell.content == Content::kThere &&
+                           cell.writer / kWarpSize == thread / kWarpSize;
+    if (!may_agree) fail_at("writes", idx, "wrote", cell.writer);
+    agreements.push_back({idx, value_of(idx), cell.writer, thread});
   }
   if (cell.content == Content::kExpected && cell.proxy == Proxy::kAsync) {
     fail("writes" + byte_of(idx) + " while a copy to it is under way");
@@ -109,6 +152,31 @@ void check_registers(uintptr_t begin, size_t num_bytes, const char* verb) {
   }
 }
 
+enum class Access { kRead, kWrite };
+
+constexpr const char* verb_of(Access access) { return access == Access::kRead ? "reads" : "writes"; }
+
+// Thread blocks run in any order, or at once: what one writes is for the next launch, and for one thread to write.
+void check_order_of_global(const GlobalWrite& write, uintptr_t cell_idx, Access access) {
+  const bool same_block = write.block == static_cast<int>(block_idx.x);
+  if (write.block < 0 || (same_block && ordering::is_over(write.thread, write.time))) return;
+  fail(std::string(verb_of(access)) + " global memory at " + std::to_string(cell_idx * kCellBytes) + ", which thread " +
+       std::to_string(write.thread) + " of block " + std::to_string(write.block) +
+       " wrote in this launch, with nothing to order them");
+}
+
+void visit_global(uintptr_t begin, size_t num_bytes, Access access) {
+  if (access == Access::kRead && global_writes.empty()) return;
+  for (uintptr_t idx = begin / kCellBytes; idx * kCellBytes < begin + num_bytes; ++idx) {
+    if (access == Access::kRead && !global_writes.contains(idx / kCellsPerPiece)) continue;
+    GlobalWrite& write = global_writes[idx / kCellsPerPiece][idx % kCellsPerPiece];
+    check_order_of_global(write, idx, access);
+    if (access == Access::kWrite) {
+      write = {static_cast<int>(block_idx.x), static_cast<int>(thread_idx.x), ordering::now()};
+    }
+  }
+}
+
 // Of shared memory that was checked before.
 template <class Visitor>
 void for_each_cell(const void* smem, size_t num_bytes, const Visitor& visit) {
@@ -117,13 +185,16 @@ void for_each_cell(const void* smem, size_t num_bytes, const Visitor& visit) {
 }
 
 template <class Visitor>
-void check(const void* address, size_t num_bytes, const char* verb, const Visitor& visit) {
+void check(const void* address, size_t num_bytes, Access access, const Visitor& visit) {
+  const char* const verb = verb_of(access);
   const auto begin = reinterpret_cast<uintptr_t>(address);
   if (begin - stack_begin < stack_size) return check_registers(begin, num_bytes, verb);
+  settle_agreements();
   const uintptr_t offset = begin - reinterpret_cast<uintptr_t>(smem_bytes);
   if (offset >= kMaxSmemBytes) {
+    if (!tensor_memory::holds(begin)) return;
     if (!tensor_memory::may_touch(begin, num_bytes)) fail(std::string(verb) + " global memory outside of any tensor");
-    return;
+    return visit_global(begin, num_bytes, access);
   }
   if (offset + num_bytes > static_cast<size_t>(smem_size)) {
     fail(std::string(verb) + " byte " + std::to_string(offset) + " of " + std::to_string(smem_size) +
@@ -136,37 +207,48 @@ void check(const void* address, size_t num_bytes, const char* verb, const Visito
 
 unsigned char* smem() { return smem_bytes; }
 
+void begin_launch() { global_writes.clear(); }
+
 void begin_block(int smem_size_now) {
   smem_size = smem_size_now;
   std::memset(smem_bytes, kPoison, smem_size);
   std::fill(cells.begin(), cells.begin() + (smem_size + kCellBytes - 1) / kCellBytes, Cell{});
   for (unsigned warp = 0; warp * kWarpSize < block_dim.x; ++warp) reads_of_warp[warp].resize(kNumCells);
   for (auto& registers : lent) registers.clear();
+  agreements.clear();
 }
 
 void set_stack(const void* begin, size_t num_bytes) {
+  settle_agreements();
   stack_begin = reinterpret_cast<uintptr_t>(begin);
   stack_size = num_bytes;
 }
 
 void read(const void* from, size_t num_bytes) {
-  check(from, num_bytes, "reads", [](size_t idx) {
+  check(from, num_bytes, Access::kRead, [](size_t idx) {
     read_cell(idx, Proxy::kGeneric);
     mark_read(idx, thread_idx.x, ordering::now());
   });
 }
 
 void write(const void* to, size_t num_bytes) {
-  check(to, num_bytes, "writes", [](size_t idx) { write_cell(idx, Content::kThere, Proxy::kGeneric); });
+  check(to, num_bytes, Access::kWrite,
+        [](size_t idx) { write_cell(idx, Content::kThere, Proxy::kGeneric, Overlap::kNever); });
+}
+
+void store(const void* to, size_t num_bytes) {
+  check(to, num_bytes, Access::kWrite,
+        [](size_t idx) { write_cell(idx, Content::kThere, Proxy::kGeneric, Overlap::kOfEqualValues); });
 }
 
 void expect(const void* smem, size_t num_bytes) {
-  check(smem, num_bytes, "writes", [](size_t idx) { write_cell(idx, Content::kExpected, Proxy::kGeneric); });
+  check(smem, num_bytes, Access::kWrite,
+        [](size_t idx) { write_cell(idx, Content::kExpected, Proxy::kGeneric, Overlap::kNever); });
   std::memset(const_cast<void*>(smem), kPoison, num_bytes);
 }
 
 void begin_async_read(const void* smem, size_t num_bytes) {
-  check(smem, num_bytes, "reads", [](size_t idx) {
+  check(smem, num_bytes, Access::kRead, [](size_t idx) {
     read_cell(idx, Proxy::kAsync);
     mark_read(idx, thread_idx.x, kUnderWay);
   });
@@ -181,7 +263,8 @@ void end_async_read(int thread, const void* smem, size_t num_bytes) {
 }
 
 void begin_async_write(void* smem, size_t num_bytes) {
-  check(smem, num_bytes, "writes", [](size_t idx) { write_cell(idx, Content::kExpected, Proxy::kAsync); });
+  check(smem, num_bytes, Access::kWrite,
+        [](size_t idx) { write_cell(idx, Content::kExpected, Proxy::kAsync, Overlap::kNever); });
   std::memset(smem, kPoison, num_bytes);
 }
 
@@ -210,6 +293,21 @@ void lend(const Registers& registers) {
 
 void take_back_all() { lent[thread_idx.x].clear(); }
 
+void add_to_global(float* to, float value) {
+  if (!tensor_memory::may_touch(reinterpret_cast<uintptr_t>(to), sizeof *to)) fail("adds outside of any tensor");
+  *to += value;
+}
+
+void store_to_global(int* to, int value) {
+  if (!tensor_memory::may_touch(reinterpret_cast<uintptr_t>(to), sizeof *to)) fail("writes outside of any tensor");
+  *to = value;
+}
+
+int load_from_global(const int* from) {
+  if (!tensor_memory::may_touch(reinterpret_cast<uintptr_t>(from), sizeof *from)) fail("reads outside of any tensor");
+  return *from;
+}
+
 }  // namespace flash_attn::emulator::memory
 
 // What the compiler calls before an access.
@@ -217,16 +315,16 @@ namespace memory = flash_attn::emulator::memory;
 extern "C" {
 #define CHECK_OF_SIZE(size)                                              \
   void __tsan_read##size(void* at) { memory::read(at, size); }           \
-  void __tsan_write##size(void* at) { memory::write(at, size); }         \
+  void __tsan_write##size(void* at) { memory::store(at, size); }         \
   void __tsan_unaligned_read##size(void* at) { memory::read(at, size); } \
-  void __tsan_unaligned_write##size(void* at) { memory::write(at, size); }
+  void __tsan_unaligned_write##size(void* at) { memory::store(at, size); }
 CHECK_OF_SIZE(1)
 CHECK_OF_SIZE(2)
 CHECK_OF_SIZE(4)
 CHECK_OF_SIZE(8)
 CHECK_OF_SIZE(16)
 void __tsan_read_range(void* at, unsigned long size) { memory::read(at, size); }
-void __tsan_write_range(void* at, unsigned long size) { memory::write(at, size); }
+void __tsan_write_range(void* at, unsigned long size) { memory::store(at, size); }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

@@ -11,6 +11,7 @@ inline constexpr int kMaxSmemBytes = 227 * 1024;
 
 unsigned char* smem();
 
+void begin_launch();
 void begin_block(int smem_bytes);
 // Of the thread that runs from now on: its own to use.
 void set_stack(const void* begin, size_t num_bytes);
@@ -18,6 +19,13 @@ void set_stack(const void* begin, size_t num_bytes);
 // Checks an access by the running thread, which fails if it must not be.
 void read(const void* from, size_t num_bytes);
 void write(const void* to, size_t num_bytes);
+// The same where other lanes of the warp may store the same value.
+void store(const void* to, size_t num_bytes);
+
+// What thread blocks may do at once, to the same memory.
+void add_to_global(float* to, float value);
+void store_to_global(int* to, int value);
+int load_from_global(const int* from);
 
 // Until the next write to it, this shared memory may not be read.
 void expect(const void* smem, size_t num_bytes);

@@ -41,8 +41,10 @@ class Arena {
     sizes_.erase(found);
   }
 
+  bool holds(uintptr_t address) const { return address - begin_ < kArenaBytes; }
+
   bool may_touch(uintptr_t begin, size_t num_bytes) {
-    if (begin - begin_ >= kArenaBytes) return true;
+    if (!holds(begin)) return true;
     const std::lock_guard lock(mutex_);
     auto found = sizes_.upper_bound(begin);
     if (found == sizes_.begin()) return false;
@@ -85,6 +87,7 @@ const bool is_in_place = (c10::SetCPUAllocator(&allocator, kAboveTorchsOwn), tru
 
 }  // namespace
 
+bool holds(uintptr_t address) { return arena().holds(address); }
 bool may_touch(uintptr_t begin, size_t num_bytes) { return arena().may_touch(begin, num_bytes); }
 
 }  // namespace flash_attn::emulator::tensor_memory

@@ -7,6 +7,9 @@
 
 namespace flash_attn::emulator::tensor_memory {
 
+// Whether the address is one that only tensors have.
+bool holds(uintptr_t address);
+
 // Whether the bytes are part of one tensor's storage, or of memory that is no tensor's.
 bool may_touch(uintptr_t begin, size_t num_bytes);
 

@@ -14,6 +14,7 @@
 #include "dev/emulator/async_copies.h"
 #include "dev/emulator/barriers.h"
 #include "dev/emulator/copy_engine.h"
+#include "dev/emulator/launch_log.h"
 #include "dev/emulator/memory_check.h"
 #include "dev/emulator/ordering.h"
 #include "dev/emulator/register_file.h"
@@ -165,6 +166,8 @@ void run_blocks(int num_blocks, int num_threads, int smem_bytes, const std::func
   grid_dim = dim3(num_blocks);
   block_dim = dim3(num_threads);
   error.clear();
+  memory::begin_launch();
+  log_launch();
   for (int i = 0; i < num_blocks && error.empty(); ++i) {
     block_idx = {static_cast<unsigned>(i), 0, 0};
     ordering::begin_block();

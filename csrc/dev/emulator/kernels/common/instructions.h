@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "dev/emulator/memory_check.h"
 #include "dev/emulator/thread_block.h"
 
 namespace flash_attn {
@@ -24,12 +25,12 @@ inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b
 
 inline int load_acquire(const int* from) {
   emulator::poll();
-  return *from;
+  return emulator::memory::load_from_global(from);
 }
 
-inline void add_to_global(float* to, float value) { *to += value; }
+inline void add_to_global(float* to, float value) { emulator::memory::add_to_global(to, value); }
 
-inline void store_release(int* to, int value) { *to = value; }
+inline void store_release(int* to, int value) { emulator::memory::store_to_global(to, value); }
 
 }  // namespace detail
 
