@@ -25,7 +25,7 @@ TIMES = build/times
 timed = @mkdir -p $(TIMES); start=$$(date +%s); ( set -x; $(2) ); status=$$?; \
 	echo $$(( $$(date +%s) - start )) >> $(TIMES)/$(1); exit $$status
 
-.PHONY: help demo test run-tests install wheel test-gpu sanitize fuzz test-abi bench plot format lint clean options
+.PHONY: help demo test run-tests install wheel test-gpu sanitize fuzz emulate test-abi bench plot format lint clean options
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -68,6 +68,11 @@ sanitize:  ## run a small selection of the tests under compute-sanitizer, set up
 
 fuzz: $(INSTALLED)/flash_attn $(INSTALLED)/test  ## draw calls and compare them with the oracle (FUZZ_ARGS=--help)
 	$(PYTHON) tests/fuzz.py $(FUZZ_ARGS)
+
+# From tests/, so that the source tree hides no emulated package.
+emulate: $(INSTALLED)/build $(INSTALLED)/test  ## run every SM80 kernel on the CPU, emulated (40 minutes on two cores)
+	$(PYTHON) build_support/emulator.py --all
+	cd tests && PYTHONPATH=../build/emulator-all/package $(abspath $(PYTHON)) -m pytest emulated_rows.py $(PYTEST_ARGS)
 
 test-abi: wheel  ## try the wheel under three torch versions (slow; downloads each)
 	$(PYTHON) tests/abi/run.py dist

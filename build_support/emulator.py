@@ -1,13 +1,15 @@
 """Builds the package with kernels that run on the CPU (csrc/dev/emulator): for tests, and for developers without a GPU.
 
-usage: python build_support/emulator.py
+usage: python build_support/emulator.py [--all]
 
 It is a copy of the package in build/emulator/package whose extension holds the real ops, planner and kernels, compiled
-as C++ for the CPU, of a few variants. It is never shipped.
+as C++ for the CPU, of a few variants. With --all it holds every kernel of FLASH_ATTN_ARCHS,
+FLASH_ATTN_HEAD_DIMS and FLASH_ATTN_DTYPES, and is in build/emulator-all/package. It is never shipped.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -18,19 +20,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from build_support.jobs import choose_jobs  # noqa: E402
-from build_support.options import load_variants  # noqa: E402
+from build_support.options import load_variants, read_options  # noqa: E402
 from build_support.toolkit import find_cuda_home, find_cutlass  # noqa: E402
+
+Group = Any  # csrc/variant/variants.py's, which is no package's
 
 CSRC = ROOT / "csrc"
 EMULATOR = CSRC / "dev" / "emulator"
 BUILD = ROOT / "build" / "emulator"
-PACKAGE = BUILD / "package"
+BUILD_OF_ALL = ROOT / "build" / "emulator-all"
 
 # (kind, architecture, dtype, tile row) and the options of each kernel: one of everything that differs in its source.
 VARIANTS = (
@@ -78,7 +83,7 @@ KERNEL_FLAGS = [
 ]
 
 
-def build_emulator() -> Path:
+def build_emulator(builds_all: bool = False) -> Path:
     """The folder to put first on PYTHONPATH; ImportError where it can't be built."""
     compiler = _find_compiler(os.environ)
     includes = _find_headers(os.environ)
@@ -87,12 +92,14 @@ def build_emulator() -> Path:
         import torch  # noqa: F401
     except ImportError as missing:
         raise ImportError(f"{missing.name} is not installed") from None
-    BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text(_ninja_file(compiler, includes, _generate()))
-    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(BUILD), "--quiet", f"-j{choose_jobs(os.environ)}"]
+    build = BUILD_OF_ALL if builds_all else BUILD
+    chosen = _all_groups(os.environ) if builds_all else _few_groups()
+    generated = load_variants().write_files(chosen, build / "generated")
+    (build / "build.ninja").write_text(_ninja_file(compiler, includes, generated))
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), "--quiet", f"-j{choose_jobs(os.environ)}"]
     subprocess.run(command, check=True, stdout=sys.stderr)
-    _assemble_package()
-    return PACKAGE
+    _assemble_package(build, chosen)
+    return build / "package"
 
 
 def _find_compiler(environ: Mapping[str, str]) -> str:
@@ -130,16 +137,20 @@ def _find_cuda_headers(environ: Mapping[str, str]) -> Path:
     raise ImportError("there are no CUDA headers; looked in " + ", ".join([*map(str, candidates), *looked_in]))
 
 
-def _generate() -> list[Path]:
-    """Writes the files that instantiate VARIANTS, and the table of them."""
-    variants = load_variants()
+def _few_groups() -> list[Group]:
+    """The groups of kernels that VARIANTS names."""
     chosen = []
     for kind, arch, dtype, tile_row, wanted in VARIANTS:
-        for group in variants.groups([arch], [tile_row[0], tile_row[1]], [dtype]):
+        for group in load_variants().groups([arch], [tile_row[0], tile_row[1]], [dtype]):
             options = tuple(own for own in group.options if own in wanted)
             if (group.kind.name, group.tile_row) == (kind, tile_row) and options:
                 chosen.append(replace(group, options=options))
-    return variants.write_files(chosen, BUILD / "generated")
+    return chosen
+
+
+def _all_groups(environ: Mapping[str, str]) -> list[Group]:
+    options = read_options(environ)
+    return load_variants().groups(options.archs, options.head_dims, options.dtypes)
 
 
 def _ninja_file(compiler: str, includes: list[Path], generated: list[Path]) -> str:
@@ -174,21 +185,27 @@ def _ninja_file(compiler: str, includes: list[Path], generated: list[Path]) -> s
     return "\n".join(lines)
 
 
-def _assemble_package() -> None:
+def _assemble_package(build: Path, chosen: list[Group]) -> None:
     """Links to the package's Python files, beside the emulated extension."""
-    package = PACKAGE / "flash_attn"
-    shutil.rmtree(PACKAGE, ignore_errors=True)
+    package = build / "package" / "flash_attn"
+    shutil.rmtree(package.parent, ignore_errors=True)
     package.mkdir(parents=True)
     for file in (ROOT / "flash_attn").iterdir():
         if file.suffix == ".py" or (file.is_dir() and file.name != "__pycache__"):
             (package / file.name).symlink_to(file)
-    (package / "_C.abi3.so").symlink_to(BUILD / "_C.abi3.so")
-    info = {"version": "", "kernels_built": True, "reason": "", "cuda": None, "torch": None}
-    info["archs"] = sorted({arch for _, arch, *_ in VARIANTS})
-    info["head_dims"] = sorted({dim for *_, row, _ in VARIANTS for dim in row[:2]})
-    info["dtypes"] = sorted({dtype for _, _, dtype, *_ in VARIANTS})
+    (package / "_C.abi3.so").symlink_to(build / "_C.abi3.so")
+    info = {"version": "", "kernels_built": True, "reason": "", "cuda": "emulated", "torch": None}
+    info["archs"] = sorted({group.arch for group in chosen})
+    info["head_dims"] = sorted({dim for group in chosen for dim in group.tile_row[:2]})
+    info["dtypes"] = sorted({dtype for group in chosen for dtype in group.dtypes})
     (package / "_build_info.json").write_text(json.dumps(info))
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every kernel that is built by default, not only VARIANTS")
+    print(build_emulator(parser.parse_args().all))
+
+
 if __name__ == "__main__":
-    print(build_emulator())
+    main()

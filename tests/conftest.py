@@ -7,11 +7,11 @@ import signal
 
 import pytest
 import torch
+from emulation import IS_EMULATED, can_run
 from harness import GPU_PATHS, met, require_features
 from hypothesis import HealthCheck, settings
 
 import flash_attn
-from flash_attn import _dispatch
 
 # Shapes are small: more threads spend their time waiting for each other, above all on a busy machine.
 torch.set_num_threads(1)
@@ -25,22 +25,18 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(params=("cpu", *GPU_PATHS))
 def path(request):
     """Each path that a call can take. What a path has no kernel for, harness.on_path checks."""
-    if request.param in GPU_PATHS:
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        capability = torch.cuda.get_device_capability()
-        if capability < ((9, 0) if request.param == "sm90" else (8, 0)):
-            pytest.skip(f"a device of compute capability {capability} can't run {request.param}")
+    if request.param in GPU_PATHS and not can_run(request.param):
+        pytest.skip(f"no device here runs {request.param}")
+    if request.param == "cpu" and IS_EMULATED:
+        pytest.skip("what is emulated is the kernels")
     return request.param
 
 
 @pytest.fixture(params=GPU_PATHS)
 def gpu_path(request):
     """Each path of kernels, forced for the whole test; skipped where this machine or the package has none."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if torch.cuda.get_device_capability() < _dispatch.PATHS[request.param].capability[0]:
-        pytest.skip(f"the device can't run {request.param}")
+    if not torch.cuda.is_available() or not can_run(request.param):
+        pytest.skip(f"no GPU here runs {request.param}")
     require_features(request.param)
     with flash_attn.use_path(request.param):
         yield request.param

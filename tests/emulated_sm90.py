@@ -6,7 +6,7 @@ import re
 import checks
 import pytest
 import torch
-from emulated import CASES, cpu_tensors_reach_the_kernels  # noqa: F401  (a fixture of every test here)
+from emulated import CASES
 
 import flash_attn
 

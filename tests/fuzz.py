@@ -22,17 +22,19 @@ from checks import (
     output_gradients,
     poisoned,
 )
+from emulation import IS_EMULATED, can_run
 from harness import GPU_PATHS, build, device_of
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from memory import allocate, gaps, place
-from strategies import Call, calls
+from strategies import EDGES, EMULATED, Call, calls
 
+import flash_attn
 from flash_attn import _dispatch
 
 _REDRAWS = 7  # of a call that breaks the tolerance rule
 _LOOSE = 77  # what a loose max_seqlen is too large by
 _SECONDS_TO_SHRINK = 60
-_SECONDS_OF_A_HANG = 120
+_SECONDS_OF_A_HANG = 1800 if IS_EMULATED else 120
 _SECONDS_PER_LINE = 5.0
 _BUCKETS = (32, 64, 96, 128, 192, 256, 512)
 
@@ -68,10 +70,36 @@ def _inputs(path, call, number):
     inputs = build(case, device_of(path), garbage=call.garbage)
     placed = {name: getattr(call, name) for name in "qkv"}
     placed = {name: place(getattr(inputs, name), memory) for name, memory in placed.items() if memory is not None}
+    if call.shared_kv is not None:
+        placed["k"], placed["v"] = _in_one_buffer(call.shared_kv, inputs.k, inputs.v)
     options = {"num_splits": call.num_splits, "pack_gqa": call.pack_gqa}
+    if call.metadata is not None:
+        options["scheduler_metadata"] = _metadata(call, inputs)
     if case.layout == "varlen" or case.varlen_q:
         options |= _max_seqlens(call)
     return replace(inputs, **placed), options
+
+
+def _in_one_buffer(way, k, v):
+    """K and V as two views of one buffer, as strategies.Call says."""
+    if way == "columns":
+        return torch.cat((k, v), dim=-1).split((k.shape[-1], v.shape[-1]), dim=-1)
+    if way == "halves":
+        return torch.stack((k, v), dim=1).unbind(1)
+    return k, k[..., : v.shape[-1]]
+
+
+def _metadata(call, inputs):
+    case = inputs.case
+    if call.metadata == "garbage":
+        values = torch.arange(1 + 4 * len(case.lens_q), dtype=torch.int32, device=inputs.q.device)
+        return values * 123_456_789
+    return flash_attn.get_scheduler_metadata(
+        len(case.lens_q), max(case.lens_q), max(case.lens_k), *case.heads, case.dims[0], inputs.layout["seqused_k"],
+        case.dtype, case.dims[1], inputs.layout.get("cu_seqlens_q"), inputs.extra.get("cu_seqlens_k_new"),
+        inputs.layout.get("leftpad_k"), case.page, max(case.new or (0,)), case.causal, case.window, 0,
+        case.softcap > 0, call.num_splits, call.pack_gqa,
+    )  # fmt: skip
 
 
 def _gradients(path, call, number):
@@ -147,6 +175,8 @@ def _traits(call):
     found = [*call.features, case.layout, _bucket(case.dims), str(case.dtype)]
     found += ["unequal head dims"] * (case.dims[0] != case.dims[1]) + ["odd strides"] * bool(strided)
     found += ["strided out"] * (call.out is not None) + ["strided dout"] * (call.dout is not None)
+    found += [f"K and V share: {call.shared_kv}"] * (call.shared_kv is not None)
+    found += [f"metadata: {call.metadata}"] * (call.metadata is not None)
     found += ["deterministic"] * call.deterministic + ["scale <= 0"] * (case.scale is not None and case.scale <= 0)
     return {*found}
 
@@ -174,7 +204,7 @@ def fuzz(paths, num_calls, seed, seconds=None, on_call=lambda tally: None):
         phases=[Phase.generate, Phase.shrink],
         verbosity=Verbosity.quiet,
     )
-    @given(calls(served))
+    @given(calls(served, EMULATED if IS_EMULATED else EDGES))
     def check_one(call):
         nonlocal deadline
         if deadline is not None and time.monotonic() > deadline:
@@ -248,9 +278,8 @@ def _watch(tally_of):
 
 
 def _paths_here():
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    found = [path for path in GPU_PATHS if _dispatch.PATHS[path].features]
-    return [path for path in found if capability >= _dispatch.PATHS[path].capability[0]] + ["cpu"]
+    found = [path for path in GPU_PATHS if _dispatch.PATHS[path].features and can_run(path)]
+    return found if IS_EMULATED else [*found, "cpu"]
 
 
 def _parse(arguments):

@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from cases import Case
+from emulation import IS_EMULATED
 
 import flash_attn
 
@@ -16,7 +17,7 @@ _SPARE_PAGES = 3
 
 
 def device_of(path):
-    return "cuda" if path in GPU_PATHS else "cpu"
+    return "cuda" if path in GPU_PATHS and not IS_EMULATED else "cpu"
 
 
 def generator_for(case):
@@ -144,6 +145,13 @@ def _paged(rows, used, page, device, garbage, generator):
     return (*(pool.to(device) for pool in pools), table.to(device))
 
 
+def _in_rows(table, rows):
+    """A larger table that has the entries' rows in these places, and in others ids that no entry may follow."""
+    larger = torch.full((max(rows) + 2, table.shape[1]), 2**31 - 1, dtype=torch.int32, device=table.device)
+    larger[list(rows)] = table
+    return larger
+
+
 def _score(case, device, generator):
     num_heads = case.heads[0]
     slopes = None
@@ -187,7 +195,7 @@ def build(case, device="cpu", garbage=math.nan):
         q_rows[b][length:] = garbage
     k_rows, v_rows, used = _keys(case, draw, garbage)
     layout = {"seqused_q": int32(case.seqused_q, device), "seqused_k": int32(case.seqused_k, device)}
-    layout |= {"leftpad_k": int32(case.leftpad, device)}
+    layout |= {"leftpad_k": int32(case.leftpad, device), "cache_batch_idx": int32(case.cache_rows, device)}
     is_varlen_q = case.layout == "varlen" or case.varlen_q
     if is_varlen_q:
         q = torch.cat(q_rows)
@@ -195,7 +203,8 @@ def build(case, device="cpu", garbage=math.nan):
     else:
         q = torch.stack(q_rows) if q_rows else draw(0, 4, num_heads, dim)
     if case.page is not None:
-        k, v, layout["block_table"] = _paged((k_rows, v_rows), used, case.page, device, garbage, generator)
+        k, v, table = _paged((k_rows, v_rows), used, case.page, device, garbage, generator)
+        layout["block_table"] = table if case.cache_rows is None else _in_rows(table, case.cache_rows)
         if case.lengths_by_cu_seqlens_k:
             layout["cu_seqlens_k"] = cumulative(case.lens_k, device)
     elif case.layout == "varlen":
@@ -204,7 +213,6 @@ def build(case, device="cpu", garbage=math.nan):
             k_rows, v_rows = ([*rows, torch.full_like(rows[0][:3], garbage)] for rows in (k_rows, v_rows))
         k, v = torch.cat(k_rows), torch.cat(v_rows)
     elif case.cache_rows is not None:
-        layout["cache_batch_idx"] = int32(case.cache_rows, device)
         unused = torch.full_like(k_rows[0], garbage), torch.full_like(v_rows[0], garbage)
         k, v = (torch.stack([one] * (max(case.cache_rows) + 2)) for one in unused)
         k[list(case.cache_rows)], v[list(case.cache_rows)] = torch.stack(k_rows), torch.stack(v_rows)
@@ -220,7 +228,8 @@ def build(case, device="cpu", garbage=math.nan):
         if case.varlen_q:
             inputs.extra["cu_seqlens_k_new"] = cumulative(case.new, device)
     if case.rotary is not None:
-        angle = torch.rand(case.lens_k[0] + 8, case.rotary[0] // 2, generator=generator) * 2 * math.pi
+        num_positions = case.lens_k[0] + max(8, *case.lens_q)
+        angle = torch.rand(num_positions, case.rotary[0] // 2, generator=generator) * 2 * math.pi
         inputs.rotary = tuple(table.to(case.dtype).to(device) for table in (angle.cos(), angle.sin()))
     if case.dropout_p > 0:
         inputs.rng_state = drawn_rng_state(zlib.crc32(case.id.encode()), device)

@@ -152,19 +152,18 @@ def sequences(
         length_q = _at(seqused_q, entry, length_q)
         rows = q[where, :length_q] if cu_seqlens_q is None else q[where : where + length_q]
         slot = (where, length_q)
-        first = _at(leftpad_k, entry, 0)
+        first, row = _at(leftpad_k, entry, 0), _at(cache_batch_idx, entry, entry)
         if block_table is not None:
             last = block_table.shape[1] * k.shape[1]
             if cu_seqlens_k is not None:
                 last = int(cu_seqlens_k[entry + 1]) - int(cu_seqlens_k[entry])
             last = _at(seqused_k, entry, last)
-            keys, values = (gather_pages(x, block_table[entry], last) for x in (k, v))
+            keys, values = (gather_pages(x, block_table[row], last) for x in (k, v))
         elif cu_seqlens_k is not None:
             start, end = int(cu_seqlens_k[entry]), int(cu_seqlens_k[entry + 1])
             last = _at(seqused_k, entry, end - start)
             keys, values = (x[start : start + last] for x in (k, v))
         else:
-            row = _at(cache_batch_idx, entry, entry)
             last = _at(seqused_k, entry, k.shape[1])
             keys, values = (x[row, :last] for x in (k, v))
         found.append(Sequence(rows, keys[first:], values[first:], slot))
@@ -222,10 +221,11 @@ def rotate(x, cos, sin, positions, interleaved):
 
 def cache_row(cache, entry, position, block_table=None, cache_batch_idx=None):
     """Index of the cache row that holds absolute position `position` of batch entry `entry`."""
+    row = _at(cache_batch_idx, entry, entry)
     if block_table is not None:
         page = cache.shape[1]
-        return int(block_table[entry, position // page]), position % page
-    return _at(cache_batch_idx, entry, entry), position
+        return int(block_table[row, position // page]), position % page
+    return row, position
 
 
 def append(cache, new, starts, **layout):

@@ -9,7 +9,8 @@ from cases import BF16, FP16, FP32, FP64, Case
 from hypothesis import strategies as st
 from memory import Memory
 
-HEADS = st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (6, 3)])
+_FEW_HEADS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (5, 1)]
+HEADS = st.sampled_from([*_FEW_HEADS, (6, 3), (7, 1), (12, 2), (17, 1)])
 
 
 class Sizes(NamedTuple):
@@ -20,6 +21,7 @@ class Sizes(NamedTuple):
     capacity: st.SearchStrategy  # of a cache; at least 1
     head_dim: st.SearchStrategy
     side: st.SearchStrategy  # of a window
+    heads: st.SearchStrategy = HEADS
 
 
 SMALL = Sizes(
@@ -37,7 +39,16 @@ EDGES = Sizes(
     cached_queries=st.one_of(st.integers(0, 9), st.sampled_from(_TILE_EDGES)),
     capacity=st.one_of(st.sampled_from([1, *_TILE_EDGES]), st.integers(1, 70), st.integers(1, 300)),
     head_dim=st.one_of(st.sampled_from(_DIM_EDGES), st.integers(1, 512)),
-    side=st.one_of(st.sampled_from([-1, 0, 1, -3, *_TILE_EDGES]), st.integers(0, 40), st.integers(0, 300)),
+    side=st.one_of(st.sampled_from([-1, 0, 1, -3, 2**31 - 1, *_TILE_EDGES]), st.integers(0, 40), st.integers(0, 300)),
+)
+# What emulated kernels compute in a second or so: still several tiles of rows and of keys.
+EMULATED = Sizes(
+    length=st.one_of(st.sampled_from([0, 1, *_TILE_EDGES]), st.integers(0, 70), st.integers(0, 140)),
+    cached_queries=st.one_of(st.integers(0, 9), st.sampled_from(_TILE_EDGES[:9])),
+    capacity=EDGES.capacity,
+    head_dim=EDGES.head_dim,
+    side=EDGES.side,
+    heads=st.one_of(st.sampled_from(_FEW_HEADS), st.just((17, 1))),
 )
 
 
@@ -47,7 +58,7 @@ def scores(draw, sizes=SMALL):
     dims = draw(st.one_of(sizes.head_dim.map(lambda d: (d, d)), st.tuples(sizes.head_dim, sizes.head_dim)))
     dropout_p = draw(st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.6]))
     return {
-        "heads": draw(HEADS),
+        "heads": draw(sizes.heads),
         "dims": dims,
         "dtype": draw(st.sampled_from([BF16, FP16, FP32, FP64])),
         "causal": draw(st.booleans()),
@@ -58,6 +69,7 @@ def scores(draw, sizes=SMALL):
         "scale": draw(st.sampled_from([None, None, 0.3, -0.1, 0.0])),
         "lse_grad": draw(st.booleans()),
         "dropout_p": dropout_p,
+        "loudness": draw(st.sampled_from([1.0, 1.0, 1.0, 4.0])),
     }
 
 
@@ -86,7 +98,7 @@ def _pairs_of_lengths(draw, sizes):
     return tuple(zip(*pairs, strict=True))
 
 
-PAGES = st.sampled_from([1, 2, 7, 16, 64])
+PAGES = st.one_of(st.sampled_from([1, 2, 7, 16, 64]), st.integers(1, 300))
 
 
 @st.composite
@@ -121,14 +133,13 @@ def cached(draw, sizes=SMALL):
     before = _within(draw, [capacity - count for count in new or (0,) * batch])
     if draw(st.booleans()):
         options["page"] = draw(PAGES)
-    elif draw(st.booleans()):
+    if draw(st.booleans()):
         options["cache_rows"] = tuple(draw(st.permutations(range(batch + 2))))[:batch]
     if draw(st.booleans()):
         options["leftpad"] = _within(draw, before)
     if new is not None:
         options["new"] = new
-        # The harness's rotary tables end 8 positions past the cache.
-        if options["dims"][0] >= 16 and max(lens_q) <= 8 and draw(st.booleans()):
+        if options["dims"][0] >= 16 and draw(st.booleans()):
             options["rotary"] = (draw(st.sampled_from(range(16, options["dims"][0] + 1, 16))), draw(st.booleans()))
     return _named(Case("", "generated", "kvcache", lens_q, (capacity,) * batch, seqused_k=before, **options))
 
@@ -156,6 +167,8 @@ class Call:
 
     case: Case
     q: Memory | None = None
+    # K and V as views of one buffer: "columns" of one row, "halves" of an entry or page, V the "prefix" of K's columns.
+    shared_kv: str | None = None
     k: Memory | None = None
     v: Memory | None = None
     passes_out: bool = False
@@ -164,6 +177,7 @@ class Call:
     max_seqlen: str = "exact"  # or "none", or "loose": larger than any length
     pack_gqa: bool | None = None
     num_splits: int = 0
+    metadata: str | None = None  # scheduler_metadata: that of get_scheduler_metadata, or "garbage"
     backward: bool = False
     dout: Memory | None = None
     deterministic: bool = False
@@ -185,6 +199,13 @@ def _expandable(case, name, num_dims):
     return range(num_dims - 2 if partly_unused else 0, num_dims - (case.dtype in (FP32, FP64)))
 
 
+def _ways_to_share(case):
+    """How K and V may lie in one buffer: V may be part of K where nothing is written."""
+    halves = case.dims[0] == case.dims[1] and (case.layout != "varlen" or case.page is not None)
+    prefix = case.dims[0] >= case.dims[1] and case.new is None
+    return ["columns", *["halves"] * halves, *["prefix"] * prefix]
+
+
 def _simplest(case, served):
     """The case without the features that no path in question serves."""
     options = {"page": "paged", "leftpad": "leftpad", "cache_rows": "cache_batch_idx", "new": "append"}
@@ -198,14 +219,14 @@ def _simplest(case, served):
 
 
 @st.composite
-def calls(draw, served=None):
+def calls(draw, served=None, sizes=EDGES):
     """A whole call. Given the features that a path serves, seven calls of eight use no others."""
-    layouts = [dense(EDGES), varlen(EDGES), cached(EDGES), paged_varlen(EDGES)]
+    layouts = [dense(sizes), varlen(sizes), cached(sizes), paged_varlen(sizes)]
     case = replace(draw(st.one_of(layouts)), id="")
-    num_splits = draw(st.sampled_from([0, 0, 1, 3, 17]))
+    num_splits = draw(st.sampled_from([0, 0, 1, 2, 3, 17, 256]))
     # In float32 the CPU path's backward is torch's own (scaled_dot_product_attention's), whose error is up to three
     # times that of the naive one where scores are large: exponentials good to 20 units in the last place.
-    backward = case.differentiable and case.dtype is not FP32 and draw(st.booleans())
+    backward = case.differentiable and case.dtype is not FP32 and draw(st.integers(0, 2)) > 0
     if served is not None and draw(st.integers(0, 7)):
         case = _simplest(case, served)
         num_splits = num_splits if "num_splits" in served else min(num_splits, 1)
@@ -217,6 +238,7 @@ def calls(draw, served=None):
         name: draw(st.one_of(st.none(), memories(count, _expandable(case, name, count))))
         for name, count in num_dims.items()
     }
+    metadata = draw(st.sampled_from([None, "own", "garbage"])) if case.layout == "kvcache" else None
     passes_out = not backward and draw(st.booleans())
     out = draw(st.one_of(st.none(), memories(num_dims["q"], last_is_dense=True))) if passes_out else None
     dout = None
@@ -226,12 +248,14 @@ def calls(draw, served=None):
     return Call(
         case if backward else replace(case, lse_grad=False),
         **placed,
+        shared_kv=draw(st.sampled_from([None, None, *_ways_to_share(case)])),
         passes_out=passes_out,
         out=out,
         garbage=draw(st.sampled_from([math.nan, math.inf])),
         max_seqlen=draw(st.sampled_from(["exact", "none", "loose"])),
         pack_gqa=draw(st.sampled_from([None, None, True, False])),
         num_splits=num_splits,
+        metadata=metadata,
         backward=backward,
         dout=dout,
         deterministic=backward and draw(st.booleans()),

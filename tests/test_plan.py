@@ -218,9 +218,7 @@ def _num_slots_used(made, lengths, left):
 _LENGTHS = st.tuples(st.one_of(st.integers(0, 4), st.integers(0, 3000)), st.one_of(st.just(1), st.integers(0, 9000)))
 
 
-@given(
-    lengths=st.lists(_LENGTHS, min_size=1, max_size=40), left=st.integers(0, 2000), heads=st.sampled_from([1, 2, 8])
-)
+@given(lengths=st.lists(_LENGTHS, min_size=1, max_size=40), left=st.integers(0, 2000), heads=st.sampled_from([1, 2, 8]))
 @example(lengths=[(1000, 4000)] + [(1, 4000)] * 19, left=300, heads=1)  # one entry sees far more keys than the mean
 def test_the_grid_holds_every_split(lengths, left, heads):
     made = plan(

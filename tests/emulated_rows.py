@@ -1,0 +1,153 @@
+"""Every kernel of an emulated package with cases of its own, in the shared memory that its tile row is made for.
+
+`make emulate` builds the package with all kernels and runs this. A test fails where its kernel did not run.
+"""
+
+import ctypes
+import re
+
+import checks
+import emulation
+import pytest
+import repository  # noqa: F401  (makes build_support importable)
+from cases import BF16, FP16, FP32, Case
+
+import flash_attn
+from build_support.options import load_variants
+from flash_attn import _dispatch, _extension
+
+VARIANTS = load_variants()
+DTYPES = {"fp16": FP16, "bf16": BF16}
+# The enumerators of csrc/variant/variant.h in their order, as a kernel's name has their numbers.
+ENUMERATORS = {
+    "Dtype": ("kFp16", "kBf16"),
+    "Mask": ("kFull", "kCausal", "kGeneral"),
+    "Score": ("kPlain", "kGeneral"),
+    "Rows": ("kMany", "k64", "k16"),
+}
+# What every score feature but dropout takes; dropout and softcap exclude each other.
+SCORES = {"softcap": 4.0, "alibi": "batch", "sinks": FP32}
+DROPOUT = {"dropout_p": 0.3, "alibi": "heads", "lse_grad": True}
+
+# (what the call has, its layout and lengths, more) for each kind of kernel: tiles of 128 rows and 128 keys have ends
+# inside and several of them.
+MANY_FULL = [("full", "dense", (150, 150), (270, 270), {"heads": (2, 1)})]
+MANY_CAUSAL = [("causal", "dense", (150,), (270,), {"heads": (2, 1), "causal": True})]
+MANY_GENERAL = [
+    ("window", "varlen", (150, 0, 70), (270, 9, 20), {"window": (100, 17), "sinks": BF16, "heads": (3, 1)}),
+    ("pages", "varlen", (150, 70), (270, 150), {"page": 48, "causal": True, "seqused_k": (261, 90),
+                                                "leftpad": (20, 0)}),
+]  # fmt: skip
+MANY_SCORES = [
+    ("scores", "varlen", (150, 33), (270, 40), {"window": (200, 3), "seqused_q": (140, 0), **SCORES}),
+    ("dropout", "dense", (150,), (270,), {"causal": True, **DROPOUT}),
+]
+# 40 rows of a key head; 12 rows of one.
+FEW_64 = ("kvcache", (20, 20), (300, 300), {"heads": (4, 2), "seqused_k": (290, 33), "causal": True, "page": 16})
+FEW_16 = ("kvcache", (3, 3), (300, 300), {"heads": (4, 1), "seqused_k": (290, 33), "window": (250, 0)})
+BACKWARD = {
+    ("Score::kPlain",): [
+        ("full", "varlen", (150, 0), (200, 40), {"heads": (3, 1), "lse_grad": True}),
+        ("causal", "dense", (140,), (270,), {"causal": True, "heads": (2, 1), "sinks": FP32}),
+        ("window", "varlen", (130, 33), (200, 90), {"window": (40, 11), "seqused_k": (150, 90)}),
+    ],
+    ("Score::kGeneral",): [
+        ("scores", "varlen", (150, 33), (200, 40), {"window": (100, 3), "lse_grad": True, "seqused_q": (140, 0),
+                                                    **SCORES}),
+        ("dropout", "dense", (140,), (200,), {"causal": True, "heads": (2, 1), **DROPOUT}),
+    ],
+}  # fmt: skip
+FORWARD = {
+    ("Mask::kFull", "Score::kPlain"): MANY_FULL,
+    ("Mask::kCausal", "Score::kPlain"): MANY_CAUSAL,
+    ("Mask::kGeneral", "Score::kPlain"): MANY_GENERAL,
+    ("Mask::kGeneral", "Score::kGeneral"): MANY_SCORES,
+    ("Mask::kGeneral", "Score::kPlain", "Rows::k64"): [("few", *FEW_64)],
+    ("Mask::kGeneral", "Score::kGeneral", "Rows::k64"): [("few-scores", *FEW_64[:3], FEW_64[3] | SCORES)],
+    ("Mask::kGeneral", "Score::kPlain", "Rows::k16"): [("few", *FEW_16)],
+    ("Mask::kGeneral", "Score::kGeneral", "Rows::k16"): [("few-scores", *FEW_16[:3], FEW_16[3] | SCORES)],
+}
+NUM_SPLITS = (0, 1, 3)  # of kernels with few rows
+
+
+def _kernels():
+    """(group, dtype, options) of every kernel that the package has."""
+    build = _extension.build_info
+    groups = VARIANTS.groups(build.archs, build.head_dims, build.dtypes)
+    return [(group, dtype, options) for group in groups for dtype in group.dtypes for options in group.options]
+
+
+def _name(kernel):
+    group, dtype, options = kernel
+    short = "-".join(re.sub(r".*::k", "", option) for option in options)
+    return f"{group.file_name.removesuffix('.cu')}-{dtype}-{short}"
+
+
+def _key(kernel):
+    """What its launch function's name ends with: numbers, without the zeros at the end."""
+    group, dtype, options = kernel
+    numbers = [group.arch, ENUMERATORS["Dtype"].index(f"k{dtype.title()}"), *group.tile_row[:2]]
+    numbers.append(int(group.tile_row[2].removesuffix("KB")))
+    numbers += [ENUMERATORS[kind].index(name) for kind, name in (option.split("::") for option in options)]
+    return group.kind.name, _without_zeros(numbers)
+
+
+def _without_zeros(numbers):
+    while numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _launched():
+    """The keys of the kernels that ran since the last call."""
+    take = ctypes.CDLL(flash_attn._C.__file__).flash_attn_take_launches
+    take.restype = ctypes.c_char_p
+    found = set()
+    for line in take().decode().splitlines():
+        match = re.search(r"launch_(forward|backward)<(.*)>\(", line)
+        if match:
+            variant = re.sub(r"\([^)]*\)", "", match[2])  # the enums' names
+            found.add((match[1], _without_zeros([int(number) for number in re.findall(r"\b\d+\b", variant)])))
+    return found
+
+
+def _cases(kernel):
+    group, dtype, options = kernel
+    declared = (FORWARD if group.kind.name == "forward" else BACKWARD)[options]
+    qk, v, _ = group.tile_row
+    for what, layout, lens_q, lens_k, more in declared:
+        for dims in ((qk, v), (qk - 5, v - 7)):
+            yield Case(f"{_name(kernel)}-{what}-{dims[0]}x{dims[1]}", "this kernel's rows, tiles and columns", layout,
+                       lens_q, lens_k, dims=dims, dtype=DTYPES[dtype], **more)  # fmt: skip
+
+
+@pytest.fixture
+def shared_memory(monkeypatch):
+    """Sets what the emulated GPU has."""
+
+    def set_to(smem):
+        kilobytes = smem.removesuffix("KB")
+        monkeypatch.setenv("FLASH_ATTN_EMULATOR_SMEM_KB", kilobytes)
+        monkeypatch.setattr(emulation, "SMEM_BYTES", int(kilobytes) * 1024)
+        _dispatch._chosen.clear()
+
+    yield set_to
+    _dispatch._chosen.clear()
+
+
+@pytest.mark.parametrize("kernel", _kernels(), ids=_name)
+def test_kernel(kernel, shared_memory):
+    group, _, _ = kernel
+    path = f"sm{group.arch}"
+    shared_memory(group.tile_row[2])
+    _launched()
+    for case in _cases(kernel):
+        if group.kind.name == "backward":
+            checks.check_backward(path, case)
+        elif group.rows:
+            for num_splits in NUM_SPLITS:
+                features = frozenset({"num_splits"} if num_splits > 1 else ())
+                checks.check_forward(path, case, features, num_splits=num_splits)
+        else:
+            checks.check_forward(path, case)
+        assert _key(kernel) in (launched := _launched()), f"{case.id} ran on {launched}"
