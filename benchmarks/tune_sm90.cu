@@ -57,7 +57,7 @@ int time_kernel(int batch, int heads, int length) {
   check(cudaMalloc(&lse, rows * sizeof(float)));
   params.lse = {static_cast<float*>(lse), int64_t{heads} * length, length};
   params.heads = {heads, 1, kDims.qk, kDims.v};
-  params.seq = {batch, length, length, nullptr, nullptr, nullptr, nullptr};
+  params.seq = {.batch = batch, .rows_q = length, .rows_k = length, .num_cache_rows = batch};
   params.tiles_per_head = (length + Traits::kTileM - 1) / Traits::kTileM;
   params.score.factor = 1.f;
   params.score.softmax_scale = 1.f / sqrtf(static_cast<float>(kDims.qk));

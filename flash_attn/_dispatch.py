@@ -59,6 +59,7 @@ class PathSpec:
     dtypes: frozenset[str]
     max_head_dim: int
     features: frozenset[str]
+    backward_arch: int | None = None  # of the kernels that compute gradients after these forwards
     combine_dtypes: frozenset[str] = frozenset()  # of flash_attn_combine's parts, which no attention kernel reads
 
 
@@ -71,6 +72,7 @@ PATHS = {
         dtypes=frozenset({"fp16", "bf16"}),
         max_head_dim=512,
         features=frozenset(),
+        backward_arch=80,
     ),
     "sm80": PathSpec(
         name="sm80",
@@ -96,6 +98,7 @@ PATHS = {
                 "out",
             }
         ),
+        backward_arch=80,
         combine_dtypes=frozenset({"fp16", "bf16", "fp32"}),
     ),
     "cpu": PathSpec(
@@ -199,8 +202,11 @@ def plan_objections(
         reasons.append(f"head_dim {head_dim}/{head_dim_v} (it takes up to {path.max_head_dim})")
     reasons += [FEATURES[key] for key in FEATURES if key in features and key not in path.features]
     if attends and not reasons and path.arch is not None and _extension.is_loaded():
-        for kind in ("forward", "backward") if "backward" in features else ("forward",):
-            reasons += _build_objections(kind, path.arch, dtype_name, head_dim, head_dim_v, smem_bytes)
+        kinds = [("forward", path.arch)]
+        if "backward" in features and path.backward_arch is not None:
+            kinds.append(("backward", path.backward_arch))
+        for kind, arch in kinds:
+            reasons += _build_objections(kind, arch, dtype_name, head_dim, head_dim_v, smem_bytes)
     return reasons
 
 

@@ -80,6 +80,8 @@ class Explanation:
             lines.append(f"  {name}: {'; '.join(reasons) if reasons else 'serves it'}{chosen}")
             if name in self.plans:
                 plan = self.plans[name]
+                if plan["arch"] != _dispatch.PATHS[name].arch:
+                    lines.append(f"    a kernel of SM{plan['arch']}: {_WHY_ANOTHER_ARCH}")
                 lines.append(
                     f"    variant {plan['dtype']} d{plan['head_dim']}/{plan['head_dim_v']} {plan['mask']} mask, "
                     f"{plan['score']} score, "
@@ -87,14 +89,20 @@ class Explanation:
                     f"{plan['smem_bytes'] // 1024} KB of shared memory, {plan['num_blocks']} blocks, "
                     f"{_splits(plan)}"
                 )
+                if plan["copies"]:
+                    lines.append(f"    copies {', '.join(plan['copies'])} first: {_WHY_COPIES}")
                 if "backward" in plan:
                     lines.append(_backward_line(plan["backward"]))
         return "\n".join(lines)
 
 
+_WHY_ANOTHER_ARCH = "few query rows, for which it has smaller tiles and splits keys"
+_WHY_COPIES = "rows have to lie apart, with the last dimension contiguous, in steps of 16 bytes from aligned addresses"
+
+
 def _backward_line(plan: dict[str, Any]) -> str:
     return (
-        f"    backward d{plan['head_dim']}/{plan['head_dim_v']}, {plan['score']} score, "
+        f"    backward by SM{plan['arch']}'s kernels, d{plan['head_dim']}/{plan['head_dim_v']}, {plan['score']} score, "
         f"tile {plan['tile_m']} x {plan['tile_n']}, {plan['num_threads']} threads, "
         f"{plan['smem_bytes'] // 1024} KB of shared memory, {plan['num_blocks']} blocks, "
         f"{plan['workspace_bytes']} bytes of workspace for dQ"

@@ -1,34 +1,53 @@
 """Declared cases on the SM90 kernels' real source, run on the CPU: as emulated.py."""
 
 import ctypes
+import json
 import re
+from dataclasses import replace
 
 import checks
 import pytest
 import torch
+from cases import BF16
 from emulated import CASES
+from tolerance import assert_same_bits
 
 import flash_attn
+from flash_attn import _ops
 
 # Served by the kernels that build_support/emulator.py compiles: bf16 with causal masks or general scores and head dims
-# up to 64; and head dim 512, causal.
-FORWARD = (
-    "varlen-causal-gqa",
-    "varlen-short-k-causal",
+# up to 64; and head dim 512, causal. With few rows a call is left to SM80's kernels, but not a varlen call with one
+# split.
+DENSE = (
     "causal-short-k-sinks",
-    "gqa-6-3-causal",
-    "mqa-5-1-causal",
-    "seqused-k",
-    "empty-k-causal",
-    "scale-negative-causal",
     "dim-33x7-bfloat16",
     "dim-40x64-bfloat16",
     "len-200x257-causal",
     "alibi-softcap-window",
     "softcap-causal-gqa",
-    "varlen-alibi-batch",
     "dim-512x512-bfloat16",
     "dim-64x512-bfloat16",
+)
+VARLEN = ("varlen-causal-gqa", "varlen-short-k-causal", "seqused-k", "varlen-alibi-batch", "leftpad")
+MORE = (
+    replace(CASES["empty-k-causal"], id="empty-k-70-causal", lens_q=(70, 70)),
+    replace(CASES["scale-negative-causal"], id="scale-negative-70-causal", lens_q=(70,), lens_k=(90,)),
+    replace(CASES["cache-batch-idx"], id="cache-batch-idx-70", lens_q=(70, 70), causal=True),
+)
+PACKED = (
+    replace(CASES["alibi-softcap-window"], id="packed-everything", heads=(8, 2), sinks=BF16),
+    replace(
+        CASES["varlen-causal-gqa"], id="packed-varlen", heads=(8, 1), lens_q=(17, 130, 1, 65), lens_k=(33, 150, 129, 20)
+    ),
+    replace(
+        CASES["seqused-q"],
+        id="packed-seqused",
+        heads=(4, 2),
+        lens_q=(65, 129, 70),
+        seqused_q=(3, 129, 0),
+        alibi="heads",
+    ),
+    replace(CASES["dim-512x512-bfloat16"], id="packed-512", heads=(4, 2)),
 )
 
 _TOO_EARLY = "reads byte .* of shared memory(, which nothing has written| while a copy|, which a copy)"
@@ -52,9 +71,86 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FORWARD)
-def test_forward(name):
-    checks.check_forward("sm90", CASES[name])
+def take_launches():
+    """The launch functions that were called since."""
+    library = ctypes.CDLL(flash_attn._C.__file__)
+    library.flash_attn_take_launches.restype = ctypes.c_char_p
+    return library.flash_attn_take_launches().decode()
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The architectures of the forward kernels that run."""
+    archs, forward = set(), _ops.forward
+
+    def recorded(path, call):
+        take_launches()
+        result = forward(path, call)
+        archs.update(map(int, re.findall(r"sm(\d+)::launch_forward", take_launches())))
+        return result
+
+    monkeypatch.setattr(_ops, "forward", recorded)
+    return archs
+
+
+def copies(q, k, v):
+    call = flash_attn.interface.build_call(flash_attn.flash_attn_func, q, k, v, causal=True)
+    return json.loads(torch.ops.flash_attn.explain_forward(*call.op_arguments(), 90))["copies"]
+
+
+@pytest.mark.parametrize("case", [*(CASES[name] for name in DENSE), *MORE], ids=lambda case: case.id)
+def test_dense(case, ran):
+    checks.check_forward("sm90", case)
+    assert ran == {90}
+
+
+@pytest.mark.parametrize("name", VARLEN)
+def test_varlen(name, ran):
+    checks.check_forward("sm90", CASES[name], num_splits=1)
+    assert ran == {90}
+
+
+@pytest.mark.parametrize("case", PACKED, ids=lambda case: case.id)
+def test_packed_heads(case, ran):
+    checks.check_forward("sm90", case, pack_gqa=True)
+    assert ran == {90}
+
+
+def test_few_rows_run_on_sm80_kernels(ran):
+    checks.check_forward("sm90", CASES["cache-decode"])
+    assert ran == {80}
+
+
+def test_gradients_come_from_sm80_kernels(ran):
+    checks.check_backward("sm90", CASES["alibi-batch-causal"])
+    assert ran == {90}
+
+
+@pytest.mark.parametrize("what", ["rows", "heads", "batch", "head_dim", "address", "query heads", "transposed"])
+def test_strides_that_tma_cannot_take(what, ran):
+    """The same bits as from contiguous tensors."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 70, 4, 64, generator=generator).to(BF16) for _ in range(3))
+    if what == "rows":
+        k = k[:, :1].expand(-1, 70, -1, -1)
+    elif what == "heads":
+        k, v = (x[:, :, :1].expand(-1, -1, 4, -1) for x in (k, v))
+    elif what == "batch":
+        k, v = (x[:1].expand(2, -1, -1, -1) for x in (k, v))
+    elif what == "head_dim":
+        v = v.transpose(1, 3).contiguous().transpose(1, 3)
+    elif what == "address":
+        k = torch.cat((k.flatten()[:1], k.flatten()))[1:].view(k.shape)
+    elif what == "query heads":
+        q = q[:, :, :1].expand(-1, -1, 4, -1)
+    else:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    with flash_attn.use_path("sm90"):
+        ours = flash_attn.flash_attn_func(q, k, v, causal=True, pack_gqa=False)
+        expected = flash_attn.flash_attn_func(q.contiguous(), k.contiguous(), v.contiguous(), causal=True)
+    assert_same_bits("out", ours, expected)
+    copied = {"rows": ["k"], "head_dim": ["v"], "address": ["k"], "query heads": ["q"]}
+    assert copies(q, k, v) == copied.get(what, []) and ran == {90}
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -12,7 +12,10 @@ IS_EMULATED = _extension.build_info.cuda == "emulated"
 SMEM_BYTES = int(os.environ.get("FLASH_ATTN_EMULATOR_SMEM_KB", "227")) * 1024
 
 # What the SM90 kernels were made for; SM80's for everything.
-SM90_FEATURES = frozenset("dense varlen causal window gqa softcap alibi sinks seqused_q seqused_k out".split())
+SM90_FEATURES = frozenset(
+    "dense varlen causal window gqa softcap alibi sinks seqused_q seqused_k leftpad cache_batch_idx out".split()
+    + ["backward"]
+)
 
 _OPS = ("forward", "forward_out", "backward", "backward_out", "attn_probs", "append_kv", "rotary", "combine")
 _objections = _dispatch.objections

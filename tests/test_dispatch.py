@@ -13,6 +13,9 @@ from flash_attn import _dispatch, _extension
 built = pytest.mark.skipif(not _extension.is_loaded(), reason=f"no extension: {_extension.load_error()}")
 
 
+without_kernels = pytest.mark.skipif(_extension.is_loaded(), reason="the build decides, too")
+
+
 def _qkv(heads=4, heads_k=4, head_dim=64, dtype=torch.bfloat16, device="cpu"):
     shapes = ((2, 40, heads, head_dim), (2, 50, heads_k, head_dim), (2, 50, heads_k, head_dim))
     return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
@@ -118,6 +121,69 @@ def test_a_kernel_left_out_of_the_build_names_the_variable(monkeypatch):
     monkeypatch.setattr(_extension, "kernels", kernels)
     reasons = " ".join(_dispatch.objections("sm80", _qkv()[0], 64, frozenset({"dense"})))
     assert "FLASH_ATTN_HEAD_DIMS=" in reasons and "bf16 and head_dim 64/64" in reasons
+
+
+# ---- SM90, as it will be once it is switched on
+
+SM90_FEATURES = frozenset(
+    "dense varlen causal window gqa softcap alibi sinks seqused_q seqused_k leftpad cache_batch_idx out".split()
+    + ["backward"]
+)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Both GPU paths with every feature that they have kernels for, on a GPU that has all that they need."""
+    sm90 = dataclasses.replace(_dispatch.PATHS["sm90"], features=SM90_FEATURES)
+    sm80 = dataclasses.replace(_dispatch.PATHS["sm80"], features=frozenset(_dispatch.FEATURES))
+    for path in (sm90, sm80):
+        monkeypatch.setitem(_dispatch.PATHS, path.name, path)
+    monkeypatch.setattr(_dispatch, "_device_objections", lambda path, q: [])
+    monkeypatch.setattr(_dispatch, "_chosen", {})
+    return _qkv(device="meta")[0]
+
+
+def test_sm90_is_off_until_a_gpu_ran_it():
+    assert not _dispatch.PATHS["sm90"].features
+    assert _dispatch.objections("sm90", _qkv()[0], 64, frozenset({"dense"})) != []
+
+
+@without_kernels
+def test_sm90_comes_first(hopper):
+    for features in (SM90_FEATURES - {"backward"}, SM90_FEATURES, frozenset({"dense"})):
+        assert _dispatch._first_that_serves(None, hopper, 64, features) == "sm90"
+
+
+@without_kernels
+@pytest.mark.parametrize("feature", sorted(frozenset(_dispatch.FEATURES) - SM90_FEATURES))
+def test_what_sm90_lacks_falls_to_sm80_with_the_reason(hopper, feature):
+    features = frozenset({"dense", feature})
+    assert _dispatch._first_that_serves(None, hopper, 64, features) == "sm80"
+    assert _dispatch.objections("sm90", hopper, 64, features) == [_dispatch.FEATURES[feature]]
+
+
+def test_sm90_forwards_need_sm80_backward_kernels(hopper, monkeypatch):
+    """Gradients come from SM80's kernels after either forward, so both have to be in the build."""
+    rows = {("forward", 90): ((64, 64, 1024),), ("forward", 80): ((64, 64, 1024),), ("backward", 80): ((64, 64, 1024),)}
+    built = {("forward", 90, "bf16", (64, 64, 1024))}
+    monkeypatch.setattr(_extension, "is_loaded", lambda: True)
+    for gradients in (False, True):
+        monkeypatch.setattr(_extension, "kernels", _extension.Kernels(rows, frozenset(built)))
+        reasons = _dispatch.objections("sm90", hopper, 64, frozenset({"dense", "backward"}))
+        assert (reasons == []) == gradients
+        assert gradients or "no SM80 backward kernel" in reasons[0]
+        assert _dispatch.objections("sm90", hopper, 64, frozenset({"dense"})) == []
+        built.add(("backward", 80, "bf16", (64, 64, 1024)))
+
+
+@built
+def test_explain_tells_what_is_copied_first():
+    q, k, v = _qkv(heads_k=4)
+    rows = k[:, :1].expand(-1, 50, -1, -1)
+    shifted = torch.zeros(k.numel() + 1, dtype=k.dtype)[1:].view(k.shape)
+    for arch, keys, copies in ((80, k, []), (90, k, []), (80, rows, []), (90, rows, ["k"]), (90, shifted, ["k"])):
+        call = flash_attn.interface.build_call(flash_attn.flash_attn_func, q, keys, v)
+        assert json.loads(torch.ops.flash_attn.explain_forward(*call.op_arguments(), arch))["copies"] == copies
 
 
 def test_info_tells_versions_and_reasons():

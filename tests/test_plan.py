@@ -242,3 +242,54 @@ def test_the_grid_holds_every_split(lengths, left, heads):
 def test_nothing_is_split_where_nothing_is_won(changes):
     made = plan(**(DECODE | changes))
     assert made.num_splits == 1 and made.num_slots == (DECODE | changes)["batch"]
+
+
+# ---- SM90: packed heads, and what is left to SM80's kernels ---------------------------------------------------------
+
+PREFILL = {"batch": 4, "num_heads": 32, "num_heads_k": 8, "rows_q": 4096, "rows_k": 4096, "head_dim": 128}
+PREFILL["head_dim_v"] = 128
+
+
+def sm90_plan(**changes):
+    return plan(arch=planner.Arch.SM90, **(PREFILL | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "arch", "packed_heads"),
+    [
+        ({}, "SM90", 1),
+        ({"rows_q": 129}, "SM90", 4),
+        ({"rows_q": 128}, "SM90", 1),
+        ({"rows_q": 129, "pack_gqa": planner.PackGqa.NEVER}, "SM90", 1),
+        ({"pack_gqa": planner.PackGqa.ALWAYS}, "SM90", 4),
+        ({"rows_q": 129, "num_heads": 24}, "SM90", 1),
+        ({"pack_gqa": planner.PackGqa.ALWAYS, "num_heads": 24}, "SM80", 3),
+        ({"rows_q": 1}, "SM80", 4),
+        ({"rows_q": 64}, "SM80", 4),
+        ({"rows_q": 64, "batch": 64}, "SM90", 4),
+        ({"rows_q": 64, "batch": 64, "pack_gqa": planner.PackGqa.NEVER}, "SM90", 1),
+        ({"rows_q": 63, "batch": 64, "pack_gqa": planner.PackGqa.NEVER}, "SM80", 1),
+        ({"rows_q": 16, "batch": 64, "num_heads": 8}, "SM80", 1),
+        ({"rows_q": 1, "allows_few_rows": False}, "SM90", 4),
+        ({"has_dropout": True}, "SM80", 1),
+        ({"has_pages": True}, "SM80", 1),
+    ],
+)
+def test_sm90_leaves_few_rows_and_what_it_lacks_to_sm80(changes, arch, packed_heads):
+    made = sm90_plan(**changes)
+    assert (made.arch, made.packed_heads) == (getattr(planner.Arch, arch), packed_heads)
+    if arch == "SM90":
+        rows = (PREFILL | changes)["rows_q"] * packed_heads
+        assert made.tiles_per_head == -(-rows // made.tile_m)
+        heads = (PREFILL | changes)["num_heads"] // packed_heads
+        assert made.num_blocks == made.tiles_per_head * heads * (PREFILL | changes)["batch"]
+
+
+def test_one_split_takes_the_same_sm90_kernel_whatever_the_batch():
+    kinds = {
+        (made.arch, made.rows, made.packed_heads)
+        for batch, rows_q in ((1, 1), (2, 10), (128, 128), (3, 6000), (1, 70))
+        for made in [sm90_plan(layout=planner.Layout.VARLEN, layout_k=planner.Layout.VARLEN, num_splits=1,
+                               batch=batch, rows_q=rows_q)]
+    }  # fmt: skip
+    assert kinds == {(planner.Arch.SM90, planner.Rows.MANY, 1)}

@@ -97,7 +97,7 @@ BackwardResult run_backward(const BackwardArgs& args, const std::optional<Gradie
   const ForwardArgs& forward = args.forward;
   const Problem problem = make_problem(forward);
   check_backward(args, problem);
-  const BackwardPlan plan = make_backward_plan(problem, arch_of(forward.arch), smem_limit_of(forward.q));
+  const BackwardPlan plan = make_backward_plan(problem, smem_limit_of(forward.q));
   const BackwardLaunch launch = find_backward_kernel(plan.variant);
   check(launch != nullptr, "the backward kernel for ", plan,
         " was left out of this build by FLASH_ATTN_ARCHS, FLASH_ATTN_HEAD_DIMS or FLASH_ATTN_DTYPES");
@@ -154,7 +154,7 @@ BackwardResult run_backward(const BackwardArgs& args, const std::optional<Gradie
 
 std::string explain_backward(const ForwardArgs& args) {
   const int smem_limit = args.q.is_cuda() ? smem_limit_of(args.q) : bytes_of(SmemClass::k227KB);
-  return describe(make_backward_plan(make_problem(args), arch_of(args.arch), smem_limit));
+  return describe(make_backward_plan(make_problem(args), smem_limit));
 }
 
 }  // namespace flash_attn

@@ -63,11 +63,19 @@ SplitWorkspace make_split_workspace(const ForwardArgs& args, const Problem& prob
   return workspace;
 }
 
+// A build without SM80's kernels does with SM90's what those would do better.
+Plan make_plan_of_built(Problem problem, Arch preferred, const Gpu& gpu) {
+  const Plan plan = make_plan(problem, preferred, gpu);
+  if (plan.variant.arch == preferred || find_forward_kernel(plan.variant) != nullptr) return plan;
+  problem.allows_few_rows = false;
+  return make_plan(problem, preferred, gpu);
+}
+
 }  // namespace
 
 ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& out) {
   const Problem problem = make_problem(args);
-  const Plan plan = make_plan(problem, arch_of(args.arch), gpu_of(args.q));
+  const Plan plan = make_plan_of_built(problem, arch_of(args.arch), gpu_of(args.q));
   const ForwardLaunch launch = find_forward_kernel(plan.variant);
   check(launch != nullptr, "the kernel for ", plan,
         " was left out of this build by FLASH_ATTN_ARCHS, "
@@ -76,9 +84,9 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
   const torch::stable::accelerator::DeviceGuard guard(args.q.get_device_index());
   OutputTarget output = make_output(args, out);
   Tensor lse = make_lse(args, problem);
-  const Tensor q = with_vector_rows(args.q);
-  const Tensor k = with_vector_rows(args.k);
-  const Tensor v = with_vector_rows(args.v);
+  const Tensor q = as_operand(args.q, OperandRole::kQueries, plan.variant.arch);
+  const Tensor k = as_operand(args.k, OperandRole::kKeys, plan.variant.arch);
+  const Tensor v = as_operand(args.v, OperandRole::kKeys, plan.variant.arch);
   // Held until the launch: the params point into them.
   const SplitWorkspace workspace = make_split_workspace(args, problem, plan);
   const std::optional<Tensor> sink =
@@ -107,7 +115,21 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
 }
 
 std::string explain_forward(const ForwardArgs& args) {
-  return describe(make_plan(make_problem(args), arch_of(args.arch), args.q.is_cuda() ? gpu_of(args.q) : kH200));
+  const Gpu gpu = args.q.is_cuda() ? gpu_of(args.q) : kH200;
+  const Plan plan = make_plan_of_built(make_problem(args), arch_of(args.arch), gpu);
+  std::string json = describe(plan);
+  json.pop_back();  // the brace that closes it
+  json += ", \"copies\": [";
+  const char* separator = "";
+  const auto list = [&](const char* name, const Tensor& tensor, OperandRole role) {
+    if (can_be_operand(tensor, role, plan.variant.arch)) return;
+    json += std::string(separator) + "\"" + name + "\"";
+    separator = ", ";
+  };
+  list("q", args.q, OperandRole::kQueries);
+  list("k", args.k, OperandRole::kKeys);
+  list("v", args.v, OperandRole::kKeys);
+  return json + "]}";
 }
 
 }  // namespace flash_attn

@@ -7,20 +7,18 @@
 #include <vector>
 
 namespace flash_attn {
+
+int64_t round_up_to_vector(int64_t head_dim) {
+  return (head_dim + kVectorElements - 1) / kVectorElements * kVectorElements;
+}
+
 namespace {
 
 const int* int_pointer(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
 }
 
-}  // namespace
-
-int64_t round_up_to_vector(int64_t head_dim) {
-  return (head_dim + kVectorElements - 1) / kVectorElements * kVectorElements;
-}
-
-Tensor with_vector_rows(const Tensor& tensor) {
-  if (has_vector_rows(tensor)) return tensor;
+Tensor copy_with_vector_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   const int64_t head_dim = tensor.size(last);
   std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
@@ -30,6 +28,16 @@ Tensor with_vector_rows(const Tensor& tensor) {
   Tensor head_dim_part = torch::stable::narrow(copy, last, 0, head_dim);
   torch::stable::copy_(head_dim_part, tensor);
   return copy;
+}
+
+}  // namespace
+
+Tensor with_vector_rows(const Tensor& tensor) {
+  return has_vector_rows(tensor) ? tensor : copy_with_vector_rows(tensor);
+}
+
+Tensor as_operand(const Tensor& tensor, OperandRole role, Arch arch) {
+  return can_be_operand(tensor, role, arch) ? tensor : copy_with_vector_rows(tensor);
 }
 
 void OutputTarget::finish() {

@@ -14,6 +14,8 @@ int64_t round_up_to_vector(int64_t head_dim);
 // The tensor itself where the kernels can read it, else a copy that they can: rows contiguous, 16-byte aligned, and
 // their length a multiple of 16 bytes.
 Tensor with_vector_rows(const Tensor& tensor);
+// The same for an operand of this architecture's forward kernels.
+Tensor as_operand(const Tensor& tensor, OperandRole role, Arch arch);
 
 // Where a kernel writes: the tensor that the caller gets, unless its rows can't be written in pieces of 16 bytes.
 struct OutputTarget {

@@ -78,6 +78,25 @@ inline bool has_vector_rows(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kVectorBytes == 0;
 }
 
+enum class OperandRole { kQueries, kKeys };
+
+// What the forward kernels of an architecture ask of an operand beside rows of whole vectors: TMA's descriptors have
+// rows that lie apart, and no stride of 2^40 bytes. A batch, and the heads of keys, may be broadcast: such a dimension
+// is one element long to them. Heads of queries may share a box, in which they have to lie apart too.
+inline bool can_be_operand(const Tensor& tensor, OperandRole role, Arch arch) {
+  if (!has_vector_rows(tensor)) return false;
+  if (arch != Arch::kSm90) return true;
+  constexpr int64_t kStrideLimit = (int64_t{1} << 40) / kElementBytes;
+  const int64_t row_dim = tensor.dim() - 3;
+  const int64_t head_dim = tensor.dim() - 2;
+  for (int64_t dim = 0; dim <= head_dim; ++dim) {
+    if (tensor.size(dim) <= 1) continue;
+    const bool lies_apart = dim == row_dim || (dim == head_dim && role == OperandRole::kQueries);
+    if (tensor.stride(dim) >= kStrideLimit || (lies_apart && tensor.stride(dim) == 0)) return false;
+  }
+  return true;
+}
+
 // An uninitialised contiguous tensor on `like`'s device. torch::stable::new_empty looks its op up by name each time,
 // which takes longer than the allocation.
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {

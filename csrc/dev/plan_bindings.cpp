@@ -46,6 +46,7 @@ PYBIND11_MODULE(flash_attn_plan, module) {
       .def_readwrite("allows_few_rows", &Problem::allows_few_rows);
 
   py::class_<Plan>(module, "Plan")
+      .def_property_readonly("arch", [](const Plan& plan) { return plan.variant.arch; })
       .def_property_readonly("head_dim", [](const Plan& plan) { return plan.variant.head_dim.qk; })
       .def_property_readonly("head_dim_v", [](const Plan& plan) { return plan.variant.head_dim.v; })
       .def_property_readonly("dtype", [](const Plan& plan) { return plan.variant.dtype; })

@@ -6,7 +6,9 @@
 
 namespace flash_attn {
 
-BackwardPlan make_backward_plan(const Problem& problem, Arch arch, int smem_limit) {
+// SM80's kernels serve later GPUs too, after either architecture's forward.
+BackwardPlan make_backward_plan(const Problem& problem, int smem_limit) {
+  constexpr Arch arch = Arch::kSm80;
   const BackwardTileRow* row = find_backward_tile_row(arch, problem.head_dim, problem.head_dim_v, smem_limit);
   if (row == nullptr) refuse_head_dims(problem, arch, "backward kernel", smem_limit);
   const BackwardTile& tile = row->tile;

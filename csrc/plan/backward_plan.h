@@ -24,7 +24,7 @@ struct BackwardPlan {
   int smem_bytes;
 };
 
-BackwardPlan make_backward_plan(const Problem& problem, Arch arch, int smem_limit);
+BackwardPlan make_backward_plan(const Problem& problem, int smem_limit);
 
 // The plan as JSON, for flash_attn.explain and messages.
 std::ostream& operator<<(std::ostream& json, const BackwardPlan& plan);

@@ -3,6 +3,7 @@
 #include <sstream>
 
 #include "plan/grid.h"
+#include "plan/sm90_plan.h"
 #include "plan/split_plan.h"
 
 namespace flash_attn {
@@ -19,11 +20,22 @@ Mask mask_of(const Problem& problem, Rows rows) {
   return problem.window_right == 0 ? Mask::kCausal : Mask::kGeneral;
 }
 
+// Whose kernel serves a call.
+Arch serving_arch(const Problem& problem, Arch preferred, const Gpu& gpu) {
+  if (preferred != Arch::kSm90) return preferred;
+  if (problem.has_dropout || problem.has_pages) return Arch::kSm80;
+  const TileRow* row = find_tile_row(Arch::kSm90, Rows::kMany, mask_of(problem, Rows::kMany), problem.head_dim,
+                                     problem.head_dim_v, gpu.smem_limit);
+  return row != nullptr && few_rows_beat_sm90(problem, row->tile.m, gpu) ? Arch::kSm80 : Arch::kSm90;
+}
+
 }  // namespace
 
-Plan make_plan(const Problem& problem, Arch arch, const Gpu& gpu) {
+Plan make_plan(const Problem& problem, Arch preferred, const Gpu& gpu) {
+  const Arch arch = serving_arch(problem, preferred, gpu);
   const Rows rows = arch == Arch::kSm80 ? choose_rows(problem) : Rows::kMany;
-  const TileRow* row = find_tile_row(arch, rows, problem.head_dim, problem.head_dim_v, gpu.smem_limit);
+  const TileRow* row =
+      find_tile_row(arch, rows, mask_of(problem, rows), problem.head_dim, problem.head_dim_v, gpu.smem_limit);
   if (row == nullptr) refuse_head_dims(problem, arch, "kernel", gpu.smem_limit);
   const Variant variant{arch, problem.dtype, row->head_dim, row->smem, mask_of(problem, rows), score_of(problem), rows};
   const int smem = smem_bytes(variant);
@@ -31,8 +43,9 @@ Plan make_plan(const Problem& problem, Arch arch, const Gpu& gpu) {
   int64_t tiles_per_head = 0;
   int64_t num_blocks = 0;
   if (rows == Rows::kMany) {
-    tiles_per_head = count_tiles(problem.layout, problem.rows_q, problem.batch, row->tile.m);
-    num_blocks = tiles_per_head * problem.num_heads * problem.num_tile_runs();
+    if (arch == Arch::kSm90) split.packed_heads = packed_heads_on_sm90(problem, row->tile.m);
+    tiles_per_head = count_tiles(problem.layout, problem.rows_q * split.packed_heads, problem.batch, row->tile.m);
+    num_blocks = tiles_per_head * (problem.num_heads / split.packed_heads) * problem.num_tile_runs();
   } else {
     split = make_split_plan(problem, row->tile, smem, gpu);
     num_blocks = split.num_slots * (problem.num_heads / split.packed_heads);

@@ -17,7 +17,8 @@ struct Gpu {
   int num_sms;
 };
 
-// How a kernel with few rows shares its work out (SplitParams); the others have one split and one head in a tile.
+// How a kernel with few rows shares its work out (SplitParams); the others have one split, and SM80's one head in a
+// tile.
 struct SplitPlan {
   int packed_heads = 1;
   int64_t num_slots = 0;
@@ -31,7 +32,8 @@ struct SplitPlan {
 struct Plan {
   Variant variant;
   Tile tile;
-  // Query tiles of one head. Variable lengths are not known to the host, so this bounds their number (varlen_tiles.h).
+  // Query tiles of one head, or of those that share tiles. Variable lengths are not known to the host, so this bounds
+  // their number (varlen_tiles.h).
   int64_t tiles_per_head;
   int64_t num_blocks;
   int num_threads;
@@ -44,7 +46,8 @@ struct UnsupportedProblem : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-Plan make_plan(const Problem& problem, Arch arch, const Gpu& gpu);
+// SM80's kernels serve what SM90's, where they are preferred, lack or are worse at.
+Plan make_plan(const Problem& problem, Arch preferred, const Gpu& gpu);
 
 // The plan as JSON, for flash_attn.explain and messages.
 std::ostream& operator<<(std::ostream& json, const Plan& plan);

@@ -29,12 +29,6 @@ constexpr int kMinKeysPerSplit = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where lengths vary, the mean: no maximum, which is a hint that may not change a result.
-int64_t queries_per_entry(const Problem& problem) {
-  if (problem.layout == Layout::kDense) return problem.rows_q;
-  return ceil_div(problem.rows_q, std::max<int64_t>(problem.batch, 1));
-}
-
 int64_t heads_per_kv(const Problem& problem) { return problem.num_heads / problem.num_heads_k; }
 
 int64_t packed_heads_of(const Problem& problem) {
@@ -51,6 +45,11 @@ int64_t most_visible_keys(const Problem& problem, int64_t queries) {
 }
 
 }  // namespace
+
+int64_t queries_per_entry(const Problem& problem) {
+  if (problem.layout == Layout::kDense) return problem.rows_q;
+  return ceil_div(problem.rows_q, std::max<int64_t>(problem.batch, 1));
+}
 
 Rows choose_rows(const Problem& problem) {
   // Dropout's numbers are drawn for neighbouring queries of one head.

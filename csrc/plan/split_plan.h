@@ -5,6 +5,9 @@
 
 namespace flash_attn {
 
+// Of a variable-length batch the mean: no maximum, which is a hint that may not change a result.
+int64_t queries_per_entry(const Problem& problem);
+
 Rows choose_rows(const Problem& problem);
 
 SplitPlan make_split_plan(const Problem& problem, const Tile& tile, int smem_bytes, const Gpu& gpu);

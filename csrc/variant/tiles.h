@@ -21,11 +21,19 @@ struct Tile {
   constexpr int num_warps() const { return warps_m * warps_n; }
 };
 
+// The masks that a row is for.
+enum class MaskSet { kAll, kFullAndCausal, kGeneral };
+
+constexpr bool contains(MaskSet set, Mask mask) {
+  return set == MaskSet::kAll || (set == MaskSet::kGeneral) == (mask == Mask::kGeneral);
+}
+
 struct TileRow {
   HeadDimBucket head_dim;
   SmemClass smem;
   Tile tile;
   const char* reason;
+  MaskSet masks = MaskSet::kAll;
 };
 
 // Smallest bucket first, then most shared memory: a call takes the first row that holds it and that the GPU can hold.
@@ -98,15 +106,28 @@ inline constexpr TileRow kForwardTilesSm90[] = {
     {{64, 64},
      SmemClass::k227KB,
      {192, 128, 12, 1, 2, 2},
-     "registers: S (64) + O (32) + P (32) of 160 per lane; three warpgroups take turns at the tensor cores"},
+     "registers: S (64) + O (32) + P (32) of 160 per lane; three warpgroups take turns at the tensor cores",
+     MaskSet::kFullAndCausal},
+    {{64, 64},
+     SmemClass::k227KB,
+     {128, 128, 8, 1, 2, 2},
+     "as above, but for what a window's edges and a general score need beside: 160 registers spill, 240 don't",
+     MaskSet::kGeneral},
     {{96, 96}, SmemClass::k227KB, {128, 128, 8, 1, 2, 2}, "as 128/128"},
     {{128, 128}, SmemClass::k227KB, {128, 128, 8, 1, 2, 2}, "registers: S (64) + O (64) + P (32) of 240 per lane"},
     {{192, 128}, SmemClass::k227KB, {128, 128, 8, 1, 2, 1}, "shared memory: 209 KB with one stage of Q"},
-    {{192, 192}, SmemClass::k227KB, {128, 112, 8, 1, 2, 1}, "shared memory: 217 KB with one stage of Q"},
+    {{192, 192},
+     SmemClass::k227KB,
+     {128, 112, 8, 1, 2, 1},
+     "shared memory: 217 KB with one stage of Q",
+     MaskSet::kFullAndCausal},
+    {{192, 192}, SmemClass::k227KB, {128, 96, 8, 1, 2, 1}, "registers: n = 112 spills", MaskSet::kGeneral},
     {{256, 256},
      SmemClass::k227KB,
      {128, 80, 8, 1, 2, 1},
-     "shared memory: 225 KB with one stage of Q; registers: O (128) + S (40) + P (20)"},
+     "shared memory: 225 KB with one stage of Q; registers: O (128) + S (40) + P (20)",
+     MaskSet::kFullAndCausal},
+    {{256, 256}, SmemClass::k227KB, {128, 64, 8, 1, 2, 1}, "registers: n = 80 spills", MaskSet::kGeneral},
     {{512, 512},
      SmemClass::k227KB,
      {64, 64, 4, 2, 1, 1},
@@ -147,18 +168,19 @@ constexpr TileRows forward_tile_rows(Arch arch, Rows rows) {
   }
 }
 
-// Row of the forward tile tables that a pair of head dims takes on a GPU whose thread blocks have `smem_limit` bytes of
-// shared memory; nullptr if none holds it.
-constexpr const TileRow* find_tile_row(Arch arch, Rows rows, int head_dim, int head_dim_v, int smem_limit) {
+// Row of the forward tile tables that a mask and a pair of head dims take on a GPU whose thread blocks have
+// `smem_limit` bytes of shared memory; nullptr if none holds it.
+constexpr const TileRow* find_tile_row(Arch arch, Rows rows, Mask mask, int head_dim, int head_dim_v, int smem_limit) {
   for (const TileRow& row : forward_tile_rows(arch, rows)) {
     const bool holds = head_dim <= row.head_dim.qk && head_dim_v <= row.head_dim.v;
-    if (holds && bytes_of(row.smem) <= smem_limit) return &row;
+    if (holds && contains(row.masks, mask) && bytes_of(row.smem) <= smem_limit) return &row;
   }
   return nullptr;
 }
 
 constexpr Tile tile_for(const Variant& variant) {
-  return find_tile_row(variant.arch, variant.rows, variant.head_dim.qk, variant.head_dim.v, bytes_of(variant.smem))
+  return find_tile_row(variant.arch, variant.rows, variant.mask, variant.head_dim.qk, variant.head_dim.v,
+                       bytes_of(variant.smem))
       ->tile;
 }
 

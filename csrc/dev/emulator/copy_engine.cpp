@@ -3,6 +3,8 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <numeric>
 #include <vector>
 
 #include "dev/emulator/barriers.h"
@@ -22,11 +24,11 @@ struct Descriptor {
   uintptr_t base;
   std::array<uint64_t, kRank> sizes;
   std::array<uint64_t, kRank> strides;  // in bytes
-  uint32_t box_cols;
-  uint32_t box_rows;
+  std::array<uint32_t, kRank> box;
   Swizzle swizzle;
 
-  uint32_t box_bytes() const { return box_cols * box_rows * kElementBytes; }
+  uint32_t row_bytes() const { return box[0] * kElementBytes; }
+  uint32_t num_rows() const { return std::accumulate(box.begin() + 1, box.end(), 1u, std::multiplies<>()); }
 };
 static_assert(sizeof(Descriptor) <= sizeof(CUtensorMap));
 
@@ -57,20 +59,21 @@ template <class Visit>
 void for_each_piece(const Box& box, const Visit& visit) {
   const Descriptor& map = box.descriptor;
   const auto first_byte = static_cast<uint32_t>(box.smem - memory::smem());
-  for (uint32_t row = 0; row < map.box_rows; ++row) {
-    int64_t at[kRank];
-    for (int dim = 0; dim < kRank; ++dim) at[dim] = box.origin.at[dim] + (dim == 1 ? static_cast<int64_t>(row) : 0);
+  for (uint32_t row = 0; row < map.num_rows(); ++row) {
     uintptr_t row_begin = map.base;
     bool is_inside = true;
+    uint32_t left = row;
     for (int dim = 1; dim < kRank; ++dim) {
-      is_inside = is_inside && at[dim] >= 0 && at[dim] < static_cast<int64_t>(map.sizes[dim]);
-      row_begin += at[dim] * map.strides[dim];
+      const int64_t at = box.origin.at[dim] + static_cast<int64_t>(left % map.box[dim]);
+      left /= map.box[dim];
+      is_inside = is_inside && at >= 0 && at < static_cast<int64_t>(map.sizes[dim]);
+      row_begin += at * map.strides[dim];
     }
-    for (uint32_t byte = 0; byte < map.box_cols * kElementBytes; byte += kPieceBytes) {
-      const int64_t column = at[0] + byte / kElementBytes;
+    for (uint32_t byte = 0; byte < map.row_bytes(); byte += kPieceBytes) {
+      const int64_t column = box.origin.at[0] + byte / kElementBytes;
       const int64_t num_inside = static_cast<int64_t>(map.sizes[0]) - column;
       const bool has_elements = is_inside && column >= 0 && num_inside > 0;
-      const uint32_t offset = swizzled(first_byte + row * map.box_cols * kElementBytes + byte, map.swizzle);
+      const uint32_t offset = swizzled(first_byte + row * map.row_bytes() + byte, map.swizzle);
       visit(memory::smem() + offset,
             has_elements ? reinterpret_cast<unsigned char*>(row_begin + column * kElementBytes) : nullptr,
             num_inside < kPieceBytes / kElementBytes ? static_cast<uint32_t>(num_inside) * kElementBytes : kPieceBytes);
@@ -92,7 +95,7 @@ void land(const Box& box, int mbarrier_idx) {
     if (from != nullptr) std::memcpy(smem, from, num_bytes);
     memory::end_async_write(smem, kPieceBytes, mbarrier_idx);
   });
-  complete_bytes(mbarrier_idx, static_cast<int>(box.descriptor.box_bytes()));
+  complete_bytes(mbarrier_idx, static_cast<int>(box.descriptor.num_rows() * box.descriptor.row_bytes()));
 }
 
 }  // namespace
@@ -110,17 +113,17 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
       .base = reinterpret_cast<uintptr_t>(base),
       .sizes = {},
       .strides = {kElementBytes},
-      .box_cols = box[0],
-      .box_rows = box[1],
+      .box = {},
       .swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? Swizzle::k128 : Swizzle::k64,
   };
   if (!is_unit_of_16_bytes(descriptor.base)) return CUDA_ERROR_INVALID_VALUE;
-  if (box[0] * kElementBytes > static_cast<uint32_t>(descriptor.swizzle)) return CUDA_ERROR_INVALID_VALUE;
+  if (box[0] * kElementBytes != static_cast<uint32_t>(descriptor.swizzle)) return CUDA_ERROR_INVALID_VALUE;
   for (int dim = 0; dim < kRank; ++dim) {
     if (sizes[dim] == 0 || sizes[dim] > kMaxSize || box[dim] == 0 || box[dim] > kMaxBox) {
       return CUDA_ERROR_INVALID_VALUE;
     }
     descriptor.sizes[dim] = sizes[dim];
+    descriptor.box[dim] = box[dim];
     if (dim == 0) continue;
     const uint64_t stride = strides[dim - 1];
     if (!is_unit_of_16_bytes(stride) || stride >= kMaxStride) return CUDA_ERROR_INVALID_VALUE;

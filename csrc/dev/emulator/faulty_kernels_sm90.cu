@@ -51,11 +51,11 @@ Storage& storage_with_barriers() {
 
 void load(const CUtensorMap& map, sm90::Mbarrier& barrier, Element* to) {
   barrier.arrive_and_expect(kBoxBytes);
-  sm90::load_box(map, sm90::CacheHint::EVICT_NORMAL, barrier, to, {0, 0, kRows, 0, 0});
+  sm90::load_box(map, sm90::CacheHint::EVICT_NORMAL, barrier, to, {.row_end = kRows});
 }
 
 void store(const CUtensorMap& map, const Element* from) {
-  sm90::store_box(map, from, {0, 0, kRows, 0, 0});
+  sm90::store_box(map, from, {.row_end = kRows});
   sm90::commit_stores();
 }
 
@@ -80,7 +80,7 @@ void start(Operands& x) { sm90::start_gemm(x.mma, x.a, x.b, x.acc, GMMA::ScaleOu
 void load_both(const CUtensorMap& map, Storage& smem) {
   smem.full.arrive_and_expect(2 * kBoxBytes);
   for (Element* to : {smem.a, smem.b}) {
-    sm90::load_box(map, sm90::CacheHint::EVICT_NORMAL, smem.full, to, {0, 0, kRows, 0, 0});
+    sm90::load_box(map, sm90::CacheHint::EVICT_NORMAL, smem.full, to, {.row_end = kRows});
   }
 }
 
@@ -262,6 +262,7 @@ extern "C" const char* flash_attn_run_faulty_sm90_kernel(const char* name, void*
                                  .batch = 1,
                                  .head_dim = kCols,
                                  .box_rows = kRows,
+                                 .box_heads = 1,
                                  .box_cols = kCols};
   if (sm90::encode_tensor_map(spec, Dtype::kBf16, &map) != cudaSuccess) return "the descriptor is refused";
   for (const FaultyKernel& faulty : kFaultyKernels) {

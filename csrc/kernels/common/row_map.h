@@ -24,14 +24,16 @@ struct PackedRows {
 };
 
 // The keys that packed row i may see, [begin, end).
-struct PackedVisibleKeys {
-  static constexpr bool kHasBegin = true;
+template <Mask kMask>
+struct PackedKeys {
+  static constexpr bool kHasBegin = VisibleKeys<kMask>::kHasBegin;
 
-  VisibleKeys<Mask::kGeneral> keys;
+  VisibleKeys<kMask> keys;
   PackedRows rows;
 
   __device__ int begin(int row) const { return keys.begin(rows.query(row)); }
   __device__ int end(int row) const { return keys.end(rows.query(row)); }
 };
+using PackedVisibleKeys = PackedKeys<Mask::kGeneral>;
 
 }  // namespace flash_attn

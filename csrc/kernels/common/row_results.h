@@ -38,4 +38,30 @@ __device__ void store_lse(const ForwardParams& params, const TileCoord& tile, co
   }
 }
 
+// Of packed rows: the LSE of each that the entry has, where its query and head belong.
+template <class Tile, class Coords, class LseRows>
+__device__ void store_packed_lse(const ForwardParams& params, const Tile& tile, const Coords& coords,
+                                 const LseRows& lse) {
+  if (static_cast<int>(get<1>(coords(0, 0))) != 0) return;
+  float* entry = params.lse.ptr + tile.seq.batch_idx * params.lse.batch_stride + tile.seq.row_begin_q;
+  CUTE_UNROLL
+  for (int i = 0; i < size(lse); ++i) {
+    const int row = tile.m_begin + static_cast<int>(get<0>(coords(i, 0)));
+    if (row < tile.num_rows()) entry[tile.rows.head(row) * params.lse.head_stride + tile.rows.query(row)] = lse(i);
+  }
+}
+
+// The sink of each packed row that a lane holds.
+template <class Softmax, class Tile, class Coords>
+__device__ typename Softmax::RowTensor sinks_of_rows(const ForwardParams& params, const Tile& tile,
+                                                     const Coords& coords) {
+  typename Softmax::RowTensor sinks;
+  CUTE_UNROLL
+  for (int i = 0; i < size(sinks); ++i) {
+    const int row = tile.m_begin + static_cast<int>(get<0>(coords(i, 0)));
+    sinks(i) = params.sink.scores == nullptr ? -INFINITY : params.sink.scores[tile.rows.head(row)];
+  }
+  return sinks;
+}
+
 }  // namespace flash_attn

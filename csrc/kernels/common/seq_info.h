@@ -110,10 +110,12 @@ struct TileSlot {
   int row_begin;  // within the entry
 };
 
-// The tile at `slot` of a packed tensor's run of tiles.
-__device__ inline TileSlot varlen_tile(const int* cu_seqlens, int batch, int num_rows, int slot, int tile_rows) {
-  const int entry = entry_of_slot(cu_seqlens, batch, num_rows, slot, tile_rows);
-  const int64_t first_slot = first_varlen_slot(row_at(cu_seqlens, entry, num_rows), entry, tile_rows);
+// The tile at `slot` of a packed tensor's run of tiles. `factor`: as for entry_of_slot.
+__device__ inline TileSlot varlen_tile(const int* cu_seqlens, int batch, int num_rows, int slot, int tile_rows,
+                                       int factor = 1) {
+  const int entry = entry_of_slot(cu_seqlens, batch, num_rows, slot, tile_rows, factor);
+  const int64_t first_row = static_cast<int64_t>(row_at(cu_seqlens, entry, num_rows)) * factor;
+  const int64_t first_slot = first_varlen_slot(first_row, entry, tile_rows);
   return {entry, (slot - static_cast<int>(first_slot)) * tile_rows};
 }
 

@@ -34,39 +34,6 @@ class PackedRowAddresses {
   PackedRows rows_;
 };
 
-template <class Traits>
-__device__ auto sinks_of_rows(const ForwardParams& params, const SplitTile& tile) {
-  auto sinks = make_tensor<float>(Shape<Int<Traits::kRowsPerLane>>{});
-  const auto coords = Traits::output_coords();
-  CUTE_UNROLL
-  for (int i = 0; i < size(sinks); ++i) {
-    const int head_idx = tile.rows.head(tile.m_begin + static_cast<int>(get<0>(coords(i, 0))));
-    sinks(i) = params.sink.scores == nullptr ? -INFINITY : params.sink.scores[head_idx];
-  }
-  return sinks;
-}
-
-// Calls store(row within the tile, LSE) in the one lane of each row, for rows that the entry has.
-template <class Traits, class LseRows, class Store>
-__device__ void for_each_lse(const SplitTile& tile, const LseRows& lse, const Store& store) {
-  const auto coords = Traits::output_coords();
-  if (static_cast<int>(get<1>(coords(0, 0))) != 0) return;
-  CUTE_UNROLL
-  for (int i = 0; i < size(lse); ++i) {
-    const int row = get<0>(coords(i, 0));
-    if (tile.m_begin + row < tile.num_rows()) store(row, lse(i));
-  }
-}
-
-template <class Traits, class LseRows>
-__device__ void store_packed_lse(const ForwardParams& params, const SplitTile& tile, const LseRows& lse) {
-  float* entry = params.lse.ptr + tile.seq.batch_idx * params.lse.batch_stride + tile.seq.row_begin_q;
-  for_each_lse<Traits>(tile, lse, [&](int row, float value) {
-    const int row_idx = tile.m_begin + row;
-    entry[tile.rows.head(row_idx) * params.lse.head_stride + tile.rows.query(row_idx)] = value;
-  });
-}
-
 template <class Traits, class AccO>
 __device__ void store_packed_output(const ForwardParams& params, const SplitTile& tile,
                                     typename Traits::SharedStorage& smem, const AccO& tOrO) {
@@ -98,13 +65,13 @@ template <class Traits, class Output, class LseRows>
 __device__ void store_partial(const ForwardParams& params, const SplitTile& tile, const Output& output,
                               const LseRows& lse) {
   const int64_t first_row = tile.partial_idx * Traits::kTileM;
-  for_each_lse<Traits>(tile, lse, [&](int row, float value) { params.split.lse[first_row + row] = value; });
   const int head_dim_v = params.heads.head_dim_v;
   const auto coords = Traits::output_coords();
   CUTE_UNROLL
   for (int i = 0; i < size<0>(output); ++i) {
     const int row = get<0>(coords(i, 0));
     if (tile.m_begin + row >= tile.num_rows()) continue;
+    if (static_cast<int>(get<1>(coords(i, 0))) == 0) params.split.lse[first_row + row] = lse(i);
     float* target = params.split.o + (first_row + row) * head_dim_v;
     CUTE_UNROLL
     for (int j = 0; j < size<1>(output); j += 2) {

@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid
   typename Traits::TiledMma mma;
   Tensor tOrO = partition_fragment_C(mma, Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{});
   clear(tOrO);
-  OnlineSoftmax<Traits::kRowsPerLane> softmax(params.score.softmax_scale);
+  using Softmax = OnlineSoftmax<Traits::kRowsPerLane>;
+  Softmax softmax(params.score.softmax_scale);
   const auto reducer = make_row_reducer<Traits>(smem);
   if (tile.has_used_rows()) attend_to_part<Traits>(params, tile, smem, softmax, reducer, tOrO);
 
@@ -59,9 +60,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid
     store_partial<Traits>(params, tile, output, lse);
     return;
   }
-  auto lse = softmax.finish(output, reducer, sinks_of_rows<Traits>(params, tile), 1.f);
+  auto lse = softmax.finish(output, reducer, sinks_of_rows<Softmax>(params, tile, coords), 1.f);
   clear_unused_rows<Traits::kTileM>(tile.m_begin, tile.num_used_rows(), coords, output, lse);
-  store_packed_lse<Traits>(params, tile, lse);
+  store_packed_lse(params, tile, coords, lse);
   store_packed_output<Traits>(params, tile, smem, tOrO);
 }
 

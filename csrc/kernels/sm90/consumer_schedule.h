@@ -82,8 +82,8 @@ class OverlappedSchedule {
   }
 
   template <class Softmax, class Output>
-  __device__ auto finish(Softmax& softmax, Output& output, float sink) const {
-    return softmax.finish(output, QuadReducer{}, sink, 1.f);
+  __device__ auto finish(Softmax& softmax, Output& output, const typename Softmax::RowTensor& sinks) const {
+    return softmax.finish(output, QuadReducer{}, sinks, 1.f);
   }
 
   __device__ bool owns_lse() const { return true; }

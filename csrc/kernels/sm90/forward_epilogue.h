@@ -14,7 +14,7 @@ using namespace cute;
 
 // The group's part of O takes the place of a part of Q that no other group reads any more. Returns while it is leaving.
 template <class Traits, class AccO>
-__device__ void store_output(const ForwardParams& params, const ForwardTensorMaps& maps, const TileCoord& tile,
+__device__ void store_output(const ForwardParams& params, const ForwardTensorMaps& maps, const PackedTile& tile,
                              typename Traits::Element* smem, int group, const AccO& tOrO) {
   using Element = typename Traits::Element;
   constexpr int kBoxCols = Traits::template kBoxCols<Traits::kGroupCols>;
@@ -32,10 +32,8 @@ __device__ void store_output(const ForwardParams& params, const ForwardTensorMap
   wait_at(NamedBarrier::kOutput, group, kThreadsPerWarpgroup);
 
   const int first_row = row_group * Traits::kGroupRows;
-  const int num_rows = tile.seq.rows_q - tile.m_begin - first_row;
-  if (threadIdx.x % kThreadsPerWarpgroup == 0 && num_rows > 0) {
-    const RowBox<Traits::kGroupRows, kBoxCols> box(params.o, tile.seq.batch_idx, tile.head_idx,
-                                                   tile.seq.row_begin_q + tile.m_begin + first_row, num_rows);
+  if (threadIdx.x % kThreadsPerWarpgroup == 0 && tile.m_begin + first_row < tile.num_rows()) {
+    const auto box = RowBox<Traits::kGroupRows, kBoxCols>::of_packed_rows(params.o, tile, first_row);
     box.template store<Traits::kGroupCols>(maps.o, columns + first_row * kBoxCols, Traits::kTileM * kBoxCols,
                                            first_col);
     commit_stores();

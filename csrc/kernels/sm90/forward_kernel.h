@@ -4,12 +4,12 @@
 
 #include "kernels/common/instructions.h"
 #include "kernels/common/mask.h"
-#include "kernels/common/row_map.h"
 #include "kernels/common/score.h"
 #include "kernels/sm90/consumer_schedule.h"
 #include "kernels/sm90/forward_epilogue.h"
 #include "kernels/sm90/producer.h"
 #include "kernels/sm90/split_columns_schedule.h"
+#include "kernels/sm90/tile_order.h"
 
 namespace flash_attn::sm90 {
 
@@ -18,32 +18,6 @@ using namespace cute;
 template <class Traits>
 using ScheduleOf =
     std::conditional_t<(Traits::kColumnGroups > 1), SplitColumnsSchedule<Traits>, OverlappedSchedule<Traits>>;
-
-// How thread blocks go through the tiles: each takes every gridDim.x-th unit. Where a mask makes tiles of unequal
-// length a unit is a pair of them, the head's last and its first, the last but one and the second, all equally long
-// together.
-struct TileOrder {
-  int num_units;
-  int units_per_run;
-  bool pairs;
-};
-
-// Calls `work(tile)` for each tile of this thread block that has rows; producer and consumers see the same ones.
-template <class Traits, class Work>
-__device__ void for_each_tile(const ForwardParams& params, const TileOrder& order, const Work& work) {
-  const int tiles_per_run = params.tiles_per_head;
-  for (int unit = blockIdx.x; unit < order.num_units; unit += gridDim.x) {
-    const int run_begin = unit / order.units_per_run * tiles_per_run;
-    const int first = unit % order.units_per_run;
-    const int partner = tiles_per_run - 1 - first;
-    for (int position = first;; position = partner) {
-      const TileCoord tile =
-          locate_tile<Traits::kTileM>(params.seq, params.heads.num_heads, tiles_per_run, run_begin + position);
-      if (tile.has_rows()) work(tile);
-      if (!order.pairs || position >= partner) break;
-    }
-  }
-}
 
 template <class Traits>
 __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& maps,
@@ -59,13 +33,12 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
   const auto score_coords = accumulator_coords<typename Traits::TiledMmaQK, Traits::kTileM, Traits::kTileN>(lane);
   const auto output_coords = accumulator_coords<typename Traits::TiledMmaPV, Traits::kTileM, Traits::kGroupCols>(lane);
 
-  for_each_tile<Traits>(params, order, [&](const TileCoord& tile) {
+  for_each_tile<Traits>(params, order, [&](const PackedTile& tile) {
     const KvRange range = visited_keys<Traits>(params, tile);
-    const VisibleKeys<Traits::kMask> keys{tile.seq, params.window};
+    const PackedKeys<Traits::kMask> keys{{tile.seq, params.window}, tile.rows};
     const auto score = [&](auto& scores, int n_idx) {
       const int n_begin = n_idx * Traits::kTileN;
-      apply_score<Traits::kScore>(scores, score_coords, params.score, tile.seq, HeadRows{tile.head_idx}, tile.m_begin,
-                                  n_begin);
+      apply_score<Traits::kScore>(scores, score_coords, params.score, tile.seq, tile.rows, tile.m_begin, n_begin);
       if (range.needs_mask(n_idx)) apply_mask(scores, score_coords, keys, tile.m_begin, n_begin);
     };
     clear(tOrO);
@@ -78,10 +51,10 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
       schedule.accumulate(range, q.idx, score, release_last, softmax, tOrO);
     }
 
-    const float sink = params.sink.scores == nullptr ? -INFINITY : params.sink.scores[tile.head_idx];
-    auto lse = schedule.finish(softmax, output, sink);
-    clear_unused_rows<Traits::kTileM>(tile.m_begin, tile.seq.seqlen_q, output_coords, output, lse);
-    if (schedule.owns_lse()) store_lse(params, tile, output_coords, lse);
+    const auto sinks = sinks_of_rows<Softmax>(params, tile, output_coords);
+    auto lse = schedule.finish(softmax, output, sinks);
+    clear_unused_rows<Traits::kTileM>(tile.m_begin, tile.num_used_rows(), output_coords, output, lse);
+    if (schedule.owns_lse()) store_packed_lse(params, tile, output_coords, lse);
     store_output<Traits>(params, maps, tile, smem.q_or_o[q.idx], group, tOrO);
     leaving.add();
     q.advance();
@@ -110,7 +83,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     give_up_registers<Traits::kProducerRegisters>();
     if (warp_idx() == 0 && is_elected_lane()) {
       Producer<Traits, TmaKvSource> producer(params, maps, smem);
-      for_each_tile<Traits>(params, order, [&](const TileCoord& tile) { producer.bring(tile); });
+      for_each_tile<Traits>(params, order, [&](const PackedTile& tile) { producer.bring(tile); });
     }
   } else {
     take_registers<Traits::kConsumerRegisters>();

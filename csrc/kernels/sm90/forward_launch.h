@@ -21,28 +21,38 @@ cudaError_t make_tensor_maps(const ForwardParams& params, ForwardTensorMaps& map
   const HeadParams& heads = params.heads;
   const SeqParams& seq = params.seq;
   const int num_heads_kv = heads.num_heads / heads.num_heads_per_kv;
-  const auto batch_of = [&](const Operand& operand) { return operand.batch_stride == 0 ? 1 : seq.batch; };
   const auto heads_of = [](const Operand& operand, int num_heads) { return operand.head_stride == 0 ? 1 : num_heads; };
-  const auto encode = [&](const Operand& operand, int num_rows, int num_heads, int head_dim, int box_rows, int box_cols,
+  const int packed_heads = params.split.packed_heads.divisor();
+  struct Box {
+    int rows;
+    int heads;
+    int cols;
+  };
+  const auto encode = [&](const Operand& operand, int batch, int num_rows, int num_heads, int head_dim, const Box& box,
                           CUtensorMap& map) {
     const TensorMapSpec spec{.operand = addressable(operand, params.o),
                              .num_rows = num_rows,
                              .num_heads = heads_of(operand, num_heads),
-                             .batch = batch_of(operand),
+                             .batch = operand.batch_stride == 0 ? 1 : batch,
                              .head_dim = head_dim,
-                             .box_rows = box_rows,
-                             .box_cols = box_cols};
+                             .box_rows = box.rows / box.heads,
+                             .box_heads = box.heads,
+                             .box_cols = box.cols};
     return encode_tensor_map(spec, Traits::kVariant.dtype, &map);
   };
   constexpr int kBoxQK = Traits::template kBoxCols<Traits::kHeadDim>;
   constexpr int kBoxV = Traits::template kBoxCols<Traits::kHeadDimV>;
-  cudaError_t error = encode(params.q, seq.rows_q, heads.num_heads, heads.head_dim, Traits::kTileM, kBoxQK, maps.q);
+  cudaError_t error = encode(params.q, seq.batch, seq.rows_q, heads.num_heads, heads.head_dim,
+                             {Traits::kTileM, packed_heads, kBoxQK}, maps.q);
   if (error != cudaSuccess) return error;
-  error = encode(params.k, seq.rows_k, num_heads_kv, heads.head_dim, Traits::kTileN, kBoxQK, maps.k);
+  error = encode(params.k, seq.num_cache_rows, seq.rows_k, num_heads_kv, heads.head_dim, {Traits::kTileN, 1, kBoxQK},
+                 maps.k);
   if (error != cudaSuccess) return error;
-  error = encode(params.v, seq.rows_k, num_heads_kv, heads.head_dim_v, Traits::kTileN, kBoxV, maps.v);
+  error = encode(params.v, seq.num_cache_rows, seq.rows_k, num_heads_kv, heads.head_dim_v, {Traits::kTileN, 1, kBoxV},
+                 maps.v);
   if (error != cudaSuccess) return error;
-  return encode(params.o, seq.rows_q, heads.num_heads, heads.head_dim_v, Traits::kGroupRows, kBoxV, maps.o);
+  return encode(params.o, seq.batch, seq.rows_q, heads.num_heads, heads.head_dim_v,
+                {Traits::kGroupRows, packed_heads, kBoxV}, maps.o);
 }
 
 // Equal units are dealt to as many thread blocks as the GPU holds, which then load the next tile while one ends. The

@@ -88,9 +88,9 @@ using CacheHint = TMA::CacheHintSm90;
 
 struct BoxCoord {
   int col;
+  int head;
   int row;
   int row_end;
-  int head;
   int batch;
 };
 
@@ -99,11 +99,11 @@ __device__ inline void prefetch_descriptor(const CUtensorMap& map) {
 }
 __device__ inline void load_box(const CUtensorMap& map, CacheHint hint, Mbarrier& barrier, void* smem,
                                 const BoxCoord& at) {
-  SM90_TMA_LOAD_5D::copy(&map, barrier.get(), static_cast<uint64_t>(hint), smem, at.col, at.row, at.row_end, at.head,
+  SM90_TMA_LOAD_5D::copy(&map, barrier.get(), static_cast<uint64_t>(hint), smem, at.col, at.head, at.row, at.row_end,
                          at.batch);
 }
 __device__ inline void store_box(const CUtensorMap& map, const void* smem, const BoxCoord& at) {
-  SM90_TMA_STORE_5D::copy(&map, smem, at.col, at.row, at.row_end, at.head, at.batch);
+  SM90_TMA_STORE_5D::copy(&map, smem, at.col, at.head, at.row, at.row_end, at.batch);
 }
 // The stores that this thread started since the last commit are one group; waits until all groups have read their
 // shared memory.

@@ -1,11 +1,10 @@
 // The producer's side: one thread that keeps the copy engine busy.
 #pragma once
 
-#include "kernels/common/kv_range.h"
-#include "kernels/common/seq_info.h"
 #include "kernels/sm90/forward_traits.h"
 #include "kernels/sm90/row_box.h"
 #include "kernels/sm90/tensor_map.h"
+#include "kernels/sm90/tile_order.h"
 
 namespace flash_attn::sm90 {
 
@@ -16,14 +15,6 @@ struct ForwardTensorMaps {
   CUtensorMap o;
 };
 
-// Tiles of keys that a tile of queries visits; none where no row is in use.
-template <class Traits>
-__device__ KvRange visited_keys(const ForwardParams& params, const TileCoord& tile) {
-  if (!tile.has_used_rows()) return {};
-  const VisibleKeys<Traits::kMask> keys{tile.seq, params.window};
-  return kv_range<Traits::kMask, Traits::kTileM, Traits::kTileN>(keys, tile.m_begin);
-}
-
 // K and V of one head of one sequence, contiguous or strided, through the copy engine. Rows past the sequence arrive as
 // zeros, so that 0 V is 0 whatever memory holds there.
 template <class Traits>
@@ -31,8 +22,8 @@ class TmaKvSource {
  public:
   using Element = typename Traits::Element;
 
-  __device__ TmaKvSource(const ForwardParams& params, const ForwardTensorMaps& maps, const TileCoord& tile)
-      : params_(params), maps_(maps), seq_(tile.seq), head_idx_(tile.head_idx / params.heads.num_heads_per_kv) {}
+  __device__ TmaKvSource(const ForwardParams& params, const ForwardTensorMaps& maps, const PackedTile& tile)
+      : params_(params), maps_(maps), seq_(tile.seq), head_idx_(tile.rows.first_head / params.heads.num_heads_per_kv) {}
 
   // A slice of columns of a tile of keys, to its place in the tile at `smem`.
   __device__ void load_k(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
@@ -52,7 +43,7 @@ class TmaKvSource {
   __device__ auto box(const Operand& operand, int n_idx) const {
     const int n_begin = n_idx * Traits::kTileN;
     return RowBox<Traits::kTileN, Traits::template kBoxCols<kCols>>(
-        operand, seq_.batch_idx, head_idx_, seq_.row_begin_k + n_begin, seq_.seqlen_k - n_begin);
+        operand, seq_.kv_batch_idx, head_idx_, seq_.row_begin_k + n_begin, seq_.seqlen_k - n_begin);
   }
 
   const ForwardParams& params_;
@@ -71,7 +62,7 @@ class Producer {
   __device__ Producer(const ForwardParams& params, const ForwardTensorMaps& maps, typename Traits::SharedStorage& smem)
       : params_(params), maps_(maps), smem_(smem) {}
 
-  __device__ void bring(const TileCoord& tile) {
+  __device__ void bring(const PackedTile& tile) {
     const KvRange range = visited_keys<Traits>(params_, tile);
     const KvSource<Traits> source(params_, maps_, tile);
     // The first K before Q, whose space the last tile's O may still be leaving.
@@ -84,10 +75,9 @@ class Producer {
   }
 
  private:
-  __device__ void bring_q(const TileCoord& tile) {
+  __device__ void bring_q(const PackedTile& tile) {
     using Box = RowBox<Traits::kTileM, Traits::template kBoxCols<Traits::kHeadDim>>;
-    const Box box(params_.q, tile.seq.batch_idx, tile.head_idx, tile.seq.row_begin_q + tile.m_begin,
-                  tile.seq.rows_q - tile.m_begin);
+    const Box box = Box::of_packed_rows(params_.q, tile, 0);
     Mbarrier& barrier = acquire(smem_.barriers.q, q_, Traits::kQBytes);
     box.template load<Traits::kHeadDim>(maps_.q, CacheHint::EVICT_FIRST, barrier, smem_.q_or_o[q_.idx]);
     q_.advance();

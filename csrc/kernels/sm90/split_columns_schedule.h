@@ -47,11 +47,11 @@ class SplitColumnsSchedule {
 
   // Group 0 alone has the rows' sums, and tells group 1 what they make of O.
   template <class Output>
-  __device__ auto finish(Softmax& softmax, Output& output, float sink) const {
+  __device__ auto finish(Softmax& softmax, Output& output, const typename Softmax::RowTensor& sinks) const {
     float* last_factors = smem_.barriers.rows.last_factors;
     Tensor factors = make_tensor<float>(Shape<Int<Traits::kRowsPerLane>, _1>{});
     fill(factors, 1.f);
-    auto lse = softmax.finish(factors, QuadReducer{}, sink, 1.f);
+    auto lse = softmax.finish(factors, QuadReducer{}, sinks, 1.f);
     if (owns_lse()) {
       write_rows(last_factors, factors);
       arrive_at(NamedBarrier::kLastFactors, 0, kNumThreads);

@@ -34,12 +34,13 @@ cudaError_t encode_tensor_map(const TensorMapSpec& spec, Dtype dtype, CUtensorMa
   static const EncodeTiled encode_tiled = find_encode_tiled();
   if (encode_tiled == nullptr) return cudaErrorCallRequiresNewerDriver;
   const cuuint64_t row_bytes = stride_bytes(spec.operand.row_stride, spec.num_rows);
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(spec.head_dim), static_cast<cuuint64_t>(spec.box_rows),
-                              static_cast<cuuint64_t>(spec.num_rows) + 1, static_cast<cuuint64_t>(spec.num_heads),
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(spec.head_dim), static_cast<cuuint64_t>(spec.num_heads),
+                              static_cast<cuuint64_t>(spec.box_rows), static_cast<cuuint64_t>(spec.num_rows) + 1,
                               static_cast<cuuint64_t>(spec.batch)};
-  const cuuint64_t strides[] = {row_bytes, row_bytes, stride_bytes(spec.operand.head_stride, spec.num_heads),
+  const cuuint64_t strides[] = {stride_bytes(spec.operand.head_stride, spec.num_heads), row_bytes, row_bytes,
                                 stride_bytes(spec.operand.batch_stride, spec.batch)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(spec.box_cols), static_cast<cuuint32_t>(spec.box_rows), 1, 1, 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(spec.box_cols), static_cast<cuuint32_t>(spec.box_heads),
+                            static_cast<cuuint32_t>(spec.box_rows), 1, 1};
   const cuuint32_t every_element[] = {1, 1, 1, 1, 1};
   const uintptr_t base = reinterpret_cast<uintptr_t>(spec.operand.ptr) - spec.box_rows * row_bytes;
   const CUresult result = encode_tiled(

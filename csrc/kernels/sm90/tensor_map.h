@@ -9,7 +9,7 @@
 
 namespace flash_attn::sm90 {
 
-// Boxes of (box_rows, box_cols) of one head of one batch entry, swizzled over the box's row of 64 or 128 bytes.
+// Boxes of (box_rows, box_heads, box_cols) of one batch entry, swizzled over the box's row of 64 or 128 bytes.
 struct TensorMapSpec {
   Operand operand;
   int num_rows;
@@ -17,11 +17,12 @@ struct TensorMapSpec {
   int batch;
   int head_dim;
   int box_rows;
+  int box_heads;
   int box_cols;
 };
 
 // A sequence's rows end anywhere within the tensor, and the copy engine must neither read nor write past them. The
-// descriptor therefore has two dimensions of rows with the same stride: (head_dim, box_rows, num_rows + 1, heads,
+// descriptor therefore has two dimensions of rows with the same stride: (head_dim, heads, box_rows, num_rows + 1,
 // batch), on a base that lies box_rows rows before the tensor. The box of the `count` rows that start at `begin` is at
 // (box_rows - count, begin + count) of the two: of its box_rows rows those past `count` lie outside the first
 // dimension, so they are filled with zeros on a load and left out of a store.

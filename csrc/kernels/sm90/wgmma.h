@@ -63,6 +63,13 @@ CUTE_HOST_DEVICE constexpr auto as_rows_and_columns(Layout layout) {
                      make_layout(get<0, 0>(layout), get<0, 2>(layout), get<2>(layout)));
 }
 
+// As the function of this name for mma.m16n8k16, whose accumulators have another layout.
+template <class Mma, int kRows, int kCols>
+CUTE_DEVICE auto accumulator_coords(int thread_idx) {
+  const Tensor coords = Mma{}.get_slice(thread_idx).partition_C(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
+  return make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
+}
+
 // Accumulator ((2, 2, N / 8), MMA_M, MMA_N) -> A operand ((2, 2, 2), MMA_M, (N / 16, MMA_N)): two blocks of eight
 // columns side by side are what a lane owns of 16 columns of A.
 template <class Layout>

@@ -56,12 +56,12 @@ using CacheHint = TMA::CacheHintSm90;
 
 struct BoxCoord {
   int col;
+  int head;
   int row;
   int row_end;
-  int head;
   int batch;
 
-  emulator::BoxOrigin origin() const { return {{col, row, row_end, head, batch}}; }
+  emulator::BoxOrigin origin() const { return {{col, head, row, row_end, batch}}; }
 };
 
 inline void prefetch_descriptor(const CUtensorMap&) {}
@@ -88,16 +88,13 @@ template <class Fragment>
 void fence_fragment(Fragment&) {}
 inline void fence_products() {}
 
-namespace detail {
-
+// The major dimension of an operand in shared memory.
 template <class Fragment>
 struct MajorOf;
 template <GMMA::Major kMajor>
 struct MajorOf<GMMA::smem_desc<kMajor>> {
   static constexpr emulator::Major kValue = kMajor == GMMA::Major::MN ? emulator::Major::kMN : emulator::Major::kK;
 };
-
-}  // namespace detail
 
 template <class TiledMma, class FragA, class FragB, class Acc>
 void start_product(const TiledMma& mma, const FragA& a, const FragB& b, Acc& acc) {
@@ -109,7 +106,7 @@ void start_product(const TiledMma& mma, const FragA& a, const FragB& b, Acc& acc
                                            : emulator::ProductElement::kBf16,
                             .n = decltype(size(acc))::value * 2,
                             .b = static_cast<uint64_t>(*b.data()),
-                            .b_major = detail::MajorOf<typename TiledMma::FrgTypeB>::kValue,
+                            .b_major = MajorOf<typename TiledMma::FrgTypeB>::kValue,
                             .starts_at_zero = mma.accumulate_ == GMMA::ScaleOut::Zero,
                             .acc = &acc(0)};
   if constexpr (kRegisterA) {

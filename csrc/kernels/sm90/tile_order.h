@@ -1,0 +1,71 @@
+// Which tiles of query rows a thread block computes, in which order. Producer and consumers see the same ones.
+#pragma once
+
+#include "kernels/common/kv_range.h"
+#include "kernels/common/row_map.h"
+#include "kernels/common/seq_info.h"
+
+namespace flash_attn::sm90 {
+
+// Rows that are the queries of one head, or of all heads that share a key-value head, a query's heads side by side.
+struct PackedTile {
+  SeqInfo seq;
+  PackedRows rows;
+  int m_begin;  // first packed row within the entry
+
+  __device__ int num_rows() const { return seq.rows_q * rows.num_heads.divisor(); }
+  __device__ int num_used_rows() const { return seq.seqlen_q * rows.num_heads.divisor(); }
+  // A slot may lie past its entry's rows, or, where the first offset isn't 0, before them.
+  __device__ bool has_rows() const { return m_begin >= 0 && m_begin < num_rows(); }
+  __device__ bool has_used_rows() const { return m_begin < num_used_rows(); }
+};
+
+// As flash_attn::locate_tile, for packed rows.
+template <int kTileM>
+__device__ PackedTile locate_packed_tile(const ForwardParams& params, int idx) {
+  const SeqParams& seq = params.seq;
+  const FastDivisor& packed_heads = params.split.packed_heads;
+  const int num_runs = packed_heads.divide(params.heads.num_heads);
+  const int tile_idx = params.tiles_per_head - 1 - idx % params.tiles_per_head;
+  const int run = idx / params.tiles_per_head;
+  const PackedRows rows{run % num_runs * packed_heads.divisor(), packed_heads};
+  if (seq.cu_seqlens_q == nullptr) return {detail::entry_info(seq, run / num_runs), rows, tile_idx * kTileM};
+  const detail::TileSlot slot =
+      detail::varlen_tile(seq.cu_seqlens_q, seq.batch, seq.rows_q, tile_idx, kTileM, packed_heads.divisor());
+  return {detail::entry_info(seq, slot.entry), rows, slot.row_begin};
+}
+
+// Tiles of keys that a tile of queries visits; none where no row is in use.
+template <class Traits>
+__device__ KvRange visited_keys(const ForwardParams& params, const PackedTile& tile) {
+  if (!tile.has_used_rows()) return {};
+  const PackedKeys<Traits::kMask> keys{{tile.seq, params.window}, tile.rows};
+  return kv_range_of_rows<Traits::kTileM, Traits::kTileN>(keys, tile.m_begin, tile.num_used_rows());
+}
+
+// How thread blocks go through the tiles: each takes every gridDim.x-th unit. Where a mask makes tiles of unequal
+// length a unit is a pair of them, the run's last tile and its first, the last but one and the second, all equally long
+// together.
+struct TileOrder {
+  int num_units;
+  int units_per_run;
+  bool pairs;
+};
+
+// Calls `work(tile)` for each tile of this thread block that has rows.
+template <class Traits, class Work>
+__device__ void for_each_tile(const ForwardParams& params, const TileOrder& order, const Work& work) {
+  const int tiles_per_run = params.tiles_per_head;
+  for (int unit = blockIdx.x; unit < order.num_units; unit += gridDim.x) {
+    const int run_begin = unit / order.units_per_run * tiles_per_run;
+    const int first = unit % order.units_per_run;
+    const int partner = tiles_per_run - 1 - first;
+    for (int position = first;; position = partner) {
+      const PackedTile tile = locate_packed_tile<Traits::kTileM>(params, run_begin + position);
+      if (tile.has_rows()) work(tile);
+      if (!order.pairs || position >= partner) break;
+    }
+  }
+}
+
+}  // namespace flash_attn::sm90
