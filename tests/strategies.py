@@ -48,7 +48,7 @@ EMULATED = Sizes(
     capacity=EDGES.capacity,
     head_dim=EDGES.head_dim,
     side=EDGES.side,
-    heads=st.one_of(st.sampled_from(_FEW_HEADS), st.just((17, 1))),
+    heads=st.sampled_from([*_FEW_HEADS, (17, 1)]),
 )
 
 
@@ -224,6 +224,8 @@ def calls(draw, served=None, sizes=EDGES):
     layouts = [dense(sizes), varlen(sizes), cached(sizes), paged_varlen(sizes)]
     case = replace(draw(st.one_of(layouts)), id="")
     num_splits = draw(st.sampled_from([0, 0, 1, 2, 3, 17, 256]))
+    if num_splits > 17 and sum(case.lens_q) * case.heads[0] > 200:
+        num_splits = 17  # each split keeps a copy of the output
     # In float32 the CPU path's backward is torch's own (scaled_dot_product_attention's), whose error is up to three
     # times that of the naive one where scores are large: exponentials good to 20 units in the last place.
     backward = case.differentiable and case.dtype is not FP32 and draw(st.integers(0, 2)) > 0
