@@ -23,19 +23,28 @@ PROGRAM = Path(__file__).resolve().with_name("tune_sm90.cu")
 NUM_TOKENS = 16384
 ROUNDS = 5
 
-# (rows, keys, warps along rows, warps along columns, stages of K and V, stages of Q, exponentials of 16 by polynomial)
+# (rows, keys, warps along rows, warps along columns, stages of K and V, stages of Q, exponentials of 16 by polynomial,
+# powers of two before O is rescaled, what groups take turns in): tiles.h says more
+IN_TURNS = "Turn::kExponentials"
 TILES = {
     (64, 64): (
         (192, 128, 12, 1, 2, 2, 0),
+        (192, 128, 12, 1, 2, 2, 0, 8),
+        (192, 128, 12, 1, 2, 2, 2, 8),
+        (192, 128, 12, 1, 2, 2, 0, 8, IN_TURNS),
+        (192, 128, 12, 1, 2, 2, 0, 0, IN_TURNS),
         (192, 128, 12, 1, 2, 2, 2),
         (192, 128, 12, 1, 2, 2, 4),
         (128, 128, 8, 1, 2, 2, 0),
         (128, 192, 8, 1, 2, 2, 0),
+        (128, 128, 8, 1, 2, 2, 0, 8),
         (192, 96, 12, 1, 3, 2, 0),
     ),
     (96, 96): ((128, 128, 8, 1, 2, 2, 0), (128, 176, 8, 1, 2, 2, 0), (128, 160, 8, 1, 2, 2, 0)),
     (128, 128): (
         (128, 128, 8, 1, 2, 2, 0),
+        (128, 128, 8, 1, 2, 2, 0, 8),
+        (128, 128, 8, 1, 2, 2, 0, 0, IN_TURNS),
         (128, 128, 8, 1, 2, 1, 0),
         (128, 160, 8, 1, 2, 2, 0),
         (128, 176, 8, 1, 2, 1, 0),
@@ -43,14 +52,17 @@ TILES = {
     ),
     (192, 128): ((128, 128, 8, 1, 2, 1, 0), (128, 112, 8, 1, 2, 1, 0)),
     (192, 192): ((128, 112, 8, 1, 2, 1, 0), (128, 96, 8, 1, 2, 1, 0), (128, 80, 8, 1, 2, 2, 0)),
-    (256, 256): ((128, 80, 8, 1, 2, 1, 0), (128, 64, 8, 1, 2, 1, 0)),
-    (512, 512): ((64, 64, 4, 2, 1, 1, 0),),
+    (256, 256): ((128, 80, 8, 1, 2, 1, 0), (128, 64, 8, 1, 2, 1, 0), (128, 80, 8, 1, 2, 1, 0, 8)),
+    (512, 512): (
+        (64, 64, 4, 2, 1, 1, 0),
+        (64, 64, 4, 2, 1, 1, 0, 8),
+    ),
 }
 
 
-def compile_program(folder: Path, head_dims: tuple[int, int], tile: tuple[int, ...], mask: str) -> Path | None:
+def compile_program(folder: Path, head_dims: tuple[int, int], tile: tuple[int | str, ...], mask: str) -> Path | None:
     """The program for one tile; None, with the reason printed, where the compiler refuses it."""
-    program = folder / "-".join(map(str, (*head_dims, mask, *tile)))
+    program = folder / "-".join(map(str, (*head_dims, mask, *tile))).replace("::", "_")
     # nvcc takes a comma in -D for the end of a definition.
     source = program.with_suffix(".cu")
     source.write_text(
@@ -81,12 +93,14 @@ def run(program: Path, batch: int, heads: int, length: int) -> tuple[float, floa
     return float(milliseconds), float(total)
 
 
-def tune(head_dims: tuple[int, int], mask: str, lengths: list[int], programs: dict[tuple[int, ...], Path]) -> None:
+def tune(
+    head_dims: tuple[int, int], mask: str, lengths: list[int], programs: dict[tuple[int | str, ...], Path]
+) -> None:
     qk, v = head_dims
     for length in lengths:
         batch, heads = max(1, NUM_TOKENS // length), max(4, 2048 // qk)
         flops = 2.0 * batch * heads * length**2 * (qk + v) * (0.5 if mask == "causal" else 1.0)
-        times: dict[tuple[int, ...], list[float]] = {tile: [] for tile in programs}
+        times: dict[tuple[int | str, ...], list[float]] = {tile: [] for tile in programs}
         totals = {}
         for _ in range(ROUNDS):
             for tile, program in programs.items():

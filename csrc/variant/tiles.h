@@ -8,6 +8,9 @@
 
 namespace flash_attn {
 
+// SM90: what the warpgroups of a thread block take turns in.
+enum class Turn { kProducts, kExponentials };
+
 struct Tile {
   int m;        // query rows per thread block
   int n;        // keys per step
@@ -17,6 +20,9 @@ struct Tile {
   int kv_stages = 1;
   int q_stages = 1;
   int polynomial_exps = 0;  // SM90: of 16 exponentials, those computed by a polynomial
+  // SM90: by how many powers of two scores may pass the maximum that O was scaled to before O is rescaled.
+  int rescale_slack = 0;
+  Turn turn = Turn::kProducts;
 
   constexpr int num_warps() const { return warps_m * warps_n; }
 };

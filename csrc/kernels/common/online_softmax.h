@@ -66,8 +66,9 @@ class OnlineSoftmax {
 
   // As update(), for an output that is not at hand yet: returns what each of its rows must be multiplied by. Maxima and
   // sums are taken along several chains, since one warp alone must keep its scheduler busy. Of 16 exponentials,
-  // kNumPolynomials are computed by polynomial_exp2.
-  template <int kNumPolynomials, class Scores, class Reducer>
+  // kNumPolynomials are computed by polynomial_exp2. The maximum that a row is scaled to stays until another one passes
+  // it by more than kSlack powers of two, which 16-bit probabilities can do without harm: its factor is exactly 1 then.
+  template <int kNumPolynomials, int kSlack, class Scores, class Reducer>
   __device__ RowTensor exponentiate(Scores&& scores, const Reducer& reducer) {
     constexpr int kNumChains = 4;
     RowTensor new_max;
@@ -84,8 +85,10 @@ class OnlineSoftmax {
     RowTensor factors;
     CUTE_UNROLL
     for (int row = 0; row < kNumRows; ++row) {
+      const bool stays = kSlack > 0 && (new_max(row) - row_max_(row)) * scale_log2_ <= kSlack;
+      if (stays) new_max(row) = row_max_(row);
       const float max_log2 = finite(new_max(row)) * scale_log2_;
-      factors(row) = detail::fast_exp2(row_max_(row) * scale_log2_ - max_log2);
+      factors(row) = stays ? 1.f : detail::fast_exp2(row_max_(row) * scale_log2_ - max_log2);
       row_max_(row) = new_max(row);
       float chains[kNumChains] = {row_sum_(row) * factors(row), 0.f, 0.f, 0.f};
       CUTE_UNROLL
@@ -107,6 +110,15 @@ class OnlineSoftmax {
       CUTE_UNROLL
       for (int col = 0; col < size<1>(output); ++col) output(row, col) *= factors(row);
     }
+  }
+
+  // The same, by the lanes of a warp together, where all factors often are 1.
+  template <class Output, class Factors>
+  static __device__ void rescale_if_needed(Output&& output, const Factors& factors) {
+    bool needed = false;
+    CUTE_UNROLL
+    for (int row = 0; row < kNumRows; ++row) needed |= factors(row) != 1.f;
+    if (__any_sync(~0u, needed)) rescale(output, factors);
   }
 
   // Divides the output by the row sums, which the sinks join, and returns the log-sum-exp. A row that saw no key gets O

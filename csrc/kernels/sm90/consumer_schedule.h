@@ -51,7 +51,7 @@ class OverlappedSchedule {
     wait_for_gemms<0>(tSrS);
     release(smem_.barriers.k, k_);
     score(scores, range.end - 1);
-    auto factors = softmax.template exponentiate<Traits::kTile.polynomial_exps>(scores, QuadReducer{});
+    auto factors = exponentiate(softmax, scores);
 
     // The loop's edge lies between the softmax and the wait for the product beside it: within one block of straight
     // code nvcc 13.0 moves that wait in front of the softmax, and nothing overlaps.
@@ -59,20 +59,20 @@ class OverlappedSchedule {
       wait_for_gemms<0>(tOrO);
       if (n < range.end - 2) release(smem_.barriers.v[0], v_);
       round_to(tOrP, tSrS);
-      Softmax::rescale(output, factors);
+      rescale_output<Traits, Softmax>(output, factors);
       if (n < range.begin) break;
 
       wait_full(smem_.barriers.k, k_);
-      GroupTurns::wait(group_);
+      if constexpr (Traits::kTile.turn == Turn::kProducts) GroupTurns::wait(group_);
       start_gemm(mma_qk, tSrQ, tSrK(_, _, _, k_.idx), tSrS, GMMA::ScaleOut::Zero);
       wait_full(smem_.barriers.v[0], v_);
       start_gemm(mma_pv, tOrP, tOrV(_, _, _, v_.idx), tOrO, GMMA::ScaleOut::One);
-      GroupTurns::pass(group_);
+      if constexpr (Traits::kTile.turn == Turn::kProducts) GroupTurns::pass(group_);
 
       wait_for_gemms<1>(tSrS);
       release(smem_.barriers.k, k_);
       score(scores, n);
-      factors = softmax.template exponentiate<Traits::kTile.polynomial_exps>(scores, QuadReducer{});
+      factors = exponentiate(softmax, scores);
     }
 
     wait_full(smem_.barriers.v[0], v_);
@@ -90,6 +90,14 @@ class OverlappedSchedule {
 
  private:
   using GroupTurns = Turns<Traits::kNumConsumerGroups>;
+
+  template <class Softmax, class Scores>
+  __device__ auto exponentiate(Softmax& softmax, Scores& scores) const {
+    if constexpr (Traits::kTile.turn == Turn::kExponentials) GroupTurns::wait(group_);
+    const auto factors = exponentiate_scores<Traits>(softmax, scores);
+    if constexpr (Traits::kTile.turn == Turn::kExponentials) GroupTurns::pass(group_);
+    return factors;
+  }
 
   SharedStorage& smem_;
   int group_;

@@ -81,13 +81,13 @@ class SplitColumnsSchedule {
     meanwhile();
     wait_for_scores<0>(tSrS);
     score(scores, range.end - 1);
-    auto factors = softmax.template exponentiate<Traits::kTile.polynomial_exps>(scores, QuadReducer{});
+    auto factors = exponentiate_scores<Traits>(softmax, scores);
 
     for (int n = range.end - 2;; --n) {
       wait_for_gemms<0>(tOrO);
       if (n < range.end - 2) release(smem_.barriers.v[0], v_);
       round_to(tOrP, tSrS);
-      Softmax::rescale(output, factors);
+      rescale_output<Traits, Softmax>(output, factors);
       const int p_stage = hand_over(make_tensor(tOrP.data(), tSrS.layout()), factors);
       if (n < range.begin) {
         arrive_at(NamedBarrier::kFollow, p_stage, kNumThreads);
@@ -100,7 +100,7 @@ class SplitColumnsSchedule {
       wait_for_scores<1>(tSrS);
       arrive_at(NamedBarrier::kFollow, p_stage, kNumThreads);
       score(scores, n);
-      factors = softmax.template exponentiate<Traits::kTile.polynomial_exps>(scores, QuadReducer{});
+      factors = exponentiate_scores<Traits>(softmax, scores);
     }
 
     wait_full(smem_.barriers.v[0], v_);
@@ -125,7 +125,7 @@ class SplitColumnsSchedule {
     for (int n = range.end - 1; n >= range.begin; --n) {
       wait_at(NamedBarrier::kProbsFull, p_.idx, kNumThreads);
       read_rows(smem_.barriers.rows.factors[p_.idx], factors);
-      Softmax::rescale(output, factors);
+      rescale_output<Traits, Softmax>(output, factors);
       wait_full(smem_.barriers.v[1], v_);
       wait_at(NamedBarrier::kFollow, p_.idx, kNumThreads);
       Tensor tOrP_stage = tOrP(_, _, _, p_.idx);

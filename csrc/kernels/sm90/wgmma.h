@@ -5,6 +5,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "kernels/common/row_reducer.h"
 #include "kernels/sm90/forward_traits.h"
 
 namespace flash_attn::sm90 {
@@ -89,6 +90,23 @@ CUTE_DEVICE void round_to(FragP& tOrP, const AccS& tSrS) {
   using To = cutlass::Array<Element, kSize>;
   *reinterpret_cast<To*>(tOrP.data()) =
       cutlass::NumericArrayConverter<Element, float, kSize>{}(*reinterpret_cast<const From*>(tSrS.data()));
+}
+
+// ---- the softmax, as the tile says
+
+template <class Traits, class Softmax, class Scores>
+CUTE_DEVICE auto exponentiate_scores(Softmax& softmax, Scores& scores) {
+  return softmax.template exponentiate<Traits::kTile.polynomial_exps, Traits::kTile.rescale_slack>(scores,
+                                                                                                   QuadReducer{});
+}
+
+template <class Traits, class Softmax, class Output, class Factors>
+CUTE_DEVICE void rescale_output(Output& output, const Factors& factors) {
+  if constexpr (Traits::kTile.rescale_slack > 0) {
+    Softmax::rescale_if_needed(output, factors);
+  } else {
+    Softmax::rescale(output, factors);
+  }
 }
 
 }  // namespace flash_attn::sm90
