@@ -71,8 +71,8 @@ def flash_attn_with_kvcache(
     cache_leftpad : Tensor, (batch,), int32, optional
         How many tokens at the start of each entry's cache to leave out.
     block_table : Tensor, (batch, max_pages), int32, optional
-        Token t of entry b is row t % page_size of page block_table[b, t // page_size]. Entries past the last
-        used page are never read. Any page size from 1.
+        Token t of entry b is row t % page_size of page block_table[b, t // page_size]. Of pages without a key
+        that a query sees (past the last, before the window) neither id nor contents matter. Any page size from 1.
     softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, num_splits, pack_gqa
         As in `flash_attn_func`; an entry's seqlen_k is the number of its keys.
     rotary_interleaved : bool

@@ -60,8 +60,8 @@ def flash_attn_varlen_func(
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As in `flash_attn_func`, with each sequence's own lengths.
     block_table : Tensor, (batch, max_pages), int32, optional
-        Key t of sequence b is row t % page_size of page block_table[b, t // page_size]. Entries past a
-        sequence's last used page are never read.
+        Key t of sequence b is row t % page_size of page block_table[b, t // page_size]. Of pages without a
+        key that a query sees (past the last, before the window) neither id nor contents matter.
     seqused_q, seqused_k : Tensor, (batch,), int32, optional
         How many tokens of each sequence's slot are used, from its start. Unused memory may hold anything, and
         rows of out past seqused_q are 0, with lse -inf.

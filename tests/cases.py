@@ -32,6 +32,8 @@ class Case:
     seqused_k: tuple | None = None  # for "kvcache": cache_seqlens, before append
     leftpad: tuple | None = None
     page: int | None = None
+    # Keys that lie before the window of every row hold garbage, and table slots of nothing but such keys stale ids.
+    recycled: bool = False
     lengths_by_cu_seqlens_k: bool = False  # paged varlen whose lengths come from cu_seqlens_k
     cache_rows: tuple | None = None  # cache_batch_idx
     new: tuple | None = None  # tokens to append per entry
@@ -44,6 +46,16 @@ class Case:
     @property
     def differentiable(self):
         return self.layout != "kvcache" and self.page is None and self.leftpad is None
+
+    def first_key(self, entry):
+        """The first cache row of an entry that the call may read."""
+        first = 0 if self.leftpad is None else self.leftpad[entry]
+        if not self.recycled or self.window[0] < 0:
+            return first
+        num_rows = self.lens_q[entry] if self.seqused_q is None else self.seqused_q[entry]
+        last = self.lens_k[entry] if self.seqused_k is None else self.seqused_k[entry]
+        last += 0 if self.new is None else self.new[entry]
+        return max(first, last - num_rows - self.window[0]) if num_rows else last
 
     @property
     def features(self):
@@ -212,6 +224,8 @@ VARLEN = [
     _varlen("seqused-both-window", "the diagonal follows the used lengths", (33, 64), (65, 129),
             seqused_q=(20, 1),
             seqused_k=(40, 100), window=(25, 2), heads=(4, 2)),
+    _varlen("varlen-recycled", "keys before every window may hold anything, and get no gradient", (33, 70), (100, 200),
+            window=(30, 4), softcap=5.0, heads=(4, 2), recycled=True),
     _varlen("seqused-q-sinks", "LSE past seqused_q is -inf even with a sink", (17, 33), (20, 40),
             seqused_q=(9, 33),
             sinks=FP32, lse_grad=True),
@@ -242,6 +256,13 @@ VARLEN_FORWARD_ONLY = [
     _varlen("paged-dims", "unequal head dims in pages", (9, 1), (64, 64), seqused_k=(64, 30), page=16,
             dims=(40, 64),
             softcap=3.0),
+    _varlen("paged-16-recycled", "a server gave the pages before the window away: several tiles lie before it",
+            (17, 1, 70, 5), (265, 329, 300, 40), seqused_k=(250, 329, 277, 21), page=16, window=(100, 0), causal=True,
+            heads=(4, 2), recycled=True),
+    _varlen("paged-16-recycled-prefill", "the same for tiles of many rows", (130, 70), (300, 290), page=16,
+            seqused_k=(300, 290), window=(100, 0), causal=True, recycled=True),
+    _varlen("paged-64-recycled", "the window begins inside a page and a tile", (70, 1), (300, 330),
+            seqused_k=(300, 200), page=64, window=(33, 5), softcap=5.0, recycled=True),
 ]  # fmt: skip
 
 KVCACHE = [
@@ -265,6 +286,14 @@ KVCACHE = [
            cache_rows=(4, 1)),
     _cache("cache-paged", "a paged cache", (1, 1, 1), 100, seqused_k=(50, 64, 0), page=16, causal=True),
     _cache("cache-paged-1", "a page per token", (4, 4), 40, seqused_k=(30, 7), page=1, heads=(4, 2)),
+    _cache("cache-recycled", "what is before the window has been overwritten", (3, 3), 300,
+           seqused_k=(300, 180), window=(90, 0), heads=(4, 2), recycled=True),
+    _cache("cache-recycled-leftpad", "padding and window end in different tiles", (2, 2), 300, seqused_k=(290, 200),
+           leftpad=(30, 150), window=(90, 0), recycled=True),
+    _cache("cache-paged-1-recycled", "a page per token, most of them given away", (1, 1), 300, seqused_k=(290, 30),
+           page=1, window=(40, 0), heads=(8, 2), recycled=True),
+    _cache("append-recycled", "new tokens beside pages that were given away", (3, 3), 300, seqused_k=(200, 290),
+           new=(3, 3), page=16, window=(90, 0), causal=True, recycled=True),
     _cache("cache-varlen-q", "queries of different numbers", (1, 7, 3), 100, seqused_k=(50, 64, 9),
            varlen_q=True,
            causal=True),

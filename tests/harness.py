@@ -126,9 +126,11 @@ class Inputs:
         return q, k, v, layout
 
 
-def _paged(rows, used, page, device, garbage, generator):
-    """Scatter the entries' rows into a shuffled pool; the table's tail holds -1 and foreign ids."""
+def _paged(case, rows, used, device, garbage, generator):
+    """Scatter the entries' rows into a shuffled pool; unused slots of the table hold -1 and foreign ids."""
+    page = case.page
     num_used = [-(-length // page) for length in used]
+    num_given_away = [case.first_key(b) // page if case.recycled else 0 for b in range(len(used))]
     num_pages = sum(num_used) + _SPARE_PAGES
     order = (torch.randperm(num_pages - 1, generator=generator) + 1).tolist()  # page 0 is all garbage
     width = max(num_used, default=0) + 2
@@ -138,6 +140,8 @@ def _paged(rows, used, page, device, garbage, generator):
     for b, count in enumerate(num_used):
         ids = [order.pop(0) for _ in range(count)]
         table[b] = torch.tensor(ids + [stale[(b + t) % len(stale)] for t in range(width - count)])
+        for t in range(min(num_given_away[b], count)):
+            table[b, t] = stale[(b + t) % len(stale)]
         for pool, entries in zip(pools, rows, strict=True):
             for t, page_id in enumerate(ids):
                 piece = entries[b][t * page : (t + 1) * page]
@@ -172,7 +176,7 @@ def _keys(case, draw, garbage):
     k, v, used = [], [], []
     for b, length in enumerate(case.lens_k):
         last = length if case.seqused_k is None else case.seqused_k[b]
-        first = 0 if case.leftpad is None else case.leftpad[b]
+        first = case.first_key(b)
         used.append(last + (0 if case.new is None else case.new[b]))
         for rows, dim in ((k, case.dims[0]), (v, case.dims[1])):
             drawn = draw(length, case.heads[1], dim)
@@ -203,7 +207,7 @@ def build(case, device="cpu", garbage=math.nan):
     else:
         q = torch.stack(q_rows) if q_rows else draw(0, 4, num_heads, dim)
     if case.page is not None:
-        k, v, table = _paged((k_rows, v_rows), used, case.page, device, garbage, generator)
+        k, v, table = _paged(case, (k_rows, v_rows), used, device, garbage, generator)
         layout["block_table"] = table if case.cache_rows is None else _in_rows(table, case.cache_rows)
         if case.lengths_by_cu_seqlens_k:
             layout["cu_seqlens_k"] = cumulative(case.lens_k, device)

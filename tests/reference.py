@@ -126,9 +126,11 @@ def attend(q, k, v, *, allowed, scale, softcap=0.0, slopes=None, sinks=None, kee
 
 
 def gather_pages(pool, table_row, length):
-    """The first `length` rows of one entry of a paged cache (num_pages, page, Hk, D)."""
+    """The first `length` rows of one entry of a paged cache (num_pages, page, Hk, D); NaN where an id names no page."""
     page = pool.shape[1]
-    used = [pool[int(table_row[t])] for t in range(-(-length // page))]
+    no_page = torch.full_like(pool[0], math.nan) if len(pool) else None
+    ids = [int(table_row[t]) for t in range(-(-length // page))]
+    used = [pool[page_id] if 0 <= page_id < len(pool) else no_page for page_id in ids]
     return torch.cat(used)[:length] if used else pool[:0].flatten(0, 1)
 
 
@@ -190,8 +192,12 @@ def attention(
         keep = None
         if dropout_p > 0:
             keep = keep_mask(rng_state, dropout_p, entry, num_heads, seqlen_q, seqlen_k)
+        allowed = allowed_mask(seqlen_q, seqlen_k, causal, window_size)
+        # A key that no row sees may hold anything, whose product with a probability of 0 might be NaN.
+        unseen = ~allowed.any(dim=0)[:, None, None]
+        keys, values = seq.k.masked_fill(unseen, 0.0), seq.v.masked_fill(unseen, 0.0)
         one_out, one_lse, probs = attend(
-            seq.q, seq.k, seq.v, allowed=allowed_mask(seqlen_q, seqlen_k, causal, window_size), scale=scale,
+            seq.q, keys, values, allowed=allowed, scale=scale,
             softcap=softcap, slopes=None if slopes is None else slopes.cpu(), keep=keep, dropout_p=dropout_p,
             sinks=None if s_aux is None else s_aux.cpu(),
         )  # fmt: skip

@@ -138,19 +138,19 @@ def _entry_rows(name, tensor, cu_seqlens, seqused, used_name, count=None, index=
 
 
 def _paged_rows(k: Tensor, block_table: Tensor, seqused_k: Tensor | None) -> list[tuple[int, list[int]]]:
-    num_pages, page_size = k.shape[:2]
+    """The length of each entry and the ids of its pages, which are not checked: some may be out of every window."""
+    page_size = k.shape[1]
     table = block_table.tolist()
     used = _used("seqused_k (cache_seqlens)", seqused_k, [block_table.shape[1] * page_size] * len(table))
-    rows = []
-    for index, (length, ids) in enumerate(zip(used, table, strict=True)):
-        ids = ids[: -(-length // page_size)]
-        for page in ids:
-            _check(
-                0 <= page < num_pages,
-                f"block_table must hold ids below {num_pages} for pages in use, got {page} in row {index}",
-            )
-        rows.append((length, ids))
-    return rows
+    return [(length, ids[: -(-length // page_size)]) for length, ids in zip(used, table, strict=True)]
+
+
+def _check_pages(ids: list[int], num_pages: int, index: int) -> None:
+    for page in ids:
+        _check(
+            0 <= page < num_pages,
+            f"block_table must hold ids below {num_pages} for pages in use, got {page} in row {index}",
+        )
 
 
 def _follows(a: Rows, b: Rows, distance: int) -> bool:
@@ -217,6 +217,7 @@ def split(
             low = _left_pad(leftpad[batch], length, batch)
             first_key = low + trim(rows.high, length - low, window_left, window_right).skipped_keys
             first_page = first_key // page_size
+            _check_pages(ids[first_page:], k.shape[0], batch)
             pages = torch.tensor(ids[first_page:], dtype=torch.int64, device=k.device)
             k_rows = PagedRows(pages, low, length, first_page)
             pieces += _pieces(batch, 1, rows, k_rows, window_left, window_right)
