@@ -59,6 +59,7 @@ VARIANTS = (
         (64, 64, "99KB"),
         {
             ("Mask::kCausal", "Score::kPlain"),
+            ("Mask::kGeneral", "Score::kPlain"),
             ("Mask::kGeneral", "Score::kGeneral"),
             ("Mask::kGeneral", "Score::kPlain", "Rows::k64"),
             ("Mask::kGeneral", "Score::kGeneral", "Rows::k64"),

@@ -13,6 +13,7 @@ from flash_attn._checks import Window
 from flash_attn._checks_kvcache import kvcache_call
 
 _MAX_SPLITS = 256
+_MAX_TRIES = 3
 _UNKNOWN_LENGTH = 1 << 20
 
 
@@ -94,6 +95,16 @@ def _by_lengths(step: Step, plan: dict[str, Any]) -> Tensor:
     key_tiles = ((keys + tile_n - 1) // tile_n - first // tile_n).clamp(min=0) * (queries > 0)
     row_tiles = (queries * plan["packed_heads"] + tile_m - 1) // tile_m
     target = plan["target_slots"]
-    per_split = ((row_tiles * key_tiles).sum() + target - 1) // target
-    per_split = per_split.clamp(min=plan["min_tiles"])
-    return ((key_tiles + per_split - 1) // per_split).clamp(1, _MAX_SPLITS).to(torch.int32)
+
+    def splits(length: Tensor) -> Tensor:
+        return ((key_tiles + length - 1) // length).clamp(1, _MAX_SPLITS)
+
+    mean = (((row_tiles * key_tiles).sum() + target - 1) // target).clamp(min=plan["min_tiles"])
+    found, length = mean, mean
+    fits = torch.zeros_like(mean, dtype=torch.bool)
+    for _ in range(_MAX_TRIES + 1):
+        slots = (row_tiles * splits(length)).sum()
+        found = torch.where(fits | (slots > target), found, length)
+        fits = fits | (slots <= target)
+        length = (length * slots + target - 1) // target
+    return splits(found).to(torch.int32)

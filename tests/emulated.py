@@ -19,7 +19,7 @@ from tolerance import assert_close
 import flash_attn
 
 # Served by the kernels that build_support/emulator.py compiles: bf16 with head dims up to 64, whose plain scores are
-# causal where there are more than 64 queries; fp16 with head dims up to 32 and neither.
+# causal or have a window where there are more than 64 queries; fp16 with head dims up to 32 and neither.
 FORWARD = (
     "varlen-causal-gqa",
     "varlen-many-short",
@@ -46,9 +46,18 @@ FORWARD = (
     "append-paged",
     "rotary-interleaved",
     "rotary-paged-gqa",
+    "varlen-recycled",
+    "paged-16-recycled",
+    "paged-16-recycled-prefill",
+    "paged-64-recycled",
+    "cache-recycled",
+    "cache-recycled-leftpad",
+    "cache-paged-1-recycled",
+    "append-recycled",
 )
-SPLIT = ("cache-decode", "paged-16", "varlen-many-short")
+SPLIT = ("cache-decode", "paged-16", "varlen-many-short", "paged-16-recycled-prefill", "gqa-6-3-causal")
 BACKWARD = (
+    "varlen-recycled",
     "varlen-softcap-sinks",
     "alibi-batch-causal",
     "dropout-sinks",

@@ -163,7 +163,7 @@ CACHE = {"layout": planner.Layout.VARLEN, "layout_k": planner.Layout.DENSE, "has
         ({"num_heads_k": 1}, "UP_TO_64", 32),
         ({"rows_q": 64}, "UP_TO_64", 4),
         ({"rows_q": 65}, "MANY", 1),
-        ({"rows_q": 65, "num_splits": 2}, "UP_TO_64", 4),
+        ({"rows_q": 65, "num_splits": 2}, "MANY", 1),
         ({"rows_q": 65, "pack_gqa": planner.PackGqa.ALWAYS}, "UP_TO_64", 4),
         ({"rows_q": 65, "num_heads": 8, "pack_gqa": planner.PackGqa.ALWAYS}, "MANY", 1),
         ({"has_dropout": True}, "MANY", 1),
@@ -211,8 +211,15 @@ def _num_slots_used(made, lengths, left):
         first = max(keys - queries - left, 0) // made.tile_n
         work.append((row_tiles, max(-(-keys // made.tile_n) - first, 0) if queries and keys else 0))
     total = sum(row_tiles * key_tiles for row_tiles, key_tiles in work)
-    per_split = max(-(-total // made.target_slots), made.min_tiles)
-    return sum(row_tiles * min(max(-(-key_tiles // per_split), 1), 256) for row_tiles, key_tiles in work)
+    target = made.target_slots
+    lengths = [max(-(-total // target), made.min_tiles)]
+    slots = []
+    for _ in range(4):
+        slots.append(sum(rows * min(max(-(-key_tiles // lengths[-1]), 1), 256) for rows, key_tiles in work))
+        if slots[-1] <= target:
+            return slots[-1]
+        lengths.append(-(-lengths[-1] * slots[-1] // target))
+    return slots[0]
 
 
 _LENGTHS = st.tuples(st.one_of(st.integers(0, 4), st.integers(0, 3000)), st.one_of(st.just(1), st.integers(0, 9000)))
@@ -225,8 +232,84 @@ def test_the_grid_holds_every_split(lengths, left, heads):
         **CACHE, batch=len(lengths), rows_q=sum(queries for queries, _ in lengths), rows_k=9000, num_heads=heads,
         num_heads_k=1, window_left=left, window_right=0,
     )  # fmt: skip
-    if made.rows != planner.Rows.MANY and made.num_splits == 0:
+    if made.num_splits == 0:
         assert _num_slots_used(made, lengths, left) <= made.num_slots
+
+
+def waves(made, blocks_per_sm):
+    """Launches of as many thread blocks as the GPU holds at once."""
+    return made.num_blocks / (NUM_SMS * blocks_per_sm)
+
+
+@pytest.mark.parametrize("num_heads_k", [1, 2, 8, 24, 64])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_decoding_of_long_requests_fills_two_waves(head_dim, num_heads_k):
+    """And not a block more, for which all SMs would wait; but for each entry's last part, which is no longer."""
+    heads = {"num_heads": 4 * num_heads_k, "num_heads_k": num_heads_k, "head_dim": head_dim, "head_dim_v": head_dim}
+    made = plan(**(DECODE | heads | {"batch": 1, "rows_k": 2**18}))
+    blocks_per_sm = min(4, (LARGEST_SMEM + 1024) // (made.smem_bytes + 1024))
+    assert 1.7 <= made.target_slots * num_heads_k / (NUM_SMS * blocks_per_sm) <= 2
+    assert waves(made, blocks_per_sm) <= 2 + 64 / (NUM_SMS * blocks_per_sm)
+
+
+def test_mixed_lengths_are_split_in_large_batches():
+    """One request may be as long as all others together, and the host does not know."""
+    made = plan(**(DECODE | {"batch": 256, "rows_k": 2**17}))
+    assert made.num_splits == 0
+
+
+def test_bytes_on_their_way_in_decoding():
+    """An SM's share of 4.2 TB/s for a microsecond is 32 KB. Blocks have a tile of K and of V under way."""
+    for head_dim in (64, 128, 256, 512):
+        made = plan(**(DECODE | {"head_dim": head_dim, "head_dim_v": head_dim}))
+        blocks_per_sm = min(4, (LARGEST_SMEM + 1024) // (made.smem_bytes + 1024))
+        assert made.tile_n * 2 * head_dim * 2 * blocks_per_sm >= 3 * 32 * 1024
+
+
+CHUNK = {"batch": 1, "num_heads": 32, "num_heads_k": 8, "head_dim": 128, "head_dim_v": 128, "rows_q": 512,
+           "rows_k": 65536, "window_right": 0, "has_pages": True}  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_heads", "num_splits"), [(32, 2), (16, 4), (4, 16), (1, 64)])
+def test_few_tiles_of_many_rows_are_split_over_one_wave(num_heads, num_splits):
+    """Four tiles of rows; two blocks on an SM; no part of less than 1024 keys."""
+    few = {"num_heads": num_heads, "num_heads_k": 1}
+    made = plan(**(CHUNK | few))
+    assert (made.rows, made.mask, made.packed_heads) == (planner.Rows.MANY, planner.Mask.GENERAL, 1)
+    assert made.num_splits == num_splits
+    assert made.num_blocks == 4 * num_heads * num_splits <= 2 * NUM_SMS
+    one_request = plan(**(CHUNK | few | {"layout": planner.Layout.VARLEN, "layout_k": planner.Layout.DENSE}))
+    assert one_request.num_splits == num_splits
+    assert one_request.num_blocks == one_request.tiles_per_head * num_heads * num_splits
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows_q": 4096},
+        {"rows_k": 900},
+        {"num_splits": 1},
+        {"has_dropout": True},
+        {"allows_few_rows": False},
+        {"window_left": 300},
+    ],
+    ids=str,
+)
+def test_many_rows_are_not_split_where_nothing_is_won(changes):
+    made = plan(**(CHUNK | changes))
+    assert made.rows == planner.Rows.MANY and made.num_splits == 1
+    assert made.num_blocks == made.tiles_per_head * 32
+
+
+def test_what_is_not_split_keeps_its_mask():
+    assert plan(**(CHUNK | {"has_pages": False, "rows_q": 4096})).mask == planner.Mask.CAUSAL
+    assert plan(**(CHUNK | {"has_pages": False})).mask == planner.Mask.GENERAL
+
+
+def test_exact_splits_of_many_rows():
+    made = plan(**(CHUNK | {"num_splits": 3}))
+    assert (made.num_splits, made.num_slots, made.num_blocks) == (3, 4 * 3, 4 * 3 * 32)
+    assert plan(**(CHUNK | {"batch": 0})).num_blocks == 0
 
 
 @pytest.mark.parametrize(

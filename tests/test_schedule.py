@@ -29,6 +29,27 @@ def test_all_parts_fit_the_grid(lengths, target):
     assert sum(made) <= target + len(lengths)
 
 
+@given(
+    batch=st.integers(1, 100), length=st.integers(2**12, 2**17), rows=st.integers(1, 1024), target=st.integers(8, 1056)
+)
+def test_parts_of_equal_requests_fit_at_once(batch, length, rows, target):
+    """If their rows do: one slot more than fit would cost as much time as all others."""
+    plan = {"tile_m": 128, "tile_n": 64, "packed_heads": 1, "target_slots": target, "min_tiles": 1}
+    row_tiles = -(-rows // 128)
+    made = splits([length] * batch, plan, longest_q=rows, longest_k=2**17)
+    if batch * row_tiles <= target:
+        assert batch * row_tiles * made[0] <= target
+        # Another part would not, unless it is the third try that found a length, or parts are whole tiles.
+        assert made[0] >= target // (batch * row_tiles) // 2
+
+
+def test_one_long_request_beside_many_short_ones_is_split_all_the_same():
+    """Though the short ones alone have more slots than fit at once."""
+    made = splits([100] * 200 + [2**17])
+    assert made[:200] == [1] * 200
+    assert made[-1] >= 30
+
+
 def test_long_requests_have_more_parts_and_empty_ones_have_one():
     made = splits([8192, 4096, 100, 0])
     assert made[0] > made[1] > made[2] == made[3] == 1

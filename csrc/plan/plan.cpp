@@ -9,8 +9,8 @@
 namespace flash_attn {
 namespace {
 
-// The general score, pages and few rows are compiled with the general mask only, which is as good as any other where
-// most of the time goes into the score or the loads.
+// The general score, pages, splits and few rows are compiled with the general mask only, which is as good as any other
+// where most of the time goes into the score or the loads.
 Mask mask_of(const Problem& problem, Rows rows) {
   const bool all_left = problem.window_left < 0 || problem.window_left >= problem.rows_k;
   if (rows != Rows::kMany || score_of(problem) == Score::kGeneral || problem.has_pages || !all_left) {
@@ -37,18 +37,17 @@ Plan make_plan(const Problem& problem, Arch preferred, const Gpu& gpu) {
   const TileRow* row =
       find_tile_row(arch, rows, mask_of(problem, rows), problem.head_dim, problem.head_dim_v, gpu.smem_limit);
   if (row == nullptr) refuse_head_dims(problem, arch, "kernel", gpu.smem_limit);
-  const Variant variant{arch, problem.dtype, row->head_dim, row->smem, mask_of(problem, rows), score_of(problem), rows};
-  const int smem = smem_bytes(variant);
+  const int smem = smem_bytes(arch, row->head_dim, row->tile);
   SplitPlan split;
+  if (arch == Arch::kSm80 && can_split(problem, rows)) split = make_split_plan(problem, rows, row->tile, smem, gpu);
+  const Mask mask = split.needs_merge() ? Mask::kGeneral : mask_of(problem, rows);
+  const Variant variant{arch, problem.dtype, row->head_dim, row->smem, mask, score_of(problem), rows};
   int64_t tiles_per_head = 0;
-  int64_t num_blocks = 0;
+  int64_t num_blocks = split.num_slots * (problem.num_heads / split.packed_heads);
   if (rows == Rows::kMany) {
     if (arch == Arch::kSm90) split.packed_heads = packed_heads_on_sm90(problem, row->tile.m);
     tiles_per_head = count_tiles(problem.layout, problem.rows_q * split.packed_heads, problem.batch, row->tile.m);
-    num_blocks = tiles_per_head * (problem.num_heads / split.packed_heads) * problem.num_tile_runs();
-  } else {
-    split = make_split_plan(problem, row->tile, smem, gpu);
-    num_blocks = split.num_slots * (problem.num_heads / split.packed_heads);
+    num_blocks = tiles_per_head * (problem.num_heads / split.packed_heads) * problem.num_tile_runs() * split.num_splits;
   }
   check_num_blocks("q", num_blocks);
   return {.variant = variant,

@@ -17,7 +17,7 @@ struct Gpu {
   int num_sms;
 };
 
-// How a kernel with few rows shares its work out (SplitParams); the others have one split, and SM80's one head in a
+// How a kernel shares its work out (SplitParams); those for many rows have, mostly, one split, and SM80's one head in a
 // tile.
 struct SplitPlan {
   int packed_heads = 1;

@@ -10,22 +10,32 @@ namespace {
 
 constexpr int kRows16 = 16;
 constexpr int kRows64 = 64;
-// Registers, 120 a lane, leave room for no more.
-constexpr int kMaxBlocksPerSm = 4;
 // What the driver takes of an SM's shared memory for each block.
 constexpr int kReservedSmem = 1024;
-// Launches of so many times what the GPU holds at once are not split, and the others into about so many.
-struct Waves {
-  int64_t enough;
-  int64_t target;
+
+// How kernels of one kind share keys out. Waves are launches of as many thread blocks as the GPU holds at once.
+struct Sharing {
+  int max_blocks_per_sm;  // for which there are registers
+  double waves_enough;    // launches of more are not split
+  double waves_wanted;    // the others into about so many
+  int min_keys;           // of a part: fewer take less time than the rest of a block's life
 };
 
-// Decoding lives on the memory's speed, which the last blocks of a launch must not leave unused. 64 rows need a
-// workspace four times as large, and compute.
-constexpr Waves waves_for(int tile_m) { return tile_m == kRows16 ? Waves{4, 2} : Waves{1, 1}; }
-
-// Fewer keys than these take less time than the rest of a block's life.
-constexpr int kMinKeysPerSplit = 256;
+constexpr Sharing sharing_of(Rows rows) {
+  switch (rows) {
+    case Rows::k16:
+      // Decoding lives on the memory's speed, which the last blocks of a launch must not leave unused. Lengths differ,
+      // and one block with a long request can outlast ten waves of blocks with short ones.
+      return {.max_blocks_per_sm = 4, .waves_enough = 16, .waves_wanted = 2, .min_keys = 256};
+    case Rows::k64:
+      // A workspace four times as large, and time that goes into computing.
+      return {.max_blocks_per_sm = 4, .waves_enough = 1, .waves_wanted = 1, .min_keys = 256};
+    default:
+      // Two parts of each tile must fit at once. 128 rows and 1024 keys take some 15 microseconds, of which the merge
+      // must be a small part.
+      return {.max_blocks_per_sm = 2, .waves_enough = 0.5, .waves_wanted = 1, .min_keys = 1024};
+  }
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -37,11 +47,14 @@ int64_t packed_heads_of(const Problem& problem) {
   return fits && problem.pack_gqa != PackGqa::kNever ? heads : 1;
 }
 
-// Keys that one row can see at most, and those that the other rows of an entry with so many queries see besides.
-int64_t most_visible_keys(const Problem& problem, int64_t queries) {
+// Tiles of keys that the rows of an entry with so many queries can see at most: one row sees the window, and the others
+// some besides.
+int64_t most_key_tiles(const Problem& problem, int64_t queries, int tile_n) {
   const int64_t rows_k = problem.rows_k;
-  if (problem.window_left < 0 || problem.window_right < 0) return rows_k;
-  return std::min(rows_k, std::min(problem.window_left, rows_k) + std::min(problem.window_right, rows_k) + queries);
+  const int64_t tiles = ceil_div(rows_k, tile_n);
+  if (problem.window_left < 0 || problem.window_right < 0) return tiles;
+  const int64_t keys = std::min(problem.window_left, rows_k) + std::min(problem.window_right, rows_k) + queries;
+  return std::min(tiles, ceil_div(keys, tile_n) + 1);  // a window begins and ends inside tiles
 }
 
 }  // namespace
@@ -54,38 +67,53 @@ int64_t queries_per_entry(const Problem& problem) {
 Rows choose_rows(const Problem& problem) {
   // Dropout's numbers are drawn for neighbouring queries of one head.
   if (problem.has_dropout || !problem.allows_few_rows) return Rows::kMany;
-  const bool forced = problem.num_splits > 1 || (problem.pack_gqa == PackGqa::kAlways && heads_per_kv(problem) > 1);
+  const bool packs = problem.pack_gqa == PackGqa::kAlways && heads_per_kv(problem) > 1;
   // With one split a row's bits may not depend on the other entries: nor may the choice of the kernel.
   if (problem.num_splits == 1 && problem.layout == Layout::kVarlen) {
-    return forced || problem.layout_k == Layout::kDense ? Rows::k64 : Rows::kMany;
+    return packs || problem.layout_k == Layout::kDense ? Rows::k64 : Rows::kMany;
   }
   const int64_t queries = queries_per_entry(problem);
   if (queries * packed_heads_of(problem) <= kRows16) return Rows::k16;
-  return forced || queries <= kRows64 ? Rows::k64 : Rows::kMany;
+  return packs || queries <= kRows64 ? Rows::k64 : Rows::kMany;
 }
 
-SplitPlan make_split_plan(const Problem& problem, const Tile& tile, int smem_bytes, const Gpu& gpu) {
+bool can_split(const Problem& problem, Rows rows) {
+  if (rows != Rows::kMany) return true;
+  return problem.allows_few_rows && !problem.has_dropout && problem.num_splits != 1;
+}
+
+SplitPlan make_split_plan(const Problem& problem, Rows rows, const Tile& tile, int smem_bytes, const Gpu& gpu) {
   SplitPlan plan;
-  plan.packed_heads = static_cast<int>(packed_heads_of(problem));
+  plan.packed_heads = rows == Rows::kMany ? 1 : static_cast<int>(packed_heads_of(problem));
   const int64_t packed_rows = problem.rows_q * plan.packed_heads;
   const int64_t row_tiles = problem.layout == Layout::kVarlen ? num_varlen_slots(packed_rows, problem.batch, tile.m)
                                                               : problem.batch * ceil_div(packed_rows, tile.m);
   const int64_t head_runs = problem.num_heads / plan.packed_heads;
+  const Sharing sharing = sharing_of(rows);
   const int64_t blocks_per_sm = (gpu.smem_limit + kReservedSmem) / (smem_bytes + kReservedSmem);
-  const Waves waves = waves_for(tile.m);
-  const int64_t resident = gpu.num_sms * std::clamp<int64_t>(blocks_per_sm, 1, kMaxBlocksPerSm);
-  plan.min_tiles = static_cast<int>(ceil_div(kMinKeysPerSplit, tile.n));
+  const int64_t wave = gpu.num_sms * std::clamp<int64_t>(blocks_per_sm, 1, sharing.max_blocks_per_sm);
+  plan.min_tiles = static_cast<int>(ceil_div(sharing.min_keys, tile.n));
   const auto most_splits = [&](int64_t queries) {
-    return ceil_div(ceil_div(most_visible_keys(problem, queries), tile.n) + 1, plan.min_tiles);
+    return ceil_div(most_key_tiles(problem, queries, tile.n), plan.min_tiles);
   };
+  // Where lengths vary, row_tiles bounds their number, and this is what it will be about.
+  const int64_t queries = queries_per_entry(problem);
+  const int64_t likely_row_tiles = problem.batch * ceil_div(queries * plan.packed_heads, int64_t{tile.m});
+  const double waves = static_cast<double>(likely_row_tiles * head_runs) / static_cast<double>(wave);
   plan.num_splits = problem.num_splits;
-  const bool is_short = most_splits(queries_per_entry(problem)) <= 1;
-  if (problem.num_splits == 0 && (is_short || row_tiles * head_runs >= waves.enough * resident)) {
+  const bool is_enough = waves > sharing.waves_enough || waves == 0.0;
+  if (problem.num_splits == 0 && (most_splits(queries) <= 1 || is_enough)) {
     plan.num_splits = 1;
+  } else if (problem.num_splits == 0 && rows == Rows::kMany) {
+    // Their registers leave no room for sharing out by lengths, and they have the shapes of prefilling: one request's
+    // chunk, or several of a kind.
+    plan.num_splits = static_cast<int>(
+        std::min<int64_t>({most_splits(queries), kMaxSplits, static_cast<int64_t>(sharing.waves_wanted / waves)}));
   }
   plan.num_slots = row_tiles * std::max(plan.num_splits, 1);
   if (plan.num_splits == 0) {
-    plan.target_slots = static_cast<int>(ceil_div(waves.target * resident, std::max<int64_t>(head_runs, 1)));
+    const double target = sharing.waves_wanted * static_cast<double>(wave) / std::max<double>(head_runs, 1);
+    plan.target_slots = std::max(static_cast<int>(target), 1);
     // All queries of a packed batch may be one entry's: the grid must hold its splits, too.
     const int64_t most = std::min<int64_t>(most_splits(problem.rows_q), kMaxSplits);
     plan.num_slots = std::min(row_tiles + plan.target_slots, row_tiles * most);

@@ -1,4 +1,4 @@
-// Which calls run in the kernels with few rows, and how those share their work out.
+// Which calls run in the kernels with few rows, and how those and others share keys out.
 #pragma once
 
 #include "plan/plan.h"
@@ -10,6 +10,9 @@ int64_t queries_per_entry(const Problem& problem);
 
 Rows choose_rows(const Problem& problem);
 
-SplitPlan make_split_plan(const Problem& problem, const Tile& tile, int smem_bytes, const Gpu& gpu);
+// Whether the kernels that a call runs in could split its keys.
+bool can_split(const Problem& problem, Rows rows);
+
+SplitPlan make_split_plan(const Problem& problem, Rows rows, const Tile& tile, int smem_bytes, const Gpu& gpu);
 
 }  // namespace flash_attn

@@ -25,13 +25,20 @@ struct VisibleKeys {
   }
 };
 
+struct KeySpan {
+  int begin;
+  int end;
+};
+
 // Tiles [begin, end) of keys, walked from the last to the first. Tiles [full_begin, full_end) are seen whole by every
-// row.
+// row. What the tiles hold outside of `seen` no row sees: it may be anything, NaN too, which even a probability of 0
+// would spread.
 struct KvRange {
   int begin;
   int end;
   int full_begin;
   int full_end;
+  KeySpan seen;
 
   __device__ bool is_empty() const { return begin >= end; }
   __device__ bool needs_mask(int n_idx) const { return n_idx < full_begin || n_idx >= full_end; }
@@ -40,7 +47,7 @@ struct KvRange {
   __device__ KvRange part(int idx, int count) const {
     const int64_t num_tiles = max(end - begin, 0);
     return {begin + static_cast<int>(num_tiles * idx / count), begin + static_cast<int>(num_tiles * (idx + 1) / count),
-            full_begin, full_end};
+            full_begin, full_end, seen};
   }
 };
 
@@ -49,8 +56,9 @@ template <int kTileM, int kTileN, class Keys>
 __device__ KvRange kv_range_of_rows(const Keys& keys, int m_begin, int num_rows) {
   const int m_last = min(m_begin + kTileM, num_rows) - 1;
   const auto tile_after = [](int key) { return (max(key, 0) + kTileN - 1) / kTileN; };
-  return {keys.begin(m_begin) / kTileN, tile_after(keys.end(m_last)), tile_after(keys.begin(m_last)),
-          max(keys.end(m_begin), 0) / kTileN};
+  const KeySpan seen{keys.begin(m_begin), keys.end(m_last)};
+  return {seen.begin / kTileN, tile_after(seen.end), tile_after(keys.begin(m_last)), max(keys.end(m_begin), 0) / kTileN,
+          seen};
 }
 
 template <Mask kMask, int kTileM, int kTileN>

@@ -85,13 +85,15 @@ struct DropoutParams {
   float rescale;  // 1 / (1 - p)
 };
 
-// Kernels with few rows. Rows of a tile are the queries of `packed_heads` neighbouring heads. A slot of the grid is a
-// tile of rows and one part of the keys that it sees; the parts' results are merged by a kernel of its own.
+// Kernels with few rows, and those with the general mask, whose num_splits is at least 1 and packed_heads 1. Rows of a
+// tile are the queries of `packed_heads` neighbouring heads. A slot of the grid is a tile of rows and one part of the
+// keys that it sees; the parts' results are merged by a kernel of its own.
 struct SplitParams {
   FastDivisor packed_heads;
   int num_slots;
   int num_splits;  // of each tile's keys; 0: thread blocks derive it from the lengths, entry by entry
-  // With num_splits 0: tiles of keys are shared out so that about so many slots have some, but no less than min_tiles.
+  // With num_splits 0: tiles of keys are shared out so that about so many slots have some, no more where that works
+  // out, but no less than min_tiles.
   int target_slots;
   int min_tiles;
   // Of each slot and run of packed heads: O (tile rows, head_dim_v) and LSE (tile rows). Null if nothing is split.

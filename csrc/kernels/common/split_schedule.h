@@ -17,7 +17,6 @@ struct SplitTile {
   int m_begin;  // first packed row within the entry
   int split_idx;
   int num_splits;
-  int64_t partial_idx;  // among the tiles of the workspace
 
   __device__ int num_rows() const { return seq.rows_q * rows.num_heads.divisor(); }
   __device__ int num_used_rows() const { return seq.seqlen_q * rows.num_heads.divisor(); }
@@ -97,40 +96,69 @@ __device__ inline int num_splits_of(const EntryWork& work, int64_t tiles_per_spl
   return static_cast<int>(min(max(splits, int64_t{1}), int64_t{kMaxSplits}));
 }
 
-// Each entry's keys are cut into parts of one common length, so that all thread blocks have about as much to do. Each
-// warp walks the batch on its own, every lane over a run of entries.
+// A lane's run of batch entries, each warp walking the batch on its own.
+struct LaneEntries {
+  int begin;
+  int end;
+};
+
+__device__ inline LaneEntries entries_of_lane(int num_entries, int lane) {
+  const int entries_per_lane = (num_entries + kLanes - 1) / kLanes;
+  const int begin = min(lane * entries_per_lane, num_entries);
+  return {begin, min(begin + entries_per_lane, num_entries)};
+}
+
+// How many longer parts are tried for all slots to fit at once.
+inline constexpr int kMaxTries = 3;
+
+// The common length of parts, in tiles, for which about target_slots have some: the shortest for which all fit at once
+// if a few tries find it, since one slot too many may cost as much time as all others; else their mean.
+// flash_attn/_schedule.py has the same in torch.
+template <class SlotsOfLane>
+__device__ int64_t find_part_length(const SplitParams& split, int64_t tiles, const SlotsOfLane& slots_of_lane) {
+  const int64_t target = split.target_slots;
+  const int64_t mean = max((tiles + target - 1) / target, static_cast<int64_t>(split.min_tiles));
+  int64_t length = mean;
+  for (int i = 0; i <= kMaxTries; ++i) {
+    const int64_t slots = warp_sum(slots_of_lane(length));
+    if (slots <= target) return length;
+    length = (length * slots + target - 1) / target;
+  }
+  return mean;
+}
+
+// Each entry's keys are cut into parts of one common length, so that all thread blocks have about as much to do.
 template <int kTileM, int kTileN>
 __device__ SlotRun find_run_by_lengths(const ForwardParams& params, int slot) {
   const SeqParams& seq = params.seq;
   // Packed rows past the last entry belong to entry `batch`, which has no keys.
   const int num_entries = seq.batch + (seq.cu_seqlens_q == nullptr ? 0 : 1);
-  const int entries_per_lane = (num_entries + kLanes - 1) / kLanes;
   const int lane = threadIdx.x % kLanes;
-  const int begin = min(lane * entries_per_lane, num_entries);
-  const int end = min(begin + entries_per_lane, num_entries);
+  const LaneEntries own = entries_of_lane(num_entries, lane);
   const auto work_of = [&](int entry) { return work_of_entry<kTileM, kTileN>(params, entry); };
 
   int64_t tiles = 0;
-  for (int entry = begin; entry < end; ++entry) {
+  for (int entry = own.begin; entry < own.end; ++entry) {
     const EntryWork work = work_of(entry);
     tiles += work.row_tiles * work.key_tiles;
   }
-  tiles = warp_sum(tiles);
-  const int target = params.split.target_slots;
-  const int64_t tiles_per_split = max((tiles + target - 1) / target, static_cast<int64_t>(params.split.min_tiles));
-
-  int64_t slots = 0;
-  for (int entry = begin; entry < end; ++entry) {
-    const EntryWork work = work_of(entry);
-    slots += work.row_tiles * num_splits_of(work, tiles_per_split);
-  }
+  const auto slots_of_lane = [&](int64_t tiles_per_split) {
+    int64_t slots = 0;
+    for (int entry = own.begin; entry < own.end; ++entry) {
+      const EntryWork work = work_of(entry);
+      slots += work.row_tiles * num_splits_of(work, tiles_per_split);
+    }
+    return slots;
+  };
+  const int64_t tiles_per_split = find_part_length(params.split, warp_sum(tiles), slots_of_lane);
+  const int64_t slots = slots_of_lane(tiles_per_split);
   int64_t first_slot = warp_sum_before(slots, lane);
   const bool is_here = slot >= first_slot && slot < first_slot + slots;
   const unsigned holders = __ballot_sync(kWholeWarp, is_here);
   if (holders == 0) return {num_entries, 0, 0};
-  SlotRun run{begin, first_slot, 0};
+  SlotRun run{own.begin, first_slot, 0};
   if (is_here) {
-    for (int entry = begin; entry < end; ++entry) {
+    for (int entry = own.begin; entry < own.end; ++entry) {
       const EntryWork work = work_of(entry);
       const int num_splits = num_splits_of(work, tiles_per_split);
       run = {entry, first_slot, num_splits};
@@ -159,8 +187,7 @@ __device__ SplitTile locate_split_tile(const ForwardParams& params, int block_id
                  .rows = {head_run * factor, split.packed_heads},
                  .m_begin = 0,
                  .split_idx = -1,
-                 .num_splits = run.num_splits,
-                 .partial_idx = block_idx};
+                 .num_splits = run.num_splits};
   const int64_t place = slot - run.first_slot;
   if (place < 0 || run.num_splits == 0) return tile;
   tile.seq = detail::entry_info(params.seq, run.entry);

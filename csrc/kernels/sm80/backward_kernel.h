@@ -47,15 +47,15 @@ __device__ void load_queries(const BackwardParams& params, const SeqInfo& seq, c
 
 // Starts the copies of the thread block's K and V.
 template <class Traits>
-__device__ void load_keys(const BackwardParams& params, const KeyTileCoord& tile,
+__device__ void load_keys(const BackwardParams& params, const KeyTileCoord& tile, const KeySpan& seen,
                           typename Traits::SharedStorage& smem) {
   using Element = typename Traits::Element;
   const SeqInfo& seq = tile.seq;
-  const TileLoader<Traits, Traits::kTileN, Traits::kHeadDim> load_k(
-      head_of<Element>(params.k, seq.batch_idx, seq.row_begin_k, tile.kv_head_idx), params.k.row_stride, seq.seqlen_k,
+  const TileLoader<Traits, Traits::kTileN, Traits::kHeadDim, RowsBetween> load_k(
+      head_of<Element>(params.k, seq.batch_idx, seq.row_begin_k, tile.kv_head_idx), params.k.row_stride, seen,
       params.heads.head_dim);
-  const TileLoader<Traits, Traits::kTileN, Traits::kHeadDimV> load_v(
-      head_of<Element>(params.v, seq.batch_idx, seq.row_begin_k, tile.kv_head_idx), params.v.row_stride, seq.seqlen_k,
+  const TileLoader<Traits, Traits::kTileN, Traits::kHeadDimV, RowsBetween> load_v(
+      head_of<Element>(params.v, seq.batch_idx, seq.row_begin_k, tile.kv_head_idx), params.v.row_stride, seen,
       params.heads.head_dim_v);
   load_k.load(tile.n_begin, make_tensor(make_smem_ptr(smem.k), typename Traits::SmemLayoutK{}));
   load_v.load(tile.n_begin, make_tensor(make_smem_ptr(smem.v), typename Traits::SmemLayoutV{}));
@@ -141,7 +141,7 @@ __device__ void backward_mainloop(const BackwardParams& params, const KeyTileCoo
   const int head_end = (tile.kv_head_idx + 1) * params.heads.num_heads_per_kv;
 
   QueryStep step{tile.kv_head_idx * params.heads.num_heads_per_kv, m_first};
-  load_keys<Traits>(params, tile, smem);
+  load_keys<Traits>(params, tile, {keys.begin(0), seq.seqlen_k}, smem);
   load_queries<Traits>(params, seq, step, smem, 0);
   cp_async_fence();
 

@@ -1,4 +1,4 @@
-// The SM80 forward kernel: one thread block computes one tile of query rows of one head.
+// The SM80 forward kernel: one thread block computes one tile of query rows of one head, or a part of its keys.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -7,14 +7,55 @@
 #include "kernels/common/params.h"
 #include "kernels/common/row_results.h"
 #include "kernels/common/seq_info.h"
+#include "kernels/common/split_schedule.h"
 #include "kernels/sm80/forward_mainloop.h"
 #include "kernels/sm80/forward_traits.h"
+#include "kernels/sm80/split_epilogue.h"
 #include "kernels/sm80/tile_loader.h"
 #include "kernels/sm80/tile_store.h"
 
 namespace flash_attn::sm80 {
 
 using namespace cute;
+
+// Kernels with the general mask may be told to split keys, of every tile into as many parts: the parts of a tile are a
+// whole grid of tiles apart. Nothing of this is worth a register in the main loop: it is read off the launch again.
+template <class Traits>
+__device__ int num_splits_of(const ForwardParams& params) {
+  return Traits::kMask == Mask::kGeneral ? params.split.num_splits : 1;
+}
+
+template <class Traits>
+__device__ int part_idx_of(const ForwardParams& params) {
+  return blockIdx.x / (gridDim.x / num_splits_of<Traits>(params));
+}
+
+template <class Traits>
+__device__ TileCoord locate_tile_or_part(const ForwardParams& params) {
+  int tile_idx = blockIdx.x;
+  if (num_splits_of<Traits>(params) > 1) tile_idx %= gridDim.x / num_splits_of<Traits>(params);
+  return locate_tile<Traits::kTileM>(params.seq, params.heads.num_heads, params.tiles_per_head, tile_idx);
+}
+
+// Stores one of several parts where SplitParams has it, and the first of an entry tells where they are.
+template <class Traits, class Softmax, class Reducer, class AccO>
+__device__ void store_part(const ForwardParams& params, const TileCoord& tile, Softmax& softmax, const Reducer& reducer,
+                           AccO& output) {
+  const SeqInfo& seq = tile.seq;
+  const int num_splits = num_splits_of<Traits>(params);
+  const int64_t row_tiles = detail::num_row_tiles<Traits::kTileM>(seq.rows_q, 1);
+  const int64_t first_slot = num_splits * (params.seq.cu_seqlens_q == nullptr
+                                               ? seq.batch_idx * row_tiles
+                                               : first_varlen_slot(seq.row_begin_q, seq.batch_idx, Traits::kTileM));
+  const int64_t slot = first_slot + part_idx_of<Traits>(params) * row_tiles + tile.m_begin / Traits::kTileM;
+  if (slot == first_slot && tile.head_idx == 0 && threadIdx.x == 0) {
+    params.split.entries[seq.batch_idx] = {static_cast<int>(first_slot), num_splits};
+  }
+  // The sinks join when the parts meet.
+  auto lse = softmax.finish(output, reducer, -INFINITY, 1.f);
+  clear_unused_rows<Traits::kTileM>(tile.m_begin, seq.seqlen_q, Traits::output_coords(), output, lse);
+  store_partial<Traits>(params, slot * params.heads.num_heads + tile.head_idx, seq.rows_q - tile.m_begin, output, lse);
+}
 
 template <class Traits, class Softmax, class Reducer, class AccO>
 __device__ void attend_to_keys(const ForwardParams& params, const TileCoord& tile, typename Traits::SharedStorage& smem,
@@ -24,16 +65,19 @@ __device__ void attend_to_keys(const ForwardParams& params, const TileCoord& til
   using Keys = VisibleKeys<Traits::kMask>;
   const SeqInfo& seq = tile.seq;
   const Keys keys{seq, params.window};
+  KvRange range = kv_range<Traits::kMask, Traits::kTileM, Traits::kTileN>(keys, tile.m_begin);
+  if (const int num_splits = num_splits_of<Traits>(params); num_splits > 1) {
+    range = range.part(part_idx_of<Traits>(params), num_splits);
+  }
   const QLoader load_q(head_of<Element>(params.q, seq.batch_idx, seq.row_begin_q, tile.head_idx), params.q.row_stride,
                        seq.seqlen_q, params.heads.head_dim);
-  const ForwardTile<HeadRows, Keys, QLoader> rows{
-      .seq = seq,
-      .rows = {tile.head_idx},
-      .m_begin = tile.m_begin,
-      .keys = keys,
-      .range = kv_range<Traits::kMask, Traits::kTileM, Traits::kTileN>(keys, tile.m_begin),
-      .kv_head_idx = tile.head_idx / params.heads.num_heads_per_kv,
-      .load_q = load_q};
+  const ForwardTile<HeadRows, Keys, QLoader> rows{.seq = seq,
+                                                  .rows = {tile.head_idx},
+                                                  .m_begin = tile.m_begin,
+                                                  .keys = keys,
+                                                  .range = range,
+                                                  .kv_head_idx = tile.head_idx / params.heads.num_heads_per_kv,
+                                                  .load_q = load_q};
   forward_mainloop<Traits>(params, rows, smem, softmax, reducer, tOrO);
 }
 
@@ -41,8 +85,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads) forward_kernel(const __grid_constant__ ForwardParams params) {
   auto& smem = dynamic_smem<typename Traits::SharedStorage>();
 
-  const TileCoord tile =
-      locate_tile<Traits::kTileM>(params.seq, params.heads.num_heads, params.tiles_per_head, blockIdx.x);
+  const TileCoord tile = locate_tile_or_part<Traits>(params);
   if (!tile.has_rows()) return;
 
   typename Traits::TiledMma mma;
@@ -52,11 +95,18 @@ __global__ void __launch_bounds__(Traits::kNumThreads) forward_kernel(const __gr
   const auto reducer = make_row_reducer<Traits>(smem);
   if (tile.has_used_rows()) attend_to_keys<Traits>(params, tile, smem, softmax, reducer, tOrO);
 
-  const float sink = params.sink.scores == nullptr ? -INFINITY : params.sink.scores[tile.head_idx];
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
-  auto lse = softmax.finish(output, reducer, sink, params.dropout.rescale);
   const SeqInfo& seq = tile.seq;
+  if (num_splits_of<Traits>(params) > 1) {
+    if (seq.batch_idx < params.seq.batch) {
+      store_part<Traits>(params, tile, softmax, reducer, output);
+      return;
+    }
+    if (part_idx_of<Traits>(params) > 0) return;  // rows of no entry are not merged
+  }
   const auto coords = Traits::output_coords();
+  const float sink = params.sink.scores == nullptr ? -INFINITY : params.sink.scores[tile.head_idx];
+  auto lse = softmax.finish(output, reducer, sink, params.dropout.rescale);
   clear_unused_rows<Traits::kTileM>(tile.m_begin, seq.seqlen_q, coords, output, lse);
   store_lse(params, tile, coords, lse);
   store_tile<Traits, typename Traits::TiledMma, Traits::kTileM, Traits::kHeadDimV>(

@@ -14,8 +14,8 @@
 #include "kernels/common/score.h"
 #include "kernels/sm80/forward_traits.h"
 #include "kernels/sm80/gemm.h"
+#include "kernels/sm80/kv_pipeline.h"
 #include "kernels/sm80/probabilities.h"
-#include "kernels/sm80/tile_loader.h"
 
 namespace flash_attn::sm80 {
 
@@ -33,29 +33,19 @@ struct ForwardTile {
   QLoader load_q;
 };
 
-// Accumulates O over the tiles of keys, the last first. K and V have one stage each: V(n) arrives while S = Q K(n)' is
-// computed, K(n - 1) while O += P V(n) is. Where few rows leave the time to memory, K(n - 1) sets out as soon as the
-// warps have met over the maxima of S.
+// Accumulates O over the tiles of keys, the last first.
 template <class Traits, class Tile, class Softmax, class Reducer, class AccO>
 __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, typename Traits::SharedStorage& smem,
                                  Softmax& softmax, const Reducer& reducer, AccO& tOrO) {
-  using Element = typename Traits::Element;
   constexpr int kTileM = Traits::kTileM;
   constexpr int kTileN = Traits::kTileN;
-  constexpr bool kKeysEarly = Traits::kFewRows && Traits::kWarpsN > 1;
   const SeqInfo& seq = tile.seq;
   const KvRange& range = tile.range;
   if (range.is_empty()) return;
 
   Tensor sQ = make_tensor(make_smem_ptr(smem.q_or_o), typename Traits::SmemLayoutQ{});
   Tensor sK = make_tensor(make_smem_ptr(smem.k), typename Traits::SmemLayoutK{});
-  Tensor sV = make_tensor(make_smem_ptr(smem.v), typename Traits::SmemLayoutV{});
   Tensor sVt = make_tensor(make_smem_ptr(smem.v), typename Traits::SmemLayoutVt{});
-
-  const KvTileLoader<Traits, Traits::kHeadDim> load_k(KvRows<Element>(params.k, params.page, seq, tile.kv_head_idx),
-                                                      seq.seqlen_k, params.heads.head_dim);
-  const KvTileLoader<Traits, Traits::kHeadDimV> load_v(KvRows<Element>(params.v, params.page, seq, tile.kv_head_idx),
-                                                       seq.seqlen_k, params.heads.head_dim_v);
 
   typename Traits::TiledMma mma;
   const auto thread_mma = mma.get_slice(threadIdx.x);
@@ -70,21 +60,13 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
   const Tensor tOsV = copy_v.get_slice(threadIdx.x).partition_S(sVt);
   const auto coords = Traits::score_coords();
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
-  const auto load_next_k = [&](int n) {
-    if (n > range.begin) load_k.load((n - 1) * kTileN, sK);
-    cp_async_fence();
-  };
 
+  KvPipeline<Traits> kv(params, seq, tile.kv_head_idx, range, smem);
   tile.load_q.load(tile.m_begin, sQ);
-  load_k.load((range.end - 1) * kTileN, sK);
-  cp_async_fence();
+  kv.start(range.end - 1);
 
   for (int n = range.end - 1; n >= range.begin; --n) {
-    cp_async_wait<0>();
-    __syncthreads();  // K(n) has landed, and every warp is done with V(n + 1)
-    load_v.load(n * kTileN, sV);
-    cp_async_fence();
-
+    kv.wait_for_k(n);
     Tensor tSrS = partition_fragment_C(mma, Shape<Int<kTileM>, Int<kTileN>>{});  // (MMA, MMA_M, MMA_N)
     clear(tSrS);
     gemm_smem_smem(mma, tSrS, tSrQ, tSrK, tSsQ, tSsK, copy_q, copy_k);
@@ -93,7 +75,7 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
     apply_score<Traits::kScore>(scores, coords, params.score, seq, tile.rows, tile.m_begin, n * kTileN);
     if (range.needs_mask(n)) apply_mask(scores, coords, tile.keys, tile.m_begin, n * kTileN);
     softmax.update(scores, output, reducer);
-    if constexpr (kKeysEarly) load_next_k(n);  // the reducer's barrier: every warp is done with K(n)
+    kv.on_maxima(n);
     if constexpr (Traits::kScore == Score::kGeneral && !Traits::kFewRows) {
       if (params.dropout.rng_state != nullptr) {
         DropoutMask(params.dropout, params.heads.num_heads, seq.batch_idx, tile.rows.head_idx)
@@ -102,11 +84,9 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
     }
     auto probabilities = Probabilities<Traits>::put(smem, tSrS);
 
-    cp_async_wait<(kKeysEarly ? 1 : 0)>();
-    __syncthreads();  // V(n) and the warps' shares of P are there, and every warp is done with K(n)
-    if constexpr (!kKeysEarly) load_next_k(n);
-
+    kv.wait_for_v(n);
     Probabilities<Traits>::multiply(tOrO, probabilities, tOrV, tOsV, copy_v);
+    kv.on_product(n);
   }
   __syncthreads();  // O leaves through the shared memory of Q
 }

@@ -60,17 +60,18 @@ __device__ void store_packed_output(const ForwardParams& params, const SplitTile
   }
 }
 
-// In float32, straight from the registers: a lane has pairs of columns, and four lanes a sector.
+// A part of the tile's first `num_rows`, the workspace's tile `tile_idx`, in float32, straight from the registers: a
+// lane has pairs of columns, and four lanes a sector.
 template <class Traits, class Output, class LseRows>
-__device__ void store_partial(const ForwardParams& params, const SplitTile& tile, const Output& output,
+__device__ void store_partial(const ForwardParams& params, int64_t tile_idx, int num_rows, const Output& output,
                               const LseRows& lse) {
-  const int64_t first_row = tile.partial_idx * Traits::kTileM;
+  const int64_t first_row = tile_idx * Traits::kTileM;
   const int head_dim_v = params.heads.head_dim_v;
   const auto coords = Traits::output_coords();
   CUTE_UNROLL
   for (int i = 0; i < size<0>(output); ++i) {
     const int row = get<0>(coords(i, 0));
-    if (tile.m_begin + row >= tile.num_rows()) continue;
+    if (row >= num_rows) continue;
     if (static_cast<int>(get<1>(coords(i, 0))) == 0) params.split.lse[first_row + row] = lse(i);
     float* target = params.split.o + (first_row + row) * head_dim_v;
     CUTE_UNROLL

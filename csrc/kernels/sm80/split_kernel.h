@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid
     // The sinks join when the parts meet.
     auto lse = softmax.finish(output, reducer, -INFINITY, 1.f);
     clear_unused_rows<Traits::kTileM>(tile.m_begin, tile.num_used_rows(), coords, output, lse);
-    store_partial<Traits>(params, tile, output, lse);
+    store_partial<Traits>(params, blockIdx.x, tile.num_rows() - tile.m_begin, output, lse);
     return;
   }
   auto lse = softmax.finish(output, reducer, sinks_of_rows<Softmax>(params, tile, coords), 1.f);

@@ -1,10 +1,10 @@
-// Brings tiles of rows from global to swizzled shared memory with cp.async. Rows past the sequence and columns past the
+// Brings tiles of rows from global to swizzled shared memory with cp.async. Rows out of bounds and columns past the
 // head dim are filled with zeros and not read.
 #pragma once
 
 #include <cute/tensor.hpp>
 
-#include "kernels/common/kv_rows.h"
+#include "kernels/common/kv_range.h"
 #include "kernels/common/params.h"
 #include "kernels/sm80/tile_types.h"
 
@@ -26,14 +26,38 @@ CUTE_DEVICE auto gmem_tile(Element* head, int64_t row_begin, int64_t row_stride)
                      make_layout(Shape<Int<kRows>, Int<kCols>>{}, make_stride(row_stride, _1{})));
 }
 
-template <class Traits, int kRows, int kCols>
+// The rows of a sequence.
+class RowsBelow {
+ public:
+  __device__ RowsBelow(int end) : end_(end) {}
+  __device__ bool contains(int row) const { return row < end_; }
+
+ private:
+  int end_;
+};
+
+// The rows of a sequence that are seen, of which there is one at least.
+class RowsBetween {
+ public:
+  __device__ RowsBetween(const KeySpan& seen) : begin_(seen.begin), count_(seen.end - seen.begin) {}
+  __device__ bool contains(int row) const {
+    return static_cast<unsigned>(row - begin_) < static_cast<unsigned>(count_);
+  }
+  __device__ int nearest(int row) const { return min(max(row, begin_), begin_ + count_ - 1); }
+
+ private:
+  int begin_;
+  int count_;
+};
+
+template <class Traits, int kRows, int kCols, class Bounds = RowsBelow>
 class TileLoader {
  public:
   using Element = typename Traits::Element;
   using TiledLoad = typename Traits::template Access<kCols>::TiledLoad;
 
-  __device__ TileLoader(const Element* head, int64_t row_stride, int num_rows, int num_cols)
-      : head_(head), row_stride_(row_stride), num_rows_(num_rows), num_cols_(num_cols) {}
+  __device__ TileLoader(const Element* head, int64_t row_stride, const Bounds& bounds, int num_cols)
+      : head_(head), row_stride_(row_stride), bounds_(bounds), num_cols_(num_cols) {}
 
   // Starts the copy of rows [row_begin, row_begin + kRows) to `smem`; the caller fences and waits.
   template <class SmemTensor>
@@ -44,7 +68,7 @@ class TileLoader {
     const Tensor coords = thread_copy.partition_S(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
     CUTE_UNROLL
     for (int m = 0; m < size<1>(target); ++m) {
-      const bool row_in = row_begin + static_cast<int>(get<0>(coords(0, m, 0))) < num_rows_;
+      const bool row_in = bounds_.contains(row_begin + static_cast<int>(get<0>(coords(0, m, 0))));
       CUTE_UNROLL
       for (int k = 0; k < size<2>(target); ++k) {
         const bool column_in = static_cast<int>(get<1>(coords(0, m, k))) < num_cols_;
@@ -56,7 +80,7 @@ class TileLoader {
  private:
   const Element* head_;
   int64_t row_stride_;
-  int num_rows_;
+  Bounds bounds_;
   int num_cols_;
 };
 
@@ -77,19 +101,15 @@ class ScatteredTileLoader {
     Tensor target = thread_copy.partition_D(smem);  // (CPY, CPY_M, CPY_K)
     const Tensor coords = thread_copy.partition_S(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
     constexpr int kRowsPerThread = decltype(size<1>(target))::value;
-    // All addresses before the first copy, so that the look-ups of a page table overlap.
-    const Element* row[kRowsPerThread];
     CUTE_UNROLL
     for (int m = 0; m < kRowsPerThread; ++m) {
-      row[m] = rows_.row(min(row_begin + static_cast<int>(get<0>(coords(0, m, 0))), num_rows_ - 1));
-    }
-    CUTE_UNROLL
-    for (int m = 0; m < kRowsPerThread; ++m) {
-      const bool row_in = row_begin + static_cast<int>(get<0>(coords(0, m, 0))) < num_rows_;
+      const int row_idx = row_begin + static_cast<int>(get<0>(coords(0, m, 0)));
+      const bool row_in = row_idx < num_rows_;
+      const Element* row = rows_.row(min(row_idx, num_rows_ - 1));
       CUTE_UNROLL
       for (int k = 0; k < size<2>(target); ++k) {
         const int column = get<1>(coords(0, m, k));
-        const Tensor source = make_tensor(make_gmem_ptr(row[m] + column), make_layout(shape(target(_, m, k))));
+        const Tensor source = make_tensor(make_gmem_ptr(row + column), make_layout(shape(target(_, m, k))));
         copy(TiledLoad{}.with(row_in && column < num_cols_), source, target(_, m, k));
       }
     }
@@ -97,35 +117,6 @@ class ScatteredTileLoader {
 
  private:
   Rows rows_;
-  int num_rows_;
-  int num_cols_;
-};
-
-// K or V. The test for pages is compiled only into the kernels that may meet them.
-template <class Traits, int kCols>
-class KvTileLoader {
- public:
-  using Element = typename Traits::Element;
-  static constexpr bool kMayHavePages = Traits::kMask == Mask::kGeneral;
-
-  __device__ KvTileLoader(const KvRows<Element>& rows, int num_rows, int num_cols)
-      : rows_(rows), num_rows_(num_rows), num_cols_(num_cols) {}
-
-  template <class SmemTensor>
-  __device__ void load(int row_begin, SmemTensor&& smem) const {
-    if constexpr (kMayHavePages) {
-      if (rows_.in_pages()) {
-        ScatteredTileLoader<Traits, Traits::kTileN, kCols, KvRows<Element>>(rows_, num_rows_, num_cols_)
-            .load(row_begin, smem);
-        return;
-      }
-    }
-    TileLoader<Traits, Traits::kTileN, kCols>(rows_.head(), rows_.row_stride(), num_rows_, num_cols_)
-        .load(row_begin, smem);
-  }
-
- private:
-  KvRows<Element> rows_;
   int num_rows_;
   int num_cols_;
 };

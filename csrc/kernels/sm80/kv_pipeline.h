@@ -1,0 +1,140 @@
+// When the tiles of K and V set out for shared memory, which holds one of each, and when they are there.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "kernels/common/params.h"
+#include "kernels/sm80/kv_tile_loader.h"
+
+namespace flash_attn::sm80 {
+
+using namespace cute;
+
+// The tiles of one head, of which step n takes the n-th of K and of V. Where they lie in pages, these are looked up a
+// step ahead.
+template <class Traits>
+class KvTiles {
+ public:
+  using Element = typename Traits::Element;
+  using KLoader = KvTileLoader<Traits, Traits::kHeadDim>;
+  using VLoader = KvTileLoader<Traits, Traits::kHeadDimV>;
+  static_assert(WarpRows<Traits, Traits::kHeadDim>::kRows == WarpRows<Traits, Traits::kHeadDimV>::kRows,
+                "a tile of V takes the pages that were looked up for K");
+
+  __device__ KvTiles(const ForwardParams& params, const SeqInfo& seq, int head_idx, const KvRange& range,
+                     typename Traits::SharedStorage& smem)
+      : load_k_(KvRows<Element>(params.k, params.page, seq, head_idx), bounds_of(seq, range), params.heads.head_dim),
+        load_v_(KvRows<Element>(params.v, params.page, seq, head_idx), bounds_of(seq, range), params.heads.head_dim_v),
+        smem_(smem),
+        last_step_(range.begin) {}
+
+  __device__ void look_up(int n) { page_ = load_k_.look_up(n * Traits::kTileN); }
+  __device__ void load_k(int n) const {
+    load_k_.load(n * Traits::kTileN, page_, make_tensor(make_smem_ptr(smem_.k), typename Traits::SmemLayoutK{}));
+    cp_async_fence();
+  }
+  // Nothing, where step n was the last.
+  __device__ void load_next_k(int n) const {
+    if (n > last_step_) {
+      load_k(n - 1);
+    } else {
+      cp_async_fence();
+    }
+  }
+  __device__ void load_v(int n) const {
+    load_v_.load(n * Traits::kTileN, page_, make_tensor(make_smem_ptr(smem_.v), typename Traits::SmemLayoutV{}));
+    cp_async_fence();
+  }
+  // Nothing, where step n was the last.
+  __device__ void load_next_v(int n) const {
+    if (n > last_step_) {
+      load_v(n - 1);
+    } else {
+      cp_async_fence();
+    }
+  }
+
+ private:
+  static __device__ typename KLoader::Bounds bounds_of(const SeqInfo& seq, const KvRange& range) {
+    if constexpr (Traits::kMask == Mask::kGeneral) {
+      return range.seen;
+    } else {
+      return seq.seqlen_k;
+    }
+  }
+
+  KLoader load_k_;
+  VLoader load_v_;
+  typename Traits::SharedStorage& smem_;
+  int last_step_;
+  int page_ = 0;  // that this lane knows of the tile that is loaded next
+};
+
+// V(n) arrives while S = Q K(n)' is computed, K(n - 1) while O += P V(n) is.
+template <class Traits>
+class LoadsInTurn {
+ public:
+  template <class... Args>
+  __device__ explicit LoadsInTurn(Args&&... args) : tiles_(args...) {}
+
+  // The caller's own copies before it land with the first K.
+  __device__ void start(int n) {
+    tiles_.look_up(n);
+    tiles_.load_k(n);
+  }
+  __device__ void wait_for_k(int n) {
+    cp_async_wait<0>();
+    __syncthreads();  // K(n) has landed, and every warp is done with V(n + 1)
+    tiles_.load_v(n);
+    tiles_.look_up(n - 1);
+  }
+  __device__ void on_maxima(int) {}
+  __device__ void wait_for_v(int n) {
+    cp_async_wait<0>();
+    __syncthreads();  // V(n) and the warps' shares of P are there, and every warp is done with K(n)
+    tiles_.load_next_k(n);
+  }
+  __device__ void on_product(int) {}
+
+ private:
+  KvTiles<Traits> tiles_;
+};
+
+// K and V are both under way nearly all the time: each sets out as soon as its space is free. Where few rows leave the
+// time to memory, and warps share rows, so that they meet over the maxima of S.
+template <class Traits>
+class LoadsAhead {
+ public:
+  template <class... Args>
+  __device__ explicit LoadsAhead(Args&&... args) : tiles_(args...) {}
+
+  // The caller's own copies before it land with the first K.
+  __device__ void start(int n) {
+    tiles_.look_up(n);
+    tiles_.load_k(n);
+    tiles_.load_v(n);
+  }
+  __device__ void wait_for_k(int n) {
+    tiles_.look_up(n - 1);
+    cp_async_wait<1>();
+    __syncthreads();  // K(n) has landed
+  }
+  __device__ void on_maxima(int n) { tiles_.load_next_k(n); }  // the reducer's barrier: every warp is done with K(n)
+  __device__ void wait_for_v(int) {
+    cp_async_wait<1>();
+    __syncthreads();  // V(n) and the warps' shares of P are there
+  }
+  __device__ void on_product(int n) {
+    __syncthreads();  // every warp is done with V(n) and P
+    tiles_.load_next_v(n);
+  }
+
+ private:
+  KvTiles<Traits> tiles_;
+};
+
+template <class Traits>
+using KvPipeline =
+    std::conditional_t<(Traits::kFewRows && Traits::kWarpsN > 1), LoadsAhead<Traits>, LoadsInTurn<Traits>>;
+
+}  // namespace flash_attn::sm80

@@ -1,0 +1,112 @@
+// Brings tiles of K and V, whose rows lie one after another or in pages.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "kernels/common/kv_range.h"
+#include "kernels/common/kv_rows.h"
+#include "kernels/sm80/tile_loader.h"
+
+namespace flash_attn::sm80 {
+
+using namespace cute;
+
+// Which rows of a tile a warp copies: in each pass kRows neighbouring ones, a lane its part of one of them. There are
+// no more than it has lanes, so that each lane knows one row's page, and the others ask it.
+template <class Traits, int kCols>
+struct WarpRows {
+  using Access = typename Traits::template Access<kCols>;
+  static constexpr int kRows = kThreadsPerWarp / Access::kThreadsPerRow;
+  static constexpr int kNumPasses = Traits::kTileN / Access::kRowsPerPass;
+  static_assert(kRows * kNumPasses <= kThreadsPerWarp, "a lane would have to know more than one page");
+
+  // The row within the tile whose page this lane knows.
+  static __device__ int known() {
+    const int lane = threadIdx.x % kThreadsPerWarp;
+    const int first = threadIdx.x / kThreadsPerWarp * kRows;
+    return min(lane / kRows, kNumPasses - 1) * Access::kRowsPerPass + first + lane % kRows;
+  }
+  // The lane that knows the page of the row that this one copies.
+  static __device__ int lane_that_knows(int pass) {
+    return pass * kRows + threadIdx.x % kThreadsPerWarp / Access::kThreadsPerRow;
+  }
+};
+
+// K or V. Pages, and keys that come before those that are seen, are met by kernels with the general mask only.
+template <class Traits, int kCols>
+class KvTileLoader {
+ public:
+  using Element = typename Traits::Element;
+  static constexpr bool kIsGeneral = Traits::kMask == Mask::kGeneral;
+  // Kernels for many rows have no registers for it (a hundred bytes of spills at head dims 64 and 128), and other work
+  // while a look-up takes its time.
+  static constexpr bool kLooksAhead = Traits::kFewRows;
+  using Bounds = std::conditional_t<kIsGeneral, RowsBetween, RowsBelow>;
+
+  __device__ KvTileLoader(const KvRows<Element>& rows, const Bounds& bounds, int num_cols)
+      : rows_(rows), bounds_(bounds), num_cols_(num_cols) {}
+
+  // What load() has to be told about the same tile: the page that this lane knows, if there are any. Nothing waits for
+  // it before load() does.
+  __device__ int look_up(int row_begin) const {
+    if constexpr (kLooksAhead) {
+      if (rows_.in_pages()) return rows_.page_of(bounds_.nearest(row_begin + WarpRows<Traits, kCols>::known()));
+    }
+    return 0;
+  }
+
+  // Starts the copy of the tile at `row_begin`; the caller fences and waits.
+  template <class SmemTensor>
+  __device__ void load(int row_begin, int page, SmemTensor&& smem) const {
+    if constexpr (kIsGeneral) {
+      if (rows_.in_pages()) {
+        load_from_pages(row_begin, page, smem);
+        return;
+      }
+    }
+    TileLoader<Traits, Traits::kTileN, kCols, Bounds>(rows_.head(), rows_.row_stride(), bounds_, num_cols_)
+        .load(row_begin, smem);
+  }
+
+ private:
+  template <class SmemTensor>
+  __device__ void load_from_pages(int row_begin, int page, SmemTensor&& smem) const {
+    using WarpRows = WarpRows<Traits, kCols>;
+    using TiledLoad = typename WarpRows::Access::TiledLoad;
+    const auto thread_copy = TiledLoad{}.get_slice(threadIdx.x);
+    Tensor target = thread_copy.partition_D(smem);  // (CPY, CPY_M, CPY_K)
+    const Tensor coords = thread_copy.partition_S(make_identity_tensor(Shape<Int<Traits::kTileN>, Int<kCols>>{}));
+    const auto row_of_pass = [&](int m) { return row_begin + static_cast<int>(get<0>(coords(0, m, 0))); };
+    // All look-ups before the first copy, so that they overlap.
+    int64_t offsets[WarpRows::kNumPasses];
+    if constexpr (kLooksAhead) {
+      const int64_t known = rows_.offset(bounds_.nearest(row_begin + WarpRows::known()), page);
+      CUTE_UNROLL
+      for (int m = 0; m < WarpRows::kNumPasses; ++m) {
+        offsets[m] = __shfl_sync(~0u, known, WarpRows::lane_that_knows(m));
+      }
+    } else {
+      CUTE_UNROLL
+      for (int m = 0; m < WarpRows::kNumPasses; ++m) {
+        const int key = bounds_.nearest(row_of_pass(m));
+        offsets[m] = rows_.offset(key, rows_.page_of(key));
+      }
+    }
+    CUTE_UNROLL
+    for (int m = 0; m < WarpRows::kNumPasses; ++m) {
+      CUTE_UNROLL
+      for (int k = 0; k < size<2>(target); ++k) {
+        const int column = get<1>(coords(0, m, k));
+        const Tensor source =
+            make_tensor(make_gmem_ptr(rows_.head() + offsets[m] + column), make_layout(shape(target(_, m, k))));
+        copy(TiledLoad{}.with(bounds_.contains(row_of_pass(m)) && column < num_cols_), source, target(_, m, k));
+      }
+    }
+  }
+
+  KvRows<Element> rows_;
+  Bounds bounds_;
+  int num_cols_;
+};
+
+}  // namespace flash_attn::sm80
