@@ -32,13 +32,20 @@ class Answer(NamedTuple):
     lse: torch.Tensor
     exact: reference.Attention
     low: reference.Attention
+    size: torch.Tensor | None  # reference.output_magnitude
+
+
+def oracle_answers(inputs):
+    """(exact, low, size) of an Answer. Scores are far more precise than outputs of 16 bits, which need no size."""
+    dtype = inputs.case.dtype
+    size = inputs.expected(dtype, attend=reference.output_magnitude) if dtype.itemsize > 2 else None
+    return inputs.expected(), naive(inputs), size
 
 
 @cache
 def declared_answers(case):
-    """(exact, low) of a case as it is declared: the same for every path and every option that is only a hint."""
-    inputs = build(case)
-    return inputs.expected(), naive(inputs)
+    """oracle_answers of a case as it is declared: the same for every path and every option that is only a hint."""
+    return oracle_answers(build(case))
 
 
 @cache
@@ -51,7 +58,7 @@ def declared_gradients(case):
 def answer_of(path, features, inputs, expected=None, **options):
     """The call's answer, or None where the path refuses it. Only what an append writes may have changed.
 
-    `expected` gives the oracle's (exact, low), where they don't depend on more than the case.
+    `expected` gives the oracle's answers, where they don't depend on more than the case.
     """
     before = {name: getattr(inputs, name).clone() for name in "qkv"}
     result = on_path(path, features, inputs, lambda: inputs.call(**options))
@@ -69,23 +76,21 @@ def answer_of(path, features, inputs, expected=None, **options):
         check_cache(inputs, before)
     if expected is not None:
         return Answer(out, lse, *expected())
-    fresh = replace(inputs, **before)
-    return Answer(out, lse, fresh.expected(), naive(fresh))
+    return Answer(out, lse, *oracle_answers(replace(inputs, **before)))
+
+
+def _assert_all_close(name, parts, **options):
+    """The tolerance rule, applied to all of (ours, exact, low, size or None) as if one call had given them."""
+    if len(parts) > 1:
+        parts = [[None if x[0] is None else torch.cat([y.flatten() for y in x]) for x in zip(*parts, strict=True)]]
+    assert_close(name, *parts[0], **options)
 
 
 def assert_right(*answers):
     """The tolerance rule, applied to all answers as if one call had given them."""
-
-    def judge(name, **options):
-        parts = [(getattr(a, name).cpu(), getattr(a.exact, name), getattr(a.low, name)) for a in answers]
-        if len(parts) == 1:
-            assert_close(name, *parts[0], **options)
-        else:
-            pooled = (torch.cat([x.flatten() for x in column]) for column in zip(*parts, strict=True))
-            assert_close(name, *pooled, **options)
-
-    judge("out")
-    judge("lse", allowance=lse_allowance(answers[0].out.dtype))
+    _assert_all_close("out", [(a.out.cpu(), a.exact.out, a.low.out, a.size) for a in answers])
+    allowance = lse_allowance(answers[0].out.dtype)
+    _assert_all_close("lse", [(a.lse.cpu(), a.exact.lse, a.low.lse, None) for a in answers], allowance=allowance)
 
 
 def check_forward(path, case, features=frozenset(), **options):
@@ -186,18 +191,15 @@ def oracle_gradients(inputs, dout, dlse):
     """What Gradients holds beside ours."""
     _, exact = gradients(inputs, dout, dlse, lambda x: x.expected(), torch.float64)
     _, low = gradients(inputs, dout, dlse, lambda x: x.expected(inputs.case.dtype))
-    sizes = reference.gradient_magnitudes(inputs.q, inputs.k, inputs.v, dout, dlse, **inputs.score, **inputs.layout)
+    options = inputs.score | inputs.layout | inputs.dropout
+    sizes = reference.gradient_magnitudes(inputs.q, inputs.k, inputs.v, dout, dlse, **options)
     return exact, low, sizes
 
 
 def assert_gradients_right(*answers):
     """The tolerance rule, applied to all answers as if one call had given them."""
     for name in answers[0].ours:
-        parts = [(a.ours[name].cpu(), a.exact[name], a.low[name], a.sizes.get(name)) for a in answers]
-        if len(parts) > 1:
-            columns = zip(*parts, strict=True)
-            parts = [[None if x[0] is None else torch.cat([y.flatten() for y in x]) for x in columns]]
-        assert_close(name, *parts[0])
+        _assert_all_close(name, [(a.ours[name].cpu(), a.exact[name], a.low[name], a.sizes.get(name)) for a in answers])
 
 
 def check_backward(path, case):

@@ -91,13 +91,16 @@ class Inputs:
             self.q, self.k, self.v, self.new_k, self.new_v, *self.rotary, **(layout | options)
         )
 
-    def expected(self, dtype=torch.float64, stored=None):
+    def expected(self, dtype=torch.float64, stored=None, attend=reference.attention):
         """The oracle's answer, computed in `dtype`; what rotary and append store is rounded to `stored`."""
         q, k, v, layout = self.q, self.k, self.v, dict(self.layout)
         if self.new_k is not None:
             q, k, v, layout = self.after_append(stored or dtype)
-        dropout = {"dropout_p": self.case.dropout_p, "rng_state": self.rng_state}
-        return reference.attention(q, k, v, dtype=dtype, **self.score, **layout, **dropout)
+        return attend(q, k, v, dtype=dtype, **self.score, **layout, **self.dropout)
+
+    @property
+    def dropout(self):
+        return {"dropout_p": self.case.dropout_p, "rng_state": self.rng_state}
 
     def where_cached(self):
         return {name: self.layout[name] for name in ("block_table", "cache_batch_idx") if name in self.layout}

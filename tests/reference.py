@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tolerance import floor_unit
 
 _PHILOX_ROUNDS = 10
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -251,31 +252,58 @@ def combine(out_partial, lse_partial):
     return (weights[..., None] * out_partial.masked_fill(weights[..., None] == 0, 0.0)).sum(dim=0), lse
 
 
-def gradient_magnitudes(q, k, v, dout, dlse=None, **options):
-    """How large the terms are that cancel in dq, dk and the sinks' gradient.
+def _exponent_sizes(q, k, v, softmax_scale=None, softcap=0.0, s_aux=None, **options):
+    """The relative error of a row of P that a rounding of S or LSE makes, in the floor's units: (..., H, 1).
 
-    A rounding of them survives in the result, however small that is.
+    It is a unit of rounding of the row's largest scale |q| |k|, the sum of the sizes of S's terms.
+    """
+    scale = abs(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    lse = attention(q.detach().abs(), k.detach().abs(), v.detach(), softmax_scale=scale, **options).lse
+    eps = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
+    return lse.abs().nan_to_num(posinf=0.0).movedim(-1, -2)[..., None] * (eps / floor_unit(q.dtype))
+
+
+def output_magnitude(q, k, v, **options):
+    """How large the terms are that roundings act on in O: P |v|, whose relative error is P's (_exponent_sizes)."""
+    return attention(q, k, v.abs(), **options).out * _exponent_sizes(q, k, v, **options)
+
+
+def gradient_magnitudes(q, k, v, dout, dlse=None, **options):
+    """How large the terms are that roundings act on, for each gradient, where they may exceed the gradient itself.
+
+    Some cancel, and a rounding of them survives in the result, however small that is.
     dS = P * (dP - delta) with delta = sum_d dO O, and O has been rounded. A relative error u of O is an error
     of about u * delta_size in every dS of its row, where delta_size = ||dO * O||; carried on to dq it is
-    scale * delta_size * P |k|, and likewise for dk. Dropout does not enter: P is what softmax gave.
+    scale * delta_size * P |k|, and likewise for dk. Dropout enters O alone: P is what softmax gave.
+
+    The others are exponents. P = exp(S - LSE), both of them rounded, and what P errs by (_exponent_sizes) every
+    gradient does. It counts where the gradients are as precise as S and LSE.
+
+    The size of a term is the error that it causes, in units of the floor that the gradient's dtype has.
     """
     plain_q, plain_k = q.detach().double().cpu(), k.detach().double().cpu()
-    sinks = options.get("s_aux")
-    sinks = None if sinks is None else sinks.detach().double().cpu()
-    options |= {"s_aux": sinks, "dropout_p": 0.0}
-    scale = q.shape[-1] ** -0.5 if options.get("softmax_scale") is None else options["softmax_scale"]
+    s_aux = options.get("s_aux")
+    sinks = None if s_aux is None else s_aux.detach().double().cpu()
+    options |= {"s_aux": sinks}
+    scale = abs(q.shape[-1] ** -0.5 if options.get("softmax_scale") is None else options["softmax_scale"])
     out, lse, _ = attention(plain_q, plain_k, v.detach(), **options)
+    options |= {"dropout_p": 0.0}
     size = (dout.double().cpu() * out).norm(dim=-1, keepdim=True)
     if dlse is not None:
         size = size + dlse.double().cpu().movedim(-1, -2).abs().nan_to_num()[..., None]
-    weights = scale * size
+    exponent = _exponent_sizes(q, k, v, **options)
+    weights = scale * size * (1 + exponent)
     key_size = plain_k.abs().requires_grad_()
     seen = attention(plain_q, plain_k, key_size, **options).out
     (dk,) = torch.autograd.grad(seen, key_size, (weights * plain_q.abs()).nan_to_num())
-    sizes = {"dq": weights * seen.detach(), "dk": dk}
+    value = plain_k.new_zeros(v.shape).requires_grad_()
+    arriving = (exponent * dout.double().cpu().abs()).nan_to_num()
+    (dv,) = torch.autograd.grad(attention(plain_q, plain_k, value, **options).out, value, arriving)
+    sizes = {"dq": weights * seen.detach(), "dk": dk, "dv": dv}
     if sinks is not None:
         sink_probs = torch.exp(sinks[:, None] - lse).masked_fill(lse == -math.inf, 0.0)
-        terms = sink_probs * size[..., 0].movedim(-1, -2)
+        terms = sink_probs * (size * (1 + exponent))[..., 0].movedim(-1, -2)
         # Roundings of different rows are independent, so they add up in quadrature.
-        sizes["ds_aux"] = terms.norm(dim=-1) if terms.dim() == 2 else terms.norm(dim=(0, -1))
+        total = terms.norm(dim=-1) if terms.dim() == 2 else terms.norm(dim=(0, -1))
+        sizes["ds_aux"] = total * (floor_unit(q.dtype) / floor_unit(s_aux.dtype))
     return sizes

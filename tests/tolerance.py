@@ -14,6 +14,11 @@ def _largest(x):
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
+def floor_unit(dtype):
+    """The floor of a result whose largest value is 1."""
+    return _FLOOR_ULPS[dtype] * torch.finfo(dtype).eps
+
+
 def lse_allowance(dtype):
     """LSE of 16-bit inputs is judged as a float32 result, but its exponentials may be fast ones.
 
@@ -30,7 +35,7 @@ def assert_close(name, ours, ref64, ref_low, magnitude=None, allowance=0.0):
     of the inputs: what a user would have got without this package. An exact algorithm may at most double its
     error, since it rounds at other places. The floor is a few units of rounding (_FLOOR_ULPS, in ours' dtype)
     of the largest value; without it a naive result that happens to be exact (one key, say) would demand
-    exactness. `magnitude` holds the size of terms that cancel in the result, if larger
+    exactness. `magnitude` holds the size of the terms that were rounded on the way, if larger than the result
     (reference.gradient_magnitudes).
     `allowance` is absolute, for LSE alone (lse_allowance).
 
@@ -49,7 +54,7 @@ def assert_close(name, ours, ref64, ref_low, magnitude=None, allowance=0.0):
     error = torch.where(infinite, zero, ours - ref64).abs()
     naive_error = _largest(torch.where(infinite, zero, ref_low - ref64))
     size = max(_largest(ref64), 0.0 if magnitude is None else _largest(magnitude.double()))
-    floor = _FLOOR_ULPS[ours_dtype] * torch.finfo(ours_dtype).eps * size
+    floor = floor_unit(ours_dtype) * size
     limit = 2 * naive_error + floor + allowance
     if error.numel() and error.max().item() > limit:
         worst = torch.unravel_index(error.argmax(), error.shape)

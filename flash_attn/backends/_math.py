@@ -102,7 +102,7 @@ def forward(piece: Piece, score: Score, q: Tensor, k: Tensor, v: Tensor) -> tupl
     for entries, block in work.blocks():
         scores, _ = work.scores(entries, block)
         block_lse = torch.logsumexp(scores, dim=-1)
-        p = scores.sub_(block_lse.unsqueeze(-1)).exp_()
+        p = torch.softmax(scores, dim=-1)  # exp(scores - block_lse) would hold the rounding of a large block_lse
         keep = work.keep(entries, block)
         if keep is not None:
             p.mul_(keep).mul_(score.kept_scale)
