@@ -1,4 +1,4 @@
-"""Kernels without a GPU: builds the package on the emulator and runs emulated.py and emulated_sm90.py with it."""
+"""Kernels without a GPU: builds the package on the emulator and runs the modules for it."""
 
 import os
 import subprocess
@@ -9,6 +9,8 @@ from repository import ROOT
 
 from build_support.emulator import build_emulator
 
+MODULES = ("emulated.py", "emulated_merge.py", "emulated_sm90.py")
+
 
 def test_emulated_kernels():
     try:
@@ -16,7 +18,7 @@ def test_emulated_kernels():
     except ImportError as reason:
         pytest.skip(f"the kernels can't be emulated: {reason}")
     # From tests/, where no flash_attn hides the emulated one.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "emulated.py", "emulated_sm90.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *MODULES]
     run = subprocess.run(
         command, cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(package)}, capture_output=True, text=True
     )

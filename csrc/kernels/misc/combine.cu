@@ -9,7 +9,8 @@ namespace flash_attn {
 namespace {
 
 constexpr int kNumThreads = 128;
-constexpr int kRowsPerBlock = kNumThreads / detail::kLanesOfRow;
+using Lanes = RowLanes<32>;
+constexpr int kRowsPerBlock = kNumThreads / Lanes::kCount;
 
 struct RowCoord {
   int64_t batch_idx;
@@ -26,23 +27,18 @@ __device__ Element* row_of(const RowOperand& operand, const RowCoord& at) {
 // One warp per row.
 template <class Part, class Out, int kColumns>
 __global__ void __launch_bounds__(kNumThreads) combine_kernel(const __grid_constant__ CombineParams params) {
-  const int lane = threadIdx.x % detail::kLanesOfRow;
   const int64_t num_rows = params.batch * params.num_rows * params.num_heads;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / detail::kLanesOfRow;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / Lanes::kCount;
   for (int64_t idx = first; idx < num_rows; idx += static_cast<int64_t>(gridDim.x) * kRowsPerBlock) {
     const int64_t run = idx / params.num_heads;
     const RowCoord at{run / params.num_rows, run % params.num_rows, idx % params.num_heads};
     const RowParts<Part> parts{row_of<Part>(params.part_out, at), params.part_out_stride,
                                row_of<float>(params.part_lse, at), params.part_lse_stride, params.num_parts};
-    const float lse = combined_lse(parts);
-    if (lane == 0) *row_of<float>(params.lse, at) = lse;
+    const float lse = combined_lse<Lanes>(parts);
+    if (Lanes::idx() == 0) *row_of<float>(params.lse, at) = lse;
     Out* const out = row_of<Out>(params.out, at);
-    for (int column = lane * kColumns; column < params.head_dim; column += detail::kLanesOfRow * kColumns) {
-      const FloatColumns<kColumns> sum = combined_columns<kColumns>(parts, lse, column);
-      ElementVector<Out, kColumns> rounded;
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) rounded.at[i] = from_float<Out>(sum.at[i]);
-      store_vector(out + column, rounded);
+    for (int column = 0; column < params.head_dim; column += Lanes::kCount * kColumns) {
+      combined_columns<Lanes, 1, kColumns>(parts, lse, column, params.head_dim).store(out, column, params.head_dim);
     }
   }
 }

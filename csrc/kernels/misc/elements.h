@@ -4,9 +4,21 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <bit>
 #include <cstdint>
+#include <type_traits>
 
 namespace flash_attn {
+
+namespace detail {
+
+// What one instruction stores so many bytes from.
+template <int kBytes>
+using WordsOf =
+    std::conditional_t<kBytes == 16, uint4,
+                       std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+
+}  // namespace detail
 
 // Moved in one instruction.
 template <class Element, int kCount>
@@ -21,7 +33,9 @@ __device__ ElementVector<Element, kCount> load_vector(const Element* from) {
 
 template <class Element, int kCount>
 __device__ void store_vector(Element* to, const ElementVector<Element, kCount>& vector) {
-  *reinterpret_cast<ElementVector<Element, kCount>*>(to) = vector;
+  // nvcc 13.0 stores 16-bit elements that were computed one by one, unless it is given words.
+  using Words = detail::WordsOf<sizeof(vector)>;
+  *reinterpret_cast<Words*>(to) = std::bit_cast<Words>(vector);
 }
 
 __device__ inline float to_float(float value) { return value; }

@@ -1,5 +1,8 @@
 // Not flash_attn_combine's kernel, though its arithmetic: a part lies in its thread block's slot, which depends on the
 // lengths, entries that were not split have none, and sinks join here.
+#include <algorithm>
+#include <type_traits>
+
 #include "kernels/common/seq_info.h"
 #include "kernels/common/start_kernel.h"
 #include "kernels/misc/combine_row.h"
@@ -10,7 +13,15 @@ namespace flash_attn {
 namespace {
 
 constexpr int kNumThreads = 256;
-constexpr int kColumns = 4;  // of a row, in one thread
+constexpr int kColumns = 4;  // that a lane loads at once
+// What an H200 holds at a time. Where rows are too few for so many, several groups of lanes share a row's parts.
+constexpr int64_t kThreadsEnough = 132 * 2048;
+
+// How the groups of lanes of all thread blocks share rows out: `num_shares` neighbouring ones have one.
+struct RowSharing {
+  int64_t num_rows;
+  int num_shares;
+};
 
 // One row of O: a query of a head.
 struct OutputRow {
@@ -19,9 +30,9 @@ struct OutputRow {
   int head_idx;
 };
 
-__device__ OutputRow locate_row(const ForwardParams& params, int block_idx) {
-  const int head_idx = block_idx % params.heads.num_heads;
-  const int row = block_idx / params.heads.num_heads;
+__device__ OutputRow locate_row(const ForwardParams& params, int64_t row_idx) {
+  const int head_idx = static_cast<int>(row_idx % params.heads.num_heads);
+  const int row = static_cast<int>(row_idx / params.heads.num_heads);
   const SeqParams& seq = params.seq;
   if (seq.cu_seqlens_q == nullptr) return {detail::entry_info(seq, row / seq.rows_q), row % seq.rows_q, head_idx};
   int low = 0;
@@ -61,55 +72,89 @@ __device__ RowParts<float> every_nth(const RowParts<float>& parts, int first, in
           parts.lse_stride * n, (parts.count - first + n - 1) / n};
 }
 
-template <class Element>
-__global__ void __launch_bounds__(kNumThreads)
-    merge_splits_kernel(const __grid_constant__ ForwardParams params, int tile_m) {
-  const OutputRow row = locate_row(params, blockIdx.x);
+// The parts of a row, or none where it is there already: rows of no entry, and entries in one part.
+__device__ RowParts<float> parts_to_merge(const ForwardParams& params, const OutputRow& row, int tile_m) {
   const SeqInfo& seq = row.seq;
-  // Rows of no entry, and entries in one part, have their results.
-  if (seq.batch_idx >= params.seq.batch || row.query < 0 || row.query >= seq.rows_q) return;
+  if (seq.batch_idx >= params.seq.batch || row.query < 0 || row.query >= seq.rows_q) return {};
   const RowParts<float> parts = find_parts(params, row, tile_m);
-  if (parts.count <= 1) return;
+  return parts.count > 1 ? parts : RowParts<float>{};
+}
 
-  const bool has_sink = params.sink.scores != nullptr && row.query < seq.seqlen_q;
-  const float lse = log_add_exp(combined_lse(parts), has_sink ? params.sink.scores[row.head_idx] : -INFINITY);
-  if (threadIdx.x == 0) {
-    params.lse.ptr[seq.batch_idx * params.lse.batch_stride + row.head_idx * params.lse.head_stride + seq.row_begin_q +
-                   row.query] = lse;
-  }
+// A group of lanes merges a row, or its share of the row's parts.
+template <class Element, class Lanes, int kPieces>
+__global__ void __launch_bounds__(kNumThreads)
+    merge_splits_kernel(const __grid_constant__ ForwardParams params, RowSharing sharing, int tile_m) {
+  using Columns = LaneColumns<Lanes, kPieces, kColumns>;
+  const int group = threadIdx.x / Lanes::kCount;
+  const int share = group % sharing.num_shares;
+  const int64_t rows_per_block = kNumThreads / Lanes::kCount / sharing.num_shares;
+  const int64_t row_idx = blockIdx.x * rows_per_block + group / sharing.num_shares;
+  const bool exists = row_idx < sharing.num_rows;
+  const OutputRow row = locate_row(params, exists ? row_idx : 0);
+  const RowParts<float> parts = exists ? parts_to_merge(params, row, tile_m) : RowParts<float>{};
+  const int head_dim_v = params.heads.head_dim_v;
 
-  // Threads take columns of the row, and where it is short, a share of the parts.
-  const int threads_per_share = params.heads.head_dim_v / kColumns;
-  const int num_shares = kNumThreads / threads_per_share;
-  const int share = threadIdx.x / threads_per_share;
-  const int column = threadIdx.x % threads_per_share * kColumns;
-  __shared__ FloatColumns<kColumns> sums[kNumThreads];
-  FloatColumns<kColumns> sum{};
-  if (share < num_shares) sum = combined_columns<kColumns>(every_nth(parts, share, num_shares), lse, column);
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (share > 0) return;
-  for (int other = 1; other < num_shares; ++other) {
-    const FloatColumns<kColumns>& addend = sums[threadIdx.x + other * threads_per_share];
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) sum.at[i] += addend.at[i];
+  const bool has_sink = params.sink.scores != nullptr && row.query < row.seq.seqlen_q;
+  const float lse = log_add_exp(combined_lse<Lanes>(parts), has_sink ? params.sink.scores[row.head_idx] : -INFINITY);
+  Columns sum =
+      combined_columns<Lanes, kPieces, kColumns>(every_nth(parts, share, sharing.num_shares), lse, 0, head_dim_v);
+  if (sharing.num_shares > 1) {
+    __shared__ Columns sums[kNumThreads];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int other = 1; share == 0 && other < sharing.num_shares; ++other) {
+      sum.add(sums[threadIdx.x + other * Lanes::kCount]);
+    }
   }
-  ElementVector<Element, kColumns> rounded;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) rounded.at[i] = from_float<Element>(sum.at[i]);
-  store_vector(static_cast<Element*>(params.o.ptr) + seq.batch_idx * params.o.batch_stride +
-                   (seq.row_begin_q + row.query) * params.o.row_stride + row.head_idx * params.o.head_stride + column,
-               rounded);
+  if (share > 0 || parts.count == 0) return;
+  const SeqInfo& seq = row.seq;
+  const int64_t row_of_tensor = seq.row_begin_q + row.query;
+  if (Lanes::idx() == 0) {
+    params.lse.ptr[seq.batch_idx * params.lse.batch_stride + row.head_idx * params.lse.head_stride + row_of_tensor] =
+        lse;
+  }
+  sum.store(static_cast<Element*>(params.o.ptr) + seq.batch_idx * params.o.batch_stride +
+                row_of_tensor * params.o.row_stride + row.head_idx * params.o.head_stride,
+            0, head_dim_v);
+}
+
+template <class Element, class Lanes, int kPieces>
+void start_merge(const ForwardParams& params, int64_t num_rows, int tile_m, cudaStream_t stream) {
+  constexpr int kNumGroups = kNumThreads / Lanes::kCount;
+  const int most_parts = params.split.num_splits > 0 ? params.split.num_splits : kMaxSplits;
+  int num_shares = 1;
+  while (2 * num_shares <= std::min(kNumGroups, most_parts) &&
+         2 * num_shares * num_rows * Lanes::kCount <= kThreadsEnough) {
+    num_shares *= 2;
+  }
+  const int rows_per_block = kNumGroups / num_shares;
+  const int num_blocks = static_cast<int>((num_rows + rows_per_block - 1) / rows_per_block);
+  start_kernel(&merge_splits_kernel<Element, Lanes, kPieces>, {num_blocks, kNumThreads, 0, stream}, params,
+               RowSharing{num_rows, num_shares}, tile_m);
+}
+
+// Calls `start(element, lanes, pieces)` with what a kernel for rows of so many columns is made from.
+template <class Element, class Start>
+void with_lanes(int head_dim_v, const Start& start) {
+  if (head_dim_v <= 16 * kColumns) return start(Element{}, RowLanes<16>{}, std::integral_constant<int, 1>{});
+  if (head_dim_v <= 32 * kColumns) return start(Element{}, RowLanes<32>{}, std::integral_constant<int, 1>{});
+  if (head_dim_v <= 64 * kColumns) return start(Element{}, RowLanes<32>{}, std::integral_constant<int, 2>{});
+  return start(Element{}, RowLanes<32>{}, std::integral_constant<int, 4>{});
 }
 
 }  // namespace
 
 cudaError_t launch_merge_splits(const ForwardParams& params, Dtype dtype, int tile_m, cudaStream_t stream) {
-  const bool is_dense = params.seq.cu_seqlens_q == nullptr;
-  const int num_rows = params.seq.rows_q * (is_dense ? params.seq.batch : 1) * params.heads.num_heads;
-  if (num_rows > 0) {
-    const auto kernel = dtype == Dtype::kFp16 ? &merge_splits_kernel<__half> : &merge_splits_kernel<__nv_bfloat16>;
-    start_kernel(kernel, {num_rows, kNumThreads, 0, stream}, params, tile_m);
+  const int64_t num_queries = int64_t{params.seq.rows_q} * (params.seq.cu_seqlens_q == nullptr ? params.seq.batch : 1);
+  const int64_t num_rows = num_queries * params.heads.num_heads;
+  if (num_rows == 0) return cudaSuccess;
+  const auto start = [&](auto element, auto lanes, auto pieces) {
+    start_merge<decltype(element), decltype(lanes), pieces>(params, num_rows, tile_m, stream);
+  };
+  if (dtype == Dtype::kFp16) {
+    with_lanes<__half>(params.heads.head_dim_v, start);
+  } else {
+    with_lanes<__nv_bfloat16>(params.heads.head_dim_v, start);
   }
   return cudaGetLastError();
 }
