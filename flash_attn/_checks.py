@@ -71,7 +71,12 @@ class ForwardCall(NamedTuple):
     def op_arguments(self) -> tuple[Any, ...]:
         return self[:NUM_OP_ARGUMENTS]
 
+    def with_seqused_k(self, seqused_k: Tensor) -> ForwardCall:
+        """As _replace, in half its time: every step that appends does this."""
+        return ForwardCall._make((*self[:_SEQUSED_K], seqused_k, *self[_SEQUSED_K + 1 :]))
 
+
+_SEQUSED_K = ForwardCall._fields.index("seqused_k")
 NUM_OP_ARGUMENTS = ForwardCall._fields.index("features")
 
 

@@ -39,7 +39,11 @@ class Append(NamedTuple):
 
 
 class KvCacheCall(NamedTuple):
-    """What flash_attn_with_kvcache does, in this order: append, rotate q, attend."""
+    """What flash_attn_with_kvcache does, in this order: append, rotate q, attend.
+
+    Where it appends, the lengths that `forward` attends to, its seqused_k, are those before: the append op returns the
+    others.
+    """
 
     forward: ForwardCall
     append: Append | None
@@ -97,7 +101,6 @@ def kvcache_call(
             k_cache, v_cache, k, v, rotary_cos, rotary_sin, lengths, cu_seqlens_k_new, cache_batch_idx, block_table,
             rotary_interleaved,
         )  # fmt: skip
-        lengths = lengths + (num_new if cu_seqlens_k_new is None else cu_seqlens_k_new.diff())
     elif lengths is None and block_table is not None:
         lengths = torch.full((batch,), capacity, dtype=torch.int32, device=q.device)
     sequences = Sequences(

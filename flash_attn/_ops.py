@@ -46,7 +46,7 @@ _SCHEMAS = {
     "cpu_append_kv": (
         "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor? rotary_cos, Tensor? rotary_sin, "
         "Tensor cache_seqlens, Tensor? cu_seqlens_k_new, Tensor? cache_batch_idx, Tensor? block_table, "
-        "bool rotary_interleaved) -> ()"
+        "bool rotary_interleaved) -> Tensor"
     ),
     "cpu_rotary": (
         "(Tensor x, Tensor cos, Tensor sin, Tensor offsets, Tensor? cu_seqlens, bool interleaved, bool advance) "
@@ -108,8 +108,11 @@ def _fake_attn_probs(
     return q.new_empty((batch, q.shape[-2], (rows + 127) // 128 * 128, (columns + 127) // 128 * 128))
 
 
-def _fake_append_kv(*_: Any, **__: Any) -> None:
-    return None
+def _fake_append_kv(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
+    cache_seqlens: Tensor, *_: Any, **__: Any,
+) -> Tensor:  # fmt: skip
+    return cache_seqlens.new_empty(cache_seqlens.shape)
 
 
 def _fake_rotary(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -352,16 +355,15 @@ def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def append_kv(path: str, arguments: tuple[Any, ...]) -> None:
-    """Writes new keys and values into the caches."""
+def append_kv(path: str, arguments: tuple[Any, ...]) -> Tensor:
+    """Writes new keys and values into the caches, and returns how many the entries have then."""
     direct = _is_plain(*arguments[:4])
     if path == "cpu":
-        (cpu.append_kv if direct else torch.ops.flash_attn.cpu_append_kv)(*arguments)
-    elif direct:
+        return (cpu.append_kv if direct else torch.ops.flash_attn.cpu_append_kv)(*arguments)
+    if direct:
         torch.autograd.graph.increment_version(arguments[:2])
-        _run_kernel("append_kv", *arguments)
-    else:
-        torch.ops.flash_attn.append_kv(*arguments)
+        return _run_kernel("append_kv", *arguments)
+    return torch.ops.flash_attn.append_kv(*arguments)
 
 
 def rotary(path: str, arguments: tuple[Any, ...]) -> Tensor:

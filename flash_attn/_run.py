@@ -29,7 +29,7 @@ def run_kvcache(call: KvCacheCall) -> Result:
     forward = call.forward
     path = _dispatch.choose_path(forward.q, forward.head_dim_v, forward.features)
     if call.append is not None:
-        _ops.append_kv(path, call.append)
+        forward = forward.with_seqused_k(_ops.append_kv(path, call.append))
     if call.rotate_q:
         forward = forward._replace(q=_ops.rotary(path, call.rotary_arguments()))
     out, lse = _ops.forward(path, forward)

@@ -42,6 +42,7 @@ FORWARD = (
     "cache-empty",
     "cache-paged",
     "cache-batch-idx",
+    "append-none",
     "append-varlen",
     "append-paged",
     "rotary-interleaved",

@@ -108,6 +108,15 @@ def test_strided_caches(path, case):
         assert_same_bits("out", ours[0], expected[0])
 
 
+@pytest.mark.parametrize("case", [case for case in cases.KVCACHE if case.new], ids=lambda case: case.id)
+def test_append_leaves_the_lengths_alone(path, case):
+    """The attention sees the new tokens; the caller's lengths are the caller's to advance."""
+    inputs = build(case, device_of(path))
+    lengths = inputs.layout["seqused_k"].clone()
+    if on_path(path, case.features, inputs, inputs.call) is not None:
+        assert_same_bits("cache_seqlens", inputs.layout["seqused_k"], lengths)
+
+
 def test_append_writes_through_strided_caches(path):
     plain = build(APPEND, device_of(path))
     expected = on_path(path, APPEND.features, plain, plain.call)

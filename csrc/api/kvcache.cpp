@@ -130,11 +130,11 @@ void check_tokens(const char* name, const Tensor& tokens, const char* cache_name
 
 }  // namespace
 
-void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
-               const std::optional<Tensor>& rotary_cos, const std::optional<Tensor>& rotary_sin,
-               const Tensor& cache_seqlens, const std::optional<Tensor>& cu_seqlens_k_new,
-               const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
-               bool rotary_interleaved) {
+Tensor append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+                 const std::optional<Tensor>& rotary_cos, const std::optional<Tensor>& rotary_sin,
+                 const Tensor& cache_seqlens, const std::optional<Tensor>& cu_seqlens_k_new,
+                 const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
+                 bool rotary_interleaved) {
   const Dtype dtype = dtype_of(k_cache);
   const int64_t batch = cache_seqlens.numel();
   check_batch(batch);
@@ -149,7 +149,9 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
   const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
   std::optional<RotaryTables> tables;
   if (rotary_cos) tables.emplace(*rotary_cos, *rotary_sin, k_cache, k_cache.size(3));
+  const Tensor lengths = allocate_like(cache_seqlens, {batch});
   const AppendParams params{.tokens = token_layout_of(k, batch, cu_seqlens_k_new),
+                            .lengths = static_cast<int*>(lengths.mutable_data_ptr()),
                             .k = token_operand_of(k),
                             .v = token_operand_of(v),
                             .k_cache = token_operand_of(k_cache),
@@ -162,6 +164,7 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
   const TokenAccess access = token_access_of({&k, &v, &k_cache, &v_cache});
   const cudaError_t error = launch_append_kv(params, dtype, access, current_stream(k_cache));
   check(error == cudaSuccess, "launching the append of k and v failed: ", cudaGetErrorString(error));
+  return lengths;
 }
 
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& offsets,

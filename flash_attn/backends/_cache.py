@@ -40,16 +40,20 @@ def append_kv(
     cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
     rotary_interleaved: bool,
-) -> None:
-    """Write token t of entry b at cache position cache_seqlens[b] + t, with k rotated at that position."""
+) -> Tensor:
+    """Write token t of entry b at cache position cache_seqlens[b] + t, with k rotated at that position.
+
+    Returns cache_seqlens plus the new tokens.
+    """
     k, v = k.detach(), v.detach()
     positions, end = token_positions(k, cache_seqlens, cu_seqlens_k_new, True)
     entries = torch.arange(cache_seqlens.shape[0], device=k.device)
     if cu_seqlens_k_new is None:
+        num_new = k.shape[1]
         entries = entries[:, None].expand_as(positions)
     else:
-        lengths = (cu_seqlens_k_new[1:] - cu_seqlens_k_new[:-1]).to(torch.int64)
-        entries = entries.repeat_interleave(lengths)
+        num_new = cu_seqlens_k_new.diff()
+        entries = entries.repeat_interleave(num_new.to(torch.int64))
         tokens = slice(end - positions.numel(), end)
         k, v = k[tokens], v[tokens]
     page_size = k_cache.shape[1]
@@ -66,6 +70,7 @@ def append_kv(
         _check_ids("cache_batch_idx", "at least 0 and below the cache's batch size", rows, k_cache.shape[0])
     k_cache[rows, positions] = k
     v_cache[rows, positions] = v
+    return cache_seqlens + num_new
 
 
 def combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,21 @@ __device__ CacheSlot find_slot(const AppendParams& params, const TokenCoord& tok
   return {true, page_idx, position % places.page_size, position};
 }
 
+// A length counts tokens that were dropped, too: it is what the caller said.
+__device__ void write_lengths(const AppendParams& params) {
+  const int* cu_seqlens = params.tokens.cu_seqlens;
+  for (int entry = threadIdx.x; entry < params.tokens.batch; entry += kTokenThreads) {
+    const int num_new =
+        cu_seqlens == nullptr ? static_cast<int>(params.tokens.num_rows) : cu_seqlens[entry + 1] - cu_seqlens[entry];
+    params.lengths[entry] = params.places.cache_seqlens[entry] + num_new;
+  }
+}
+
 // One thread block per token.
 template <class Element, int kColumns>
 __global__ void __launch_bounds__(kTokenThreads)
     append_kv_kernel(const __grid_constant__ AppendParams params, int64_t num_tokens) {
+  if (blockIdx.x == 0) write_lengths(params);
   for (int64_t idx = blockIdx.x; idx < num_tokens; idx += gridDim.x) {
     const TokenCoord token = locate_token(params.tokens, idx);
     const CacheSlot slot = find_slot(params, token);
@@ -57,10 +68,14 @@ __global__ void __launch_bounds__(kTokenThreads)
 }  // namespace
 
 cudaError_t launch_append_kv(const AppendParams& params, Dtype dtype, TokenAccess access, cudaStream_t stream) {
-  return launch_over_tokens(params.tokens.num_tokens(), dtype, access, [&](auto element, auto columns, int num_blocks) {
-    start_kernel(&append_kv_kernel<decltype(element), columns>, {num_blocks, kTokenThreads, 0, stream}, params,
-                 params.tokens.num_tokens());
-  });
+  if (params.tokens.batch == 0) return cudaSuccess;
+  const int64_t num_tokens = params.tokens.num_tokens();
+  const int64_t least = 1;  // thread block, for the lengths
+  return launch_over_tokens(std::max(num_tokens, least), dtype, access,
+                            [&](auto element, auto columns, int num_blocks) {
+                              start_kernel(&append_kv_kernel<decltype(element), columns>,
+                                           {num_blocks, kTokenThreads, 0, stream}, params, num_tokens);
+                            });
 }
 
 }  // namespace flash_attn

@@ -24,6 +24,7 @@ struct CachePlaces {
 
 struct AppendParams {
   TokenLayout tokens;
+  int* lengths;  // that the entries have then: the attention's, which would take a launch to compute
   TokenOperand k;
   TokenOperand v;
   TokenOperand k_cache;
@@ -35,6 +36,7 @@ struct AppendParams {
   int head_dim_v;
 };
 
+// Writes the lengths of all entries, even where there is no token to write.
 cudaError_t launch_append_kv(const AppendParams& params, Dtype dtype, TokenAccess access, cudaStream_t stream);
 
 }  // namespace flash_attn
