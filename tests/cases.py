@@ -53,9 +53,10 @@ class Case:
         if not self.recycled or self.window[0] < 0:
             return first
         num_rows = self.lens_q[entry] if self.seqused_q is None else self.seqused_q[entry]
-        last = self.lens_k[entry] if self.seqused_k is None else self.seqused_k[entry]
-        last += 0 if self.new is None else self.new[entry]
-        return max(first, last - num_rows - self.window[0]) if num_rows else last
+        stored = self.lens_k[entry] if self.seqused_k is None else self.seqused_k[entry]
+        last = stored + (0 if self.new is None else self.new[entry])
+        unseen = last - num_rows - self.window[0] if num_rows else last
+        return max(first, min(unseen, stored))  # an append writes its rows, seen or not
 
     @property
     def features(self):

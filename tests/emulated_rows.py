@@ -3,28 +3,15 @@
 `make emulate` builds the package with all kernels and runs this. A test fails where its kernel did not run.
 """
 
-import ctypes
-import re
-
 import checks
 import emulation
 import pytest
-import repository  # noqa: F401  (makes build_support importable)
 from cases import BF16, FP16, Case
+from emulated_kernels import built_kernels, key_of, launched_keys, name_of
 
-import flash_attn
-from build_support.options import load_variants
-from flash_attn import _dispatch, _extension
+from flash_attn import _dispatch
 
-VARIANTS = load_variants()
 DTYPES = {"fp16": FP16, "bf16": BF16}
-# The enumerators of csrc/variant/variant.h in their order, as a kernel's name has their numbers.
-ENUMERATORS = {
-    "Dtype": ("kFp16", "kBf16"),
-    "Mask": ("kFull", "kCausal", "kGeneral"),
-    "Score": ("kPlain", "kGeneral"),
-    "Rows": ("kMany", "k64", "k16"),
-}
 # What every score feature but dropout takes; dropout and softcap exclude each other. The sinks' gradient is a number a
 # head, of sums that inherit the rounding of O: sinks of O's precision are judged by that.
 SCORES = {"softcap": 4.0, "alibi": "batch", "sinks": BF16}
@@ -71,54 +58,13 @@ FORWARD = {
 NUM_SPLITS = (0, 1, 3)  # of kernels with few rows
 
 
-def _kernels():
-    """(group, dtype, options) of every kernel that the package has."""
-    build = _extension.build_info
-    groups = VARIANTS.groups(build.archs, build.head_dims, build.dtypes)
-    return [(group, dtype, options) for group in groups for dtype in group.dtypes for options in group.options]
-
-
-def _name(kernel):
-    group, dtype, options = kernel
-    short = "-".join(re.sub(r".*::k", "", option) for option in options)
-    return f"{group.file_name.removesuffix('.cu')}-{dtype}-{short}"
-
-
-def _key(kernel):
-    """What its launch function's name ends with: numbers, without the zeros at the end."""
-    group, dtype, options = kernel
-    numbers = [group.arch, ENUMERATORS["Dtype"].index(f"k{dtype.title()}"), *group.tile_row[:2]]
-    numbers.append(int(group.tile_row[2].removesuffix("KB")))
-    numbers += [ENUMERATORS[kind].index(name) for kind, name in (option.split("::") for option in options)]
-    return group.kind.name, _without_zeros(numbers)
-
-
-def _without_zeros(numbers):
-    while numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
-
-
-def _launched():
-    """The keys of the kernels that ran since the last call."""
-    take = ctypes.CDLL(flash_attn._C.__file__).flash_attn_take_launches
-    take.restype = ctypes.c_char_p
-    found = set()
-    for line in take().decode().splitlines():
-        match = re.search(r"launch_(forward|backward)<(.*)>\(", line)
-        if match:
-            variant = re.sub(r"\([^)]*\)", "", match[2])  # the enums' names
-            found.add((match[1], _without_zeros([int(number) for number in re.findall(r"\b\d+\b", variant)])))
-    return found
-
-
 def _cases(kernel):
     group, dtype, options = kernel
     declared = (FORWARD if group.kind.name == "forward" else BACKWARD)[options]
     qk, v, _ = group.tile_row
     for what, layout, lens_q, lens_k, more in declared:
         for dims in ((qk, v), (qk - 5, v - 7)):
-            yield Case(f"{_name(kernel)}-{what}-{dims[0]}x{dims[1]}", "this kernel's rows, tiles and columns", layout,
+            yield Case(f"{name_of(kernel)}-{what}-{dims[0]}x{dims[1]}", "this kernel's rows, tiles and columns", layout,
                        lens_q, lens_k, dims=dims, dtype=DTYPES[dtype], **more)  # fmt: skip
 
 
@@ -136,12 +82,12 @@ def shared_memory(monkeypatch):
     _dispatch._chosen.clear()
 
 
-@pytest.mark.parametrize("kernel", _kernels(), ids=_name)
+@pytest.mark.parametrize("kernel", built_kernels(), ids=name_of)
 def test_kernel(kernel, shared_memory):
     group, _, _ = kernel
     path = f"sm{group.arch}"
     shared_memory(group.tile_row[2])
-    _launched()
+    launched_keys()
     for case in _cases(kernel):
         if group.kind.name == "backward":
             checks.check_backward(path, case)
@@ -151,4 +97,4 @@ def test_kernel(kernel, shared_memory):
                 checks.check_forward(path, case, features, num_splits=num_splits)
         else:
             checks.check_forward(path, case)
-        assert _key(kernel) in (launched := _launched()), f"{case.id} ran on {launched}"
+        assert key_of(kernel) in (launched := launched_keys()), f"{case.id} ran on {launched}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import BF16
 from emulated import CASES
+from emulated_kernels import take_launches
 from tolerance import assert_same_bits
 
 import flash_attn
@@ -69,13 +70,6 @@ FAULTS = {
     "write_without_a_turn": "writes byte .*, with no barrier between",
     "take_registers_that_others_have": "4 for registers that others have",
 }
-
-
-def take_launches():
-    """The launch functions that were called since."""
-    library = ctypes.CDLL(flash_attn._C.__file__)
-    library.flash_attn_take_launches.restype = ctypes.c_char_p
-    return library.flash_attn_take_launches().decode()
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 """
 
 import argparse
+import json
 import os
 import sys
 import threading
 import time
-from collections import Counter
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import hypothesis
 import torch
@@ -22,11 +23,13 @@ from checks import (
     output_gradients,
     poisoned,
 )
-from emulation import IS_EMULATED, can_run
+from emulated_kernels import launched_keys
+from emulation import IS_EMULATED, SMEM_BYTES, can_run
+from fuzz_report import Failure, Tally, describe, reproducer, summary, traits
 from harness import GPU_PATHS, build, device_of
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from memory import allocate, gaps, place
-from strategies import EDGES, EMULATED, Call, calls
+from strategies import EDGES, EMULATED, EMULATED_SM90, HEAD_DIMS, KINDS, calls, dims_in
 
 import flash_attn
 from flash_attn import _dispatch
@@ -36,7 +39,6 @@ _LOOSE = 77  # what a loose max_seqlen is too large by
 _SECONDS_TO_SHRINK = 60
 _SECONDS_OF_A_HANG = 1800 if IS_EMULATED else 120
 _SECONDS_PER_LINE = 5.0
-_BUCKETS = (32, 64, 96, 128, 192, 256, 512)
 
 
 class Stop(BaseException):
@@ -44,21 +46,18 @@ class Stop(BaseException):
 
 
 @dataclass(frozen=True)
-class Failure:
-    path: str
-    call: Call
-    error: str
+class Options:
+    """Which calls a run draws, and where it checks them."""
 
+    paths: tuple
+    num_calls: int
+    kinds: tuple = KINDS
+    head_dims: tuple = ()  # buckets; none: as many of each as fits the machine
 
-@dataclass
-class Tally:
-    """What a run did."""
-
-    calls: int = 0  # each on every path
-    served: int = 0  # answers that were compared
-    counts: Counter = field(default_factory=Counter)  # of the served calls, per feature
-    running: tuple | None = None  # (path, call, when it started)
-    failure: Failure | None = None
+    @property
+    def sizes(self):
+        sizes = EDGES if not IS_EMULATED else EMULATED_SM90 if self.paths == ("sm90",) else EMULATED
+        return sizes._replace(dims=dims_in(self.head_dims)) if self.head_dims else sizes
 
 
 # ---- One call -------------------------------------------------------------------------------------------------
@@ -165,36 +164,24 @@ def check(path, call):
 # ---- Many calls -----------------------------------------------------------------------------------------------
 
 
-def _bucket(dims):
-    return next(f"head_dim to {bucket}" for bucket in _BUCKETS if max(dims) <= bucket)
-
-
-def _traits(call):
-    case = call.case
-    strided = [name for name in "qkv" if getattr(call, name) is not None]
-    found = [*call.features, case.layout, _bucket(case.dims), str(case.dtype)]
-    found += ["unequal head dims"] * (case.dims[0] != case.dims[1]) + ["odd strides"] * bool(strided)
-    found += ["strided out"] * (call.out is not None) + ["strided dout"] * (call.dout is not None)
-    found += [f"K and V share: {call.shared_kv}"] * (call.shared_kv is not None)
-    found += [f"metadata: {call.metadata}"] * (call.metadata is not None)
-    found += ["deterministic"] * call.deterministic + ["scale <= 0"] * (case.scale is not None and case.scale <= 0)
-    return {*found}
-
-
 def _is_fatal(error):
     """After these every CUDA call fails, so shrinking would end at an innocent call."""
     return "CUDA error" in str(error) or "out of memory" in str(error)
 
 
-def fuzz(paths, num_calls, seed, seconds=None, on_call=lambda tally: None):
+def fuzz(options, seed, seconds=None, on_call=lambda tally: None):
     """Draws calls and checks each on every path, until one fails or the number or the time is used up."""
-    tally = Tally()
-    deadline = None if seconds is None else time.monotonic() + seconds
-    served = None if "cpu" in paths else frozenset().union(*(_dispatch.PATHS[path].features for path in paths))
+    tally, started = Tally(), time.monotonic()
+    deadline = None if seconds is None else started + seconds
+    specs = [_dispatch.PATHS[path] for path in options.paths]
+    served = None if "cpu" in options.paths else frozenset().union(*(spec.features for spec in specs))
+    if IS_EMULATED:
+        os.environ["FLASH_ATTN_EMULATOR_SEED"] = str(seed)
+        launched_keys()
 
     @hypothesis.seed(seed)
     @settings(
-        max_examples=num_calls,
+        max_examples=options.num_calls,
         deadline=None,
         database=None,
         derandomize=False,
@@ -204,14 +191,14 @@ def fuzz(paths, num_calls, seed, seconds=None, on_call=lambda tally: None):
         phases=[Phase.generate, Phase.shrink],
         verbosity=Verbosity.quiet,
     )
-    @given(calls(served, EMULATED if IS_EMULATED else EDGES))
+    @given(calls(served, options.sizes, options.kinds))
     def check_one(call):
         nonlocal deadline
         if deadline is not None and time.monotonic() > deadline:
             raise Stop
         on_call(tally)
         tally.calls += tally.failure is None
-        for path in paths:
+        for path in options.paths:
             tally.running = path, call, time.monotonic()
             try:
                 is_served = check(path, call)
@@ -219,13 +206,14 @@ def fuzz(paths, num_calls, seed, seconds=None, on_call=lambda tally: None):
                 if tally.failure is None:
                     deadline = time.monotonic() + _SECONDS_TO_SHRINK
                 if tally.failure is None or not _is_fatal(error):
-                    tally.failure = Failure(path, call, f"{type(error).__name__}: {error}")
+                    tally.failure = Failure(path, call, f"{type(error).__name__}: {error}", seed)
                 if _is_fatal(error):
                     raise Stop from error
                 raise
             if is_served and tally.failure is None:
                 tally.served += 1
-                tally.counts.update(_traits(call))
+                tally.counts.update(traits(call))
+                tally.kernels.update(launched_keys() if IS_EMULATED else ())
 
     try:
         check_one()
@@ -235,36 +223,53 @@ def fuzz(paths, num_calls, seed, seconds=None, on_call=lambda tally: None):
         if tally.failure is None:
             raise
     tally.running = None
+    tally.seconds = time.monotonic() - started
     return tally
 
 
-# ---- Reports --------------------------------------------------------------------------------------------------
+# ---- Many seeds -----------------------------------------------------------------------------------------------
 
 
-def source_of(value):
-    """Python that makes the value; fields that have their defaults are left out."""
-    if is_dataclass(value):
-        given = [(f.name, getattr(value, f.name)) for f in fields(value)]
-        defaults = {f.name: f.default for f in fields(value) if f.default is not MISSING}
-        changed = [(n, x) for n, x in given if n not in defaults or not (x is defaults[n] or x == defaults[n])]
-        parts = [f"{name}={source_of(x)}" for name, x in changed]
-        return f"{type(value).__name__}({', '.join(parts)})"
-    return repr(value)
+class Log:
+    """A file with a line for each seed that was run, so that a run that was stopped continues after the last one."""
+
+    def __init__(self, path, options):
+        self._path = None if path is None else Path(path)
+        # As the lines have it: JSON has no tuples.
+        self._options = json.loads(json.dumps(asdict(options) | {"smem_kb": IS_EMULATED and SMEM_BYTES // 1024}))
+
+    def done(self):
+        """{seed: Tally} of what was run with these options before."""
+        lines = self._path.read_text().splitlines() if self._path is not None and self._path.exists() else ()
+        entries = [entry for entry in map(json.loads, lines) if entry["options"] == self._options]
+        return {entry["seed"]: _tally_of(entry) for entry in entries}
+
+    def add(self, seed, tally):
+        if self._path is None:
+            return
+        entry = {"options": self._options, "seed": seed, "calls": tally.calls, "served": tally.served}
+        entry |= {"seconds": round(tally.seconds), "counts": tally.counts, "kernels": [*tally.kernels.items()]}
+        entry["failure"] = None if tally.failure is None else describe(tally.failure)
+        with self._path.open("a") as file:
+            print(json.dumps(entry), file=file)
 
 
-def reproducer(path, call):
-    """A script that repeats one call."""
-    return (
-        "cd tests && python - <<'END'\n"
-        "import torch; from math import inf, nan; from cases import Case; from memory import Memory\n"
-        "from strategies import Call; from fuzz import check\n"
-        f"print(check({path!r}, {source_of(call)}))\n"
-        "END"
-    )
+def _tally_of(entry):
+    tally = Tally(entry["calls"], entry["served"], seconds=entry["seconds"], failure=entry["failure"])
+    tally.counts.update(entry["counts"])
+    for key, count in entry["kernels"]:
+        tally.kernels[key if isinstance(key, str) else (key[0], tuple(key[1]))] += count
+    return tally
 
 
-def describe(failure):
-    return f"FAILED on {failure.path}: {failure.error}\n\n{reproducer(failure.path, failure.call)}"
+def _total(tallies):
+    total = Tally()
+    for tally in tallies:
+        total.calls, total.served = total.calls + tally.calls, total.served + tally.served
+        total.seconds += tally.seconds
+        total.counts.update(tally.counts)
+        total.kernels.update(tally.kernels)
+    return total
 
 
 def _watch(tally_of):
@@ -282,23 +287,55 @@ def _paths_here():
     return found if IS_EMULATED else [*found, "cpu"]
 
 
+def _list_of(values):
+    """Parses some of the values, separated by commas."""
+    kind = type(values[0])
+
+    def parse(text):
+        found = tuple(map(kind, text.split(",")))
+        if not {*found} <= {*values}:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(map(str, values))}, got {text!r}")
+        return found
+
+    return parse
+
+
+def _seeds(text):
+    """ "3", or "0-39"."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
 def _parse(arguments):
     parser = argparse.ArgumentParser(prog="fuzz.py", description=__doc__)
-    parser.add_argument("--calls", type=int, default=2000, help="how many calls to draw (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal calls (%(default)s)")
+    parser.add_argument("--calls", type=int, default=2000, help="how many calls to draw for each seed (%(default)s)")
+    parser.add_argument("--seed", type=_seeds, default="0", help="or first-last; equal ones draw equal calls (0)")
     parser.add_argument(
         "--path", choices=[*GPU_PATHS, "cpu"], help="the only path to check; else all that can run here"
     )
+    parser.add_argument("--kinds", type=_list_of(KINDS), default=KINDS, help=f"of {','.join(KINDS)}")
+    parser.add_argument("--head-dims", type=_list_of(HEAD_DIMS), default=(), help="only these buckets of head dims")
     parser.add_argument("--seconds", type=float, help="stop after this time")
+    parser.add_argument("--log", help="a file for each seed's counts; seeds that it has for equal options are not run")
     return parser.parse_args(arguments)
 
 
+def _command(arguments, seed):
+    parts = [f"--calls {arguments.calls} --seed {seed}"]
+    parts += [f"--path {arguments.path}"] if arguments.path else []
+    for name, values, default in (("kinds", arguments.kinds, KINDS), ("head-dims", arguments.head_dims, ())):
+        parts += [f"--{name} {','.join(map(str, values))}"] if values != default else []
+    return f"python tests/fuzz.py {' '.join(parts)}"
+
+
 def main(arguments=None):
-    options = _parse(arguments)
+    arguments = _parse(arguments)
     torch.set_num_threads(1)  # as in conftest.py
-    paths = [options.path] if options.path else _paths_here()
-    started = time.monotonic()
-    last_line = started
+    paths = (arguments.path,) if arguments.path else tuple(_paths_here())
+    options = Options(paths, arguments.calls, arguments.kinds, arguments.head_dims)
+    log = Log(arguments.log, options)
+    tallies = log.done()
+    started = last_line = time.monotonic()
     current = None
 
     def show(tally):
@@ -307,20 +344,28 @@ def main(arguments=None):
         if time.monotonic() - last_line > _SECONDS_PER_LINE:
             last_line = time.monotonic()
             state = "" if tally.failure is None else ", failed; looking for a simpler call"
-            print(f"{tally.calls} of {options.calls} calls, {last_line - started:.0f} s{state}", flush=True)
+            print(f"{tally.calls} of {options.num_calls} calls, {last_line - started:.0f} s{state}", flush=True)
 
     threading.Thread(target=_watch, args=(lambda: current,), daemon=True).start()
-    print(f"seed {options.seed} on {', '.join(paths)}", flush=True)
-    tally = fuzz(paths, options.calls, options.seed, options.seconds, show)
-    for name, count in sorted(tally.counts.items()):
-        print(f"{count:8d}  {name}")
-    seconds = time.monotonic() - started
-    print(f"{tally.calls} calls in {seconds:.0f} s, {tally.served} answers compared, seed {options.seed}")
-    path = f" --path {options.path}" if options.path else ""
-    print(f"again: python tests/fuzz.py --calls {options.calls} --seed {options.seed}{path}")
-    if tally.failure is not None:
-        print(describe(tally.failure))
-    return 0 if tally.failure is None else 1
+    for seed in arguments.seed:
+        if seed in tallies:
+            continue
+        left = None if arguments.seconds is None else arguments.seconds - (time.monotonic() - started)
+        if left is not None and left <= 0:
+            break
+        print(f"seed {seed} on {', '.join(paths)}", flush=True)
+        tallies[seed] = tally = fuzz(options, seed, left, show)
+        print(f"again: {_command(arguments, seed)}", flush=True)
+        if tally.failure is not None:
+            print(describe(tally.failure), flush=True)
+        if tally.failure is not None or left is None or tally.seconds < left:  # a seed that was cut short runs again
+            log.add(seed, tally)
+    total = _total(tallies.values())
+    print("\n".join(summary(total)))
+    print(f"{total.calls} calls in {total.seconds:.0f} s, {total.served} answers compared, {len(tallies)} seeds")
+    failed = [seed for seed, tally in tallies.items() if tally.failure is not None]
+    print(f"failed: seeds {', '.join(map(str, failed))}" if failed else "none failed")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

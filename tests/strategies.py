@@ -6,11 +6,15 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cases import BF16, FP16, FP32, FP64, Case
+from hypothesis import assume
 from hypothesis import strategies as st
 from memory import Memory
 
 _FEW_HEADS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (5, 1)]
 HEADS = st.sampled_from([*_FEW_HEADS, (6, 3), (7, 1), (12, 2), (17, 1)])
+
+
+HEAD_DIMS = (32, 64, 96, 128, 192, 256, 512)  # the buckets of head dims
 
 
 class Sizes(NamedTuple):
@@ -19,47 +23,85 @@ class Sizes(NamedTuple):
     length: st.SearchStrategy
     cached_queries: st.SearchStrategy  # rows of q of an entry that reads a cache
     capacity: st.SearchStrategy  # of a cache; at least 1
-    head_dim: st.SearchStrategy
+    dims: st.SearchStrategy  # (head_dim, head_dim_v)
     side: st.SearchStrategy  # of a window
     heads: st.SearchStrategy = HEADS
+    most_work: float = math.inf  # as work_of counts it
+
+
+def _equal_or_not(head_dim):
+    return st.one_of(head_dim.map(lambda d: (d, d)), st.tuples(head_dim, head_dim))
+
+
+@st.composite
+def dims_in(draw, buckets):
+    """(head_dim, head_dim_v), the larger of which lies in one of the buckets, often at an end of it."""
+    bucket = draw(st.sampled_from(buckets))
+    least = max((other for other in HEAD_DIMS if other < bucket), default=0) + 1
+    ends = {bucket, bucket - 8, bucket - 1, least, least + 7}
+    larger = draw(st.one_of(st.sampled_from(sorted(ends, reverse=True)), st.integers(least, bucket)))
+    other = draw(st.one_of(st.just(larger), st.just(larger), st.integers(1, larger)))
+    return (larger, other) if draw(st.booleans()) else (other, larger)
 
 
 SMALL = Sizes(
     length=st.one_of(st.integers(0, 10), st.integers(0, 90)),
     cached_queries=st.integers(1, 9),
     capacity=st.integers(1, 70),
-    head_dim=st.one_of(st.sampled_from([8, 16, 32, 64]), st.integers(1, 72)),
+    dims=_equal_or_not(st.one_of(st.sampled_from([8, 16, 32, 64]), st.integers(1, 72))),
     side=st.one_of(st.just(-1), st.integers(0, 40)),
 )
 _TILE_EDGES = [edge + by for edge in (16, 32, 64, 128) for by in (0, -1, 1)]
-_DIM_EDGES = [edge + by for edge in (32, 64, 96, 128, 192, 256, 512) for by in (0, -1, 1, -8, 8) if edge + by <= 512]
+_DIM_EDGES = [edge + by for edge in HEAD_DIMS for by in (0, -1, 1, -8, 8) if edge + by <= 512]
 # The sizes at which kernels change their ways: ends of tiles, ends of head-dim buckets.
 EDGES = Sizes(
     length=st.one_of(st.sampled_from([0, 1, *_TILE_EDGES]), st.integers(0, 70), st.integers(0, 300)),
     cached_queries=st.one_of(st.integers(0, 9), st.sampled_from(_TILE_EDGES)),
     capacity=st.one_of(st.sampled_from([1, *_TILE_EDGES]), st.integers(1, 70), st.integers(1, 300)),
-    head_dim=st.one_of(st.sampled_from(_DIM_EDGES), st.integers(1, 512)),
+    dims=_equal_or_not(st.one_of(st.sampled_from(_DIM_EDGES), st.integers(1, 512))),
     side=st.one_of(st.sampled_from([-1, 0, 1, -3, 2**31 - 1, *_TILE_EDGES]), st.integers(0, 40), st.integers(0, 300)),
 )
-# What emulated kernels compute in a second or so: still several tiles of rows and of keys.
+# What emulated kernels compute in a few seconds: several tiles of rows and of keys, caches that are split by the
+# planner's own choice, and large head dims seldom.
 EMULATED = Sizes(
-    length=st.one_of(st.sampled_from([0, 1, *_TILE_EDGES]), st.integers(0, 70), st.integers(0, 140)),
+    length=st.one_of(st.sampled_from([0, 1, *_TILE_EDGES]), st.integers(0, 70), st.integers(0, 200)),
     cached_queries=st.one_of(st.integers(0, 9), st.sampled_from(_TILE_EDGES[:9])),
-    capacity=EDGES.capacity,
-    head_dim=EDGES.head_dim,
-    side=EDGES.side,
-    heads=st.sampled_from([*_FEW_HEADS, (17, 1)]),
+    capacity=st.one_of(
+        st.sampled_from([1, *_TILE_EDGES]), st.integers(1, 300), st.integers(1, 300), st.integers(300, 1300)
+    ),
+    dims=dims_in([64, 64, 64, 64, 32, 32, 128, 128, 128, 96, 192, 256, 512]),
+    side=st.one_of(
+        st.sampled_from([-1, 0, 1, -3, 2**31 - 1, *_TILE_EDGES]), *[st.integers(0, 40)] * 2, st.integers(0, 150)
+    ),
+    heads=st.sampled_from([*_FEW_HEADS, (8, 2), (17, 1)]),
+    most_work=2e7,
 )
+
+
+# SM90's kernels leave calls with few rows to SM80's.
+EMULATED_SM90 = EMULATED._replace(
+    length=st.one_of(st.sampled_from([0, *_TILE_EDGES[6:]]), st.integers(60, 200), st.integers(60, 200)),
+    cached_queries=st.one_of(st.sampled_from(_TILE_EDGES[6:]), st.integers(65, 140)),
+    capacity=st.one_of(st.sampled_from(_TILE_EDGES), st.integers(1, 300)),
+)
+
+
+def work_of(case, backward=False):
+    """About how many multiplications the kernels do, tiles of 64 rows and keys being whole."""
+    packed = case.heads[0] // case.heads[1] if case.layout == "kvcache" else 1
+    tiles = [(-(-rows * packed // 64), -(-keys // 64)) for rows, keys in zip(case.lens_q, case.lens_k, strict=True)]
+    pairs = sum(rows * keys * 64 * 64 for rows, keys in tiles)
+    bucket = next(bucket for bucket in HEAD_DIMS if max(case.dims) <= bucket)
+    return pairs * (case.heads[0] // packed) * 2 * bucket * (4 if backward else 1)
 
 
 @st.composite
 def scores(draw, sizes=SMALL):
     """The options of a case that concern its scores."""
-    dims = draw(st.one_of(sizes.head_dim.map(lambda d: (d, d)), st.tuples(sizes.head_dim, sizes.head_dim)))
     dropout_p = draw(st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.6]))
     return {
         "heads": draw(sizes.heads),
-        "dims": dims,
+        "dims": draw(sizes.dims),
         "dtype": draw(st.sampled_from([BF16, FP16, FP32, FP64])),
         "causal": draw(st.booleans()),
         "window": draw(st.one_of(st.just((-1, -1)), st.tuples(sizes.side, sizes.side))),
@@ -98,7 +140,7 @@ def _pairs_of_lengths(draw, sizes):
     return tuple(zip(*pairs, strict=True))
 
 
-PAGES = st.one_of(st.sampled_from([1, 2, 7, 16, 64]), st.integers(1, 300))
+PAGES = st.one_of(st.sampled_from([1, 1, 2, 7, 16, 64]), st.integers(1, 20), st.integers(1, 300))
 
 
 @st.composite
@@ -123,7 +165,7 @@ def cached(draw, sizes=SMALL):
     batch, capacity = draw(st.integers(1, 3)), draw(sizes.capacity)
     options = draw(scores(sizes)) | {"dropout_p": 0.0, "lse_grad": False}
     options["varlen_q"] = draw(st.booleans())
-    num_new = draw(st.sampled_from([None, 0, 1, min(4, capacity)]))
+    num_new = draw(st.sampled_from([None, 0, 1, min(4, capacity), min(19, capacity)]))
     if options["varlen_q"]:
         lens_q = tuple(draw(sizes.cached_queries) for _ in range(batch))
         new = None if num_new is None else tuple(draw(st.integers(0, num_new)) for _ in range(batch))
@@ -194,7 +236,7 @@ def _expandable(case, name, num_dims):
     if name != "q" and case.new is not None:
         return []
     lengths = (case.seqused_q, case.seqused_k, case.leftpad, case.cache_rows)
-    partly_unused = case.page is not None or any(given is not None for given in lengths)
+    partly_unused = case.page is not None or case.recycled or any(given is not None for given in lengths)
     # In float32 and float64 scores over a head_dim of stride 0 rounded up to four times as much as the naive ones.
     return range(num_dims - 2 if partly_unused else 0, num_dims - (case.dtype in (FP32, FP64)))
 
@@ -215,24 +257,36 @@ def _simplest(case, served):
         unserved["rotary"] = None
     if case.dtype in (FP32, FP64):
         unserved["dtype"] = BF16 if case.dtype is FP32 else FP16
+    if "dropout" not in served:
+        unserved["dropout_p"] = 0.0
     return replace(case, lengths_by_cu_seqlens_k=case.lengths_by_cu_seqlens_k and "paged" in served, **unserved)
 
 
+KINDS = ("forward", "backward", "cache")
+
+
 @st.composite
-def calls(draw, served=None, sizes=EDGES):
-    """A whole call. Given the features that a path serves, seven calls of eight use no others."""
-    layouts = [dense(sizes), varlen(sizes), cached(sizes), paged_varlen(sizes)]
+def calls(draw, served=None, sizes=EDGES, kinds=KINDS):
+    """A whole call of one of the kinds. Given the features that a path serves, seven calls of eight use no others."""
+    kind = draw(st.sampled_from(kinds))
+    layouts = {
+        "forward": [dense(sizes), varlen(sizes), paged_varlen(sizes)],
+        "backward": [dense(sizes), varlen(sizes)],
+        "cache": [cached(sizes)],
+    }[kind]
     case = replace(draw(st.one_of(layouts)), id="")
+    case = replace(case, recycled=case.window[0] >= 0 and draw(st.booleans()))
     num_splits = draw(st.sampled_from([0, 0, 1, 2, 3, 17, 256]))
     if num_splits > 17 and sum(case.lens_q) * case.heads[0] > 200:
         num_splits = 17  # each split keeps a copy of the output
     # In float32 the CPU path's backward is torch's own (scaled_dot_product_attention's), whose error is up to three
     # times that of the naive one where scores are large: exponentials good to 20 units in the last place.
-    backward = case.differentiable and case.dtype is not FP32 and draw(st.integers(0, 2)) > 0
+    backward = kind == "backward" and case.dtype is not FP32
     if served is not None and draw(st.integers(0, 7)):
         case = _simplest(case, served)
         num_splits = num_splits if "num_splits" in served else min(num_splits, 1)
         backward = backward and "backward" in served
+    assume(work_of(case, backward) <= sizes.most_work)
     packed_q = case.layout == "varlen" or case.varlen_q
     num_dims = {"q": 3 if packed_q else 4, "k": 3 if case.layout == "varlen" and case.page is None else 4}
     num_dims["v"] = num_dims["k"]
