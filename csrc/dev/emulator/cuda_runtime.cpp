@@ -1,5 +1,6 @@
 // What the host's code asks of CUDA and of torch's CUDA part.
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstdlib>
@@ -63,6 +64,24 @@ AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard)
   return AOTI_TORCH_SUCCESS;
 }
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
+
+// Memory of the host's own code is not zero by luck: it holds NaN, -1, until something is written.
+AOTITorchError aoti_torch_empty_strided(int64_t num_dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                        int32_t device_type, int32_t device_idx, AtenTensorHandle* tensor) {
+  static void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  static const auto allocate =
+      reinterpret_cast<decltype(&aoti_torch_empty_strided)>(dlsym(torch, "aoti_torch_empty_strided"));
+  const AOTITorchError error = allocate(num_dims, sizes, strides, dtype, device_type, device_idx, tensor);
+  void* memory = nullptr;
+  int64_t num_bytes = 0;
+  if (error != AOTI_TORCH_SUCCESS || aoti_torch_get_data_ptr(*tensor, &memory) != AOTI_TORCH_SUCCESS ||
+      aoti_torch_get_storage_size(*tensor, &num_bytes) != AOTI_TORCH_SUCCESS) {
+    return AOTI_TORCH_FAILURE;
+  }
+  constexpr int kAllBits = 0xFF;
+  std::memset(memory, kAllBits, num_bytes);
+  return AOTI_TORCH_SUCCESS;
+}
 
 }  // extern "C"
 
