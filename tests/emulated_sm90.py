@@ -29,7 +29,7 @@ DENSE = (
     "dim-512x512-bfloat16",
     "dim-64x512-bfloat16",
 )
-VARLEN = ("varlen-causal-gqa", "varlen-short-k-causal", "seqused-k", "varlen-alibi-batch", "leftpad")
+VARLEN = ("varlen-causal-gqa", "varlen-short-k-causal", "seqused-k", "varlen-alibi-batch", "leftpad", "varlen-recycled")
 MORE = (
     replace(CASES["empty-k-causal"], id="empty-k-70-causal", lens_q=(70, 70)),
     replace(CASES["scale-negative-causal"], id="scale-negative-70-causal", lens_q=(70,), lens_k=(90,)),

@@ -35,6 +35,19 @@ __device__ PackedTile locate_packed_tile(const ForwardParams& params, int idx) {
   return {detail::entry_info(seq, slot.entry), rows, slot.row_begin};
 }
 
+// The tile, with the first key that any of its rows sees as key 0: the copy engine fills nothing with zeros in front of
+// it, and what lies there may be anything, NaN too, which even a probability of 0 would spread.
+template <class Traits>
+__device__ PackedTile without_unseen_keys(const ForwardParams& params, PackedTile tile) {
+  using Keys = PackedKeys<Traits::kMask>;
+  if (Keys::kHasBegin && tile.has_used_rows()) {
+    const int first_seen = Keys{{tile.seq, params.window}, tile.rows}.begin(tile.m_begin);
+    tile.seq.row_begin_k += first_seen;
+    tile.seq.seqlen_k -= first_seen;
+  }
+  return tile;
+}
+
 // Tiles of keys that a tile of queries visits; none where no row is in use.
 template <class Traits>
 __device__ KvRange visited_keys(const ForwardParams& params, const PackedTile& tile) {
@@ -62,7 +75,7 @@ __device__ void for_each_tile(const ForwardParams& params, const TileOrder& orde
     const int partner = tiles_per_run - 1 - first;
     for (int position = first;; position = partner) {
       const PackedTile tile = locate_packed_tile<Traits::kTileM>(params, run_begin + position);
-      if (tile.has_rows()) work(tile);
+      if (tile.has_rows()) work(without_unseen_keys<Traits>(params, tile));
       if (!order.pairs || position >= partner) break;
     }
   }
