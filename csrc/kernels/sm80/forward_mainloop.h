@@ -73,7 +73,7 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
 
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
     apply_score<Traits::kScore>(scores, coords, params.score, seq, tile.rows, tile.m_begin, n * kTileN);
-    if (range.needs_mask(n)) apply_mask(scores, coords, tile.keys, tile.m_begin, n * kTileN);
+    if (range.needs_mask(n)) apply_mask(scores, Traits::mask_coords(), tile.keys, tile.m_begin, n * kTileN);
     softmax.update(scores, output, reducer);
     kv.on_maxima(n);
     if constexpr (Traits::kScore == Score::kGeneral && !Traits::kFewRows) {

@@ -64,6 +64,17 @@ struct ForwardTraits {
   // The (row, column) within the tile of each element that this lane holds of S and of O.
   static CUTE_DEVICE auto score_coords() { return accumulator_coords<TiledMma, kTileM, kTileN>(threadIdx.x); }
   static CUTE_DEVICE auto output_coords() { return accumulator_coords<TiledMma, kTileM, kHeadDimV>(threadIdx.x); }
+
+  // Those of S for a step that masks. From the thread's index as it always is, nvcc 13.0 works out before the main loop
+  // where each row's window begins and ends, and spills that: 28 bytes at head dim 64, 64 at 128. To be dropped once
+  // `ptxas -v` reports none without it. Few rows leave registers enough.
+  static CUTE_DEVICE auto mask_coords() {
+    if constexpr (kMask == Mask::kGeneral && !kFewRows) {
+      return accumulator_coords<TiledMma, kTileM, kTileN>(thread_idx_anew());
+    } else {
+      return score_coords();
+    }
+  }
 };
 
 }  // namespace flash_attn::sm80

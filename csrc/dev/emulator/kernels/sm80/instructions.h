@@ -64,6 +64,8 @@ void cp_async_wait() {
   }
 }
 
+inline int thread_idx_anew() { return threadIdx.x; }
+
 }  // namespace flash_attn::sm80
 
 namespace cute {
