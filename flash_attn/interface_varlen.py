@@ -49,7 +49,8 @@ def flash_attn_varlen_func(
         (num_pages, page_size, num_heads_k, head_dim) with block_table.
     v : Tensor, as k, with head_dim_v
     cu_seqlens_q : Tensor, (batch + 1,), int32
-        Where each sequence starts in q; does not decrease, ends at or below total_q.
+        Where each sequence starts in q; begins with 0, does not decrease, ends at or below total_q. Rows of no
+        sequence get out = 0 with lse -inf, and no gradient.
     cu_seqlens_k : Tensor, (batch + 1,), int32, optional
         The same for k. With block_table it gives the lengths alone, and seqused_k, if given, replaces it:
         then it may be None.

@@ -152,18 +152,15 @@ def output_gradients(inputs):
 
 
 def poisoned(inputs, dout, dlse):
-    """The same with NaN in the rows past seqused_q, where nothing that arrives may matter."""
+    """The same with NaN in the rows of no sequence and past seqused_q, where nothing that arrives may matter."""
     case = inputs.case
-    if case.seqused_q is None:
+    if "cu_seqlens_q" not in inputs.layout:
         return dout, dlse
-    dout, dlse = dout.clone(), None if dlse is None else dlse.clone()
-    start = 0
-    for length, used in zip(case.lens_q, case.seqused_q, strict=True):
-        dout[start + used : start + length] = math.nan
-        if dlse is not None:
-            dlse[:, start + used : start + length] = math.nan
-        start += length
-    return dout, dlse
+    starts = inputs.layout["cu_seqlens_q"].tolist()
+    used = torch.zeros(len(dout), dtype=torch.bool)
+    for start, length in zip(starts, case.seqused_q or case.lens_q, strict=False):
+        used[start : start + length] = True
+    return dout.masked_fill(~used[:, None, None], math.nan), None if dlse is None else dlse.masked_fill(~used, math.nan)
 
 
 class Gradients(NamedTuple):

@@ -66,7 +66,7 @@ class Options:
 def _inputs(path, call, number):
     """The call's inputs with their `number`th set of random numbers, laid out as it says, and its options."""
     case = replace(call.case, id=f"{call.case!r} {number}")
-    inputs = build(case, device_of(path), garbage=call.garbage)
+    inputs = _with_spare_rows(call, build(case, device_of(path), garbage=call.garbage))
     placed = {name: getattr(call, name) for name in "qkv"}
     placed = {name: place(getattr(inputs, name), memory) for name, memory in placed.items() if memory is not None}
     if call.shared_kv is not None:
@@ -77,6 +77,13 @@ def _inputs(path, call, number):
     if case.layout == "varlen" or case.varlen_q:
         options |= _max_seqlens(call)
     return replace(inputs, **placed), options
+
+
+def _with_spare_rows(call, inputs):
+    names = "qkv" if call.case.layout == "varlen" and call.case.page is None else "q"
+    rows = {name: getattr(inputs, name) for name in names if call.spare_rows}
+    spare = {name: x.new_full((call.spare_rows, *x.shape[1:]), call.garbage) for name, x in rows.items()}
+    return replace(inputs, **{name: torch.cat((rows[name], spare[name])) for name in rows})
 
 
 def _in_one_buffer(way, k, v):

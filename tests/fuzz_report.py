@@ -71,7 +71,7 @@ def traits(call):
     found += [f"K and V share: {call.shared_kv}"] * (call.shared_kv is not None)
     found += [f"metadata: {call.metadata}"] * (call.metadata is not None)
     found += ["deterministic"] * call.deterministic + ["scale <= 0"] * (case.scale is not None and case.scale <= 0)
-    found += ["gradient of LSE"] * case.lse_grad
+    found += ["gradient of LSE"] * case.lse_grad + ["rows after the last sequence"] * (call.spare_rows > 0)
     num_splits = f"{_MANY_SPLITS} or more" if call.num_splits >= _MANY_SPLITS else call.num_splits
     found += [f"num_splits {num_splits}", f"pack_gqa {call.pack_gqa}"]
     return {*found}

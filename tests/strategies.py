@@ -209,6 +209,7 @@ class Call:
 
     case: Case
     q: Memory | None = None
+    spare_rows: int = 0  # of packed q, k and v, after the last sequence
     # K and V as views of one buffer: "columns" of one row, "halves" of an entry or page, V the "prefix" of K's columns.
     shared_kv: str | None = None
     k: Memory | None = None
@@ -230,13 +231,14 @@ class Call:
         return self.case.features | {name for name, needed in more.items() if needed}
 
 
-def _expandable(case, name, num_dims):
+def _expandable(case, name, num_dims, has_spare_rows=False):
     """The dimensions that may have stride 0: none of a cache that is written, and of memory that is partly unused
     only heads and head_dim, since the unused part differs from one sequence to the next."""
     if name != "q" and case.new is not None:
         return []
     lengths = (case.seqused_q, case.seqused_k, case.leftpad, case.cache_rows)
-    partly_unused = case.page is not None or case.recycled or any(given is not None for given in lengths)
+    partly_unused = has_spare_rows or case.page is not None or case.recycled
+    partly_unused |= any(given is not None for given in lengths)
     # In float32 and float64 scores over a head_dim of stride 0 rounded up to four times as much as the naive ones.
     return range(num_dims - 2 if partly_unused else 0, num_dims - (case.dtype in (FP32, FP64)))
 
@@ -290,8 +292,9 @@ def calls(draw, served=None, sizes=EDGES, kinds=KINDS):
     packed_q = case.layout == "varlen" or case.varlen_q
     num_dims = {"q": 3 if packed_q else 4, "k": 3 if case.layout == "varlen" and case.page is None else 4}
     num_dims["v"] = num_dims["k"]
+    spare_rows = draw(st.sampled_from([0, 0, 0, 3, 70, 150])) if packed_q and case.new is None else 0
     placed = {
-        name: draw(st.one_of(st.none(), memories(count, _expandable(case, name, count))))
+        name: draw(st.one_of(st.none(), memories(count, _expandable(case, name, count, spare_rows > 0))))
         for name, count in num_dims.items()
     }
     metadata = draw(st.sampled_from([None, "own", "garbage"])) if case.layout == "kvcache" else None
@@ -299,11 +302,12 @@ def calls(draw, served=None, sizes=EDGES, kinds=KINDS):
     out = draw(st.one_of(st.none(), memories(num_dims["q"], last_is_dense=True))) if passes_out else None
     dout = None
     if backward:  # what is poisoned past seqused_q must not be repeated
-        expandable = range(case.seqused_q is not None, num_dims["q"])
+        expandable = range(case.seqused_q is not None or spare_rows > 0, num_dims["q"])
         dout = draw(st.one_of(st.none(), memories(num_dims["q"], expandable)))
     return Call(
         case if backward else replace(case, lse_grad=False),
         **placed,
+        spare_rows=spare_rows,
         shared_kv=draw(st.sampled_from([None, None, *_ways_to_share(case)])),
         passes_out=passes_out,
         out=out,
