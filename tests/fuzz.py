@@ -246,10 +246,10 @@ class Log:
         self._options = json.loads(json.dumps(asdict(options) | {"smem_kb": IS_EMULATED and SMEM_BYTES // 1024}))
 
     def done(self):
-        """{seed: Tally} of what was run with these options before."""
+        """{seed: Tally} of what was run with these options before, and did not fail."""
         lines = self._path.read_text().splitlines() if self._path is not None and self._path.exists() else ()
         entries = [entry for entry in map(json.loads, lines) if entry["options"] == self._options]
-        return {entry["seed"]: _tally_of(entry) for entry in entries}
+        return {entry["seed"]: _tally_of(entry) for entry in entries if entry["failure"] is None}
 
     def add(self, seed, tally):
         if self._path is None:
@@ -262,7 +262,7 @@ class Log:
 
 
 def _tally_of(entry):
-    tally = Tally(entry["calls"], entry["served"], seconds=entry["seconds"], failure=entry["failure"])
+    tally = Tally(entry["calls"], entry["served"], seconds=entry["seconds"])
     tally.counts.update(entry["counts"])
     for key, count in entry["kernels"]:
         tally.kernels[key if isinstance(key, str) else (key[0], tuple(key[1]))] += count
@@ -323,7 +323,7 @@ def _parse(arguments):
     parser.add_argument("--kinds", type=_list_of(KINDS), default=KINDS, help=f"of {','.join(KINDS)}")
     parser.add_argument("--head-dims", type=_list_of(HEAD_DIMS), default=(), help="only these buckets of head dims")
     parser.add_argument("--seconds", type=float, help="stop after this time")
-    parser.add_argument("--log", help="a file for each seed's counts; seeds that it has for equal options are not run")
+    parser.add_argument("--log", help="a file for each seed's counts; those that it has for equal options don't run")
     return parser.parse_args(arguments)
 
 
@@ -341,7 +341,7 @@ def main(arguments=None):
     paths = (arguments.path,) if arguments.path else tuple(_paths_here())
     options = Options(paths, arguments.calls, arguments.kinds, arguments.head_dims)
     log = Log(arguments.log, options)
-    tallies = log.done()
+    tallies = {seed: tally for seed, tally in log.done().items() if seed in arguments.seed}
     started = last_line = time.monotonic()
     current = None
 
