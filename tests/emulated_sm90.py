@@ -70,11 +70,22 @@ FAULTS = {
     "write_without_a_turn": "writes byte .*, with no barrier between",
     "take_registers_that_others_have": "4 for registers that others have",
 }
+# Faults of the kernel in csrc/dev/emulator/faulty_kernels_clusters.cu, and what is said of each.
+CLUSTER_FAULTS = {
+    "none": "^$",
+    "starts_alone": "reads byte .* of block . of the cluster's shared memory|there is no barrier|was not fenced",
+    "leaves_at_once": "leaves while copies|leaves while others of the cluster may still|which has left",
+    "leaves_alone": "leaves while others of the cluster may still use its shared memory|which has left",
+    "releases_to_itself_only": "writes byte .*, which .*(still read|, with no barrier between)",
+    "releases_early": "writes byte .*, which .*(still read|, with no barrier between)",
+    "expects_its_own_bytes": f"{_TOO_EARLY}|for the mbarrier at byte",
+    "expects_nothing": f"{_TOO_EARLY}|for the mbarrier at byte",
+    "forgets_its_barrier": "256 for barrier 3; 256 for the cluster's barrier",
+}
 
 
-@pytest.fixture
-def ran(monkeypatch):
-    """The architectures of the forward kernels that run."""
+def record_launches(monkeypatch):
+    """The architectures of the forward kernels that run from now on."""
     archs, forward = set(), _ops.forward
 
     def recorded(path, call):
@@ -85,6 +96,11 @@ def ran(monkeypatch):
 
     monkeypatch.setattr(_ops, "forward", recorded)
     return archs
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    return record_launches(monkeypatch)
 
 
 def copies(q, k, v):
@@ -147,10 +163,19 @@ def test_strides_that_tma_cannot_take(what, ran):
     assert copies(q, k, v) == copied.get(what, []) and ran == {90}
 
 
+def said_of(function, name):
+    """What the emulator says of a kernel with a fault, which the function runs."""
+    run = getattr(ctypes.CDLL(flash_attn._C.__file__), function)
+    run.restype = ctypes.c_char_p
+    tensor = torch.ones(64, 64, dtype=torch.bfloat16)
+    return run(name.encode(), ctypes.c_void_p(tensor.data_ptr())).decode()
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found(name):
-    library = ctypes.CDLL(flash_attn._C.__file__)
-    library.flash_attn_run_faulty_sm90_kernel.restype = ctypes.c_char_p
-    tensor = torch.ones(64, 64, dtype=torch.bfloat16)
-    said = library.flash_attn_run_faulty_sm90_kernel(name.encode(), ctypes.c_void_p(tensor.data_ptr())).decode()
-    assert re.search(FAULTS[name], said)
+    assert re.search(FAULTS[name], said_of("flash_attn_run_faulty_sm90_kernel", name))
+
+
+@pytest.mark.parametrize("name", CLUSTER_FAULTS)
+def test_a_fault_of_a_cluster_is_found(name):
+    assert re.search(CLUSTER_FAULTS[name], said_of("flash_attn_run_faulty_cluster_kernel", name))

@@ -25,7 +25,7 @@ struct Copies {
 
 std::map<int, Copies> copies_of_threads;
 
-Copies& own_copies() { return copies_of_threads[thread_idx.x]; }
+Copies& own_copies() { return copies_of_threads[running_thread]; }
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "dev/emulator/cluster.h"
 #include "dev/emulator/memory_check.h"
 #include "dev/emulator/ordering.h"
 #include "dev/emulator/thread_block.h"
@@ -21,7 +22,7 @@ struct NamedBarrier {
 };
 
 struct Mbarrier {
-  void* at;
+  void* at = nullptr;
   int num_arrivals;  // of each phase
   int num_missing;
   int num_missing_bytes = 0;
@@ -33,18 +34,22 @@ struct Mbarrier {
   ordering::Knowledge passed;   // in those before
 };
 
-NamedBarrier named_barriers[kNumNamedBarriers];
-std::vector<Mbarrier> mbarriers;
+NamedBarrier named_barriers[kMaxClusterBlocks][kNumNamedBarriers];
+std::vector<Mbarrier> mbarriers[kMaxClusterBlocks];
 
 std::string name_of(const void* at) {
-  return "the mbarrier at byte " + std::to_string(static_cast<const unsigned char*>(at) - memory::smem());
+  const int block = memory::block_of_smem(at);
+  const std::string of_block =
+      block == block_of_cluster() ? "" : " of block " + std::to_string(block) + " of the cluster";
+  return "the mbarrier at byte " + std::to_string(static_cast<const unsigned char*>(at) - memory::smem_of(block)) +
+         of_block;
 }
 
 NamedBarrier& come_to(int id, int num_threads) {
   const std::string name = "barrier " + std::to_string(id);
   if (id < 0 || id >= kNumNamedBarriers) fail(name + " is none of the hardware's");
   if (num_threads <= 0 || num_threads % kWarpSize != 0) fail(name + " counts warps");
-  NamedBarrier& barrier = named_barriers[id];
+  NamedBarrier& barrier = named_barriers[block_of_cluster()][id];
   if (barrier.num_threads != 0 && barrier.num_threads != num_threads) {
     fail(name + " is used for " + std::to_string(num_threads) + " threads while it is for " +
          std::to_string(barrier.num_threads));
@@ -68,10 +73,17 @@ void open(NamedBarrier& barrier) {
   barrier.arrived.clear();
 }
 
+Mbarrier& mbarrier_of(int idx) {
+  return mbarriers[idx / ordering::kMaxMbarriersOfBlock][idx % ordering::kMaxMbarriersOfBlock];
+}
+
+// Its number.
 int find_mbarrier(void* at) {
-  memory::read(at, kMbarrierBytes);
-  for (size_t idx = 0; idx < mbarriers.size(); ++idx) {
-    if (mbarriers[idx].at == at) return static_cast<int>(idx);
+  const int block = memory::block_of_smem(at);
+  block == block_of_cluster() ? memory::read(at, kMbarrierBytes) : memory::read_in_cluster(at, kMbarrierBytes);
+  const std::vector<Mbarrier>& of_block = mbarriers[block];
+  for (size_t idx = 0; idx < of_block.size(); ++idx) {
+    if (of_block[idx].at == at) return block * ordering::kMaxMbarriersOfBlock + static_cast<int>(idx);
   }
   fail("there is no barrier at " + name_of(at));
 }
@@ -92,13 +104,17 @@ void end_phase_if_complete(Mbarrier& barrier) {
 }  // namespace
 
 void drop_barriers() {
-  for (NamedBarrier& barrier : named_barriers) {
-    barrier.num_threads = barrier.num_arrived = 0;
-    barrier.waiting.clear();
-    barrier.arrived.clear();
+  for (auto& of_block : named_barriers) {
+    for (NamedBarrier& barrier : of_block) {
+      barrier.num_threads = barrier.num_arrived = 0;
+      barrier.waiting.clear();
+      barrier.arrived.clear();
+    }
   }
-  mbarriers.clear();
-  mbarriers.reserve(ordering::kMaxMbarriers);
+  for (std::vector<Mbarrier>& of_block : mbarriers) {
+    of_block.clear();
+    of_block.reserve(ordering::kMaxMbarriersOfBlock);
+  }
 }
 
 void wait_at_named_barrier(int id, int num_threads) {
@@ -108,7 +124,7 @@ void wait_at_named_barrier(int id, int num_threads) {
     open(barrier);
     return;
   }
-  barrier.waiting.push_back(thread_idx.x);
+  barrier.waiting.push_back(running_thread);
   sleep("barrier " + std::to_string(id));
 }
 
@@ -120,23 +136,24 @@ void arrive_at_named_barrier(int id, int num_threads) {
 void init_mbarrier(void* at, int num_arrivals) {
   memory::write(at, kMbarrierBytes);
   if (reinterpret_cast<uintptr_t>(at) % kMbarrierBytes != 0) fail(name_of(at) + " is not aligned to eight bytes");
-  if (mbarriers.size() == ordering::kMaxMbarriers) fail("has more mbarriers than the emulator");
-  Mbarrier& barrier = mbarriers.emplace_back();
+  std::vector<Mbarrier>& of_block = mbarriers[block_of_cluster()];
+  if (of_block.size() == ordering::kMaxMbarriersOfBlock) fail("has more mbarriers than the emulator");
+  Mbarrier& barrier = of_block.emplace_back();
   barrier.at = at;
   barrier.num_arrivals = barrier.num_missing = num_arrivals;
-  barrier.initialised_by = thread_idx.x;
+  barrier.initialised_by = running_thread;
   barrier.arrived.clear();
   barrier.passed.clear();
 }
 
 void fence_mbarrier_init() {
-  for (Mbarrier& barrier : mbarriers) {
-    if (barrier.initialised_by == static_cast<int>(thread_idx.x)) barrier.is_fenced = true;
+  for (Mbarrier& barrier : mbarriers[block_of_cluster()]) {
+    if (barrier.initialised_by == running_thread) barrier.is_fenced = true;
   }
 }
 
 void arrive_and_expect_bytes(void* at, int num_bytes) {
-  Mbarrier& barrier = mbarriers[find_mbarrier(at)];
+  Mbarrier& barrier = mbarrier_of(find_mbarrier(at));
   if (barrier.num_missing == 0) fail("arrives at " + name_of(at) + " more often than it was initialised for");
   barrier.num_missing_bytes += num_bytes;
   --barrier.num_missing;
@@ -146,25 +163,31 @@ void arrive_and_expect_bytes(void* at, int num_bytes) {
 
 void arrive_at_mbarrier(void* at) { arrive_and_expect_bytes(at, 0); }
 
+void arrive_at_mbarrier_of_block(void* at, int block) {
+  touch_block(block, running_thread);
+  arrive_at_mbarrier(memory::in_block(block, at));
+}
+
 void wait_at_mbarrier(void* at, unsigned parity) {
-  Mbarrier& barrier = mbarriers[find_mbarrier(at)];
+  Mbarrier& barrier = mbarrier_of(find_mbarrier(at));
   if (barrier.parity != parity % 2) {
     ordering::acquire(barrier.passed);
     return;
   }
-  barrier.waiting.push_back(thread_idx.x);
+  barrier.waiting.push_back(running_thread);
   sleep(name_of(at) + " and parity " + std::to_string(parity % 2));
 }
 
 int mbarrier_for_copy(void* at) {
   const int idx = find_mbarrier(at);
-  if (!mbarriers[idx].is_fenced) fail("copies with " + name_of(at) + ", whose initialisation was not fenced");
+  if (!mbarrier_of(idx).is_fenced) fail("copies with " + name_of(at) + ", whose initialisation was not fenced");
   return idx;
 }
 
 void complete_bytes(int mbarrier_idx, int num_bytes) {
-  Mbarrier& barrier = mbarriers[mbarrier_idx];
+  Mbarrier& barrier = mbarrier_of(mbarrier_idx);
   barrier.num_missing_bytes -= num_bytes;
+  end_copy_to_block(memory::block_of_smem(barrier.at), ordering::copies_of(mbarrier_idx));
   ordering::release_copies(mbarrier_idx, barrier.arrived);
   end_phase_if_complete(barrier);
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dev/emulator/barriers.h"
+#include "dev/emulator/cluster.h"
 #include "dev/emulator/memory_check.h"
 #include "dev/emulator/swizzle.h"
 #include "dev/emulator/thread_block.h"
@@ -58,7 +59,8 @@ bool is_unit_of_16_bytes(uint64_t bytes) { return bytes % 16 == 0; }
 template <class Visit>
 void for_each_piece(const Box& box, const Visit& visit) {
   const Descriptor& map = box.descriptor;
-  const auto first_byte = static_cast<uint32_t>(box.smem - memory::smem());
+  unsigned char* const smem = memory::smem_of(memory::block_of_smem(box.smem));
+  const auto first_byte = static_cast<uint32_t>(box.smem - smem);
   for (uint32_t row = 0; row < map.num_rows(); ++row) {
     uintptr_t row_begin = map.base;
     bool is_inside = true;
@@ -74,7 +76,7 @@ void for_each_piece(const Box& box, const Visit& visit) {
       const int64_t num_inside = static_cast<int64_t>(map.sizes[0]) - column;
       const bool has_elements = is_inside && column >= 0 && num_inside > 0;
       const uint32_t offset = swizzled(first_byte + row * map.row_bytes() + byte, map.swizzle);
-      visit(memory::smem() + offset,
+      visit(smem + offset,
             has_elements ? reinterpret_cast<unsigned char*>(row_begin + column * kElementBytes) : nullptr,
             num_inside < kPieceBytes / kElementBytes ? static_cast<uint32_t>(num_inside) * kElementBytes : kPieceBytes);
     }
@@ -141,13 +143,23 @@ void drop_copies_of_engine() {
 }
 
 void start_box_load(const CUtensorMap& map, void* mbarrier, void* smem, const BoxOrigin& origin) {
-  const int mbarrier_idx = mbarrier_for_copy(mbarrier);
-  const Box box = box_at(map, smem, origin);
-  for_each_piece(box, [](unsigned char* to, const unsigned char* from, uint32_t num_bytes) {
-    if (from != nullptr) memory::read(from, num_bytes);
-    memory::begin_async_write(to, kPieceBytes);
-  });
-  happen_later([=] { land(box, mbarrier_idx); });
+  start_box_multicast(map, mbarrier, smem, 1u << block_of_cluster(), origin);
+}
+
+void start_box_multicast(const CUtensorMap& map, void* mbarrier, void* smem, unsigned blocks, const BoxOrigin& origin) {
+  if (blocks == 0 || blocks >> num_cluster_blocks() != 0) fail("copies a box to blocks that its cluster hasn't got");
+  Box box = box_at(map, smem, origin);
+  for (int block = 0; block < num_cluster_blocks(); ++block) {
+    if ((blocks >> block & 1) == 0) continue;
+    begin_copy_to_block(block);
+    const int mbarrier_idx = mbarrier_for_copy(memory::in_block(block, mbarrier));
+    box.smem = static_cast<unsigned char*>(memory::in_block(block, smem));
+    for_each_piece(box, [](unsigned char* to, const unsigned char* from, uint32_t num_bytes) {
+      if (from != nullptr) memory::read(from, num_bytes);
+      memory::begin_async_write(to, kPieceBytes);
+    });
+    happen_later([=] { land(box, mbarrier_idx); });
+  }
 }
 
 void start_box_store(const CUtensorMap& map, const void* smem, const BoxOrigin& origin) {
@@ -156,28 +168,28 @@ void start_box_store(const CUtensorMap& map, const void* smem, const BoxOrigin& 
     if (to != nullptr) memory::write(to, num_bytes);
     memory::begin_async_read(from, kPieceBytes);
   });
-  stores_of_threads[thread_idx.x].started.push_back(box);
+  stores_of_threads[running_thread].started.push_back(box);
 }
 
 void commit_box_stores() {
-  Stores& stores = stores_of_threads[thread_idx.x];
+  Stores& stores = stores_of_threads[running_thread];
   stores.committed.insert(stores.committed.end(), stores.started.begin(), stores.started.end());
   stores.started.clear();
 }
 
 void wait_for_box_stores() {
-  std::vector<Box>& committed = stores_of_threads[thread_idx.x].committed;
+  std::vector<Box>& committed = stores_of_threads[running_thread].committed;
   for (const Box& box : committed) {
     for_each_piece(box, [](const unsigned char* from, unsigned char* to, uint32_t num_bytes) {
       if (to != nullptr) std::memcpy(to, from, num_bytes);
-      memory::end_async_read(thread_idx.x, from, kPieceBytes);
+      memory::end_async_read(running_thread, from, kPieceBytes);
     });
   }
   committed.clear();
 }
 
 void end_thread_of_copy_engine() {
-  const Stores& stores = stores_of_threads[thread_idx.x];
+  const Stores& stores = stores_of_threads[running_thread];
   if (!stores.started.empty() || !stores.committed.empty()) fail("returns while its stores read shared memory");
 }
 

@@ -17,11 +17,13 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                       CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                       CUtensorMapFloatOOBfill fill);
 
-// Of all threads of the block before.
+// Of all threads of the cluster before.
 void drop_copies_of_engine();
 
 // By the running thread.
 void start_box_load(const CUtensorMap& map, void* mbarrier, void* smem, const BoxOrigin& origin);
+// To the same place of each block of the cluster whose bit is set, with the barrier that lies there.
+void start_box_multicast(const CUtensorMap& map, void* mbarrier, void* smem, unsigned blocks, const BoxOrigin& origin);
 void start_box_store(const CUtensorMap& map, const void* smem, const BoxOrigin& origin);
 void commit_box_stores();
 void wait_for_box_stores();

@@ -2,36 +2,14 @@
 // their threads go on.
 #include <cstring>
 
-#include "dev/emulator/faulty_kernels.h"
-#include "kernels/common/instructions.h"
-#include "kernels/common/start_kernel.h"
-#include "kernels/sm90/barriers.h"
-#include "kernels/sm90/tensor_map.h"
-#include "kernels/sm90/wgmma.h"
+#include "dev/emulator/faulty_kernels_sm90.h"
 
 namespace flash_attn {
 namespace {
 
-using namespace cute;
-using Element = cutlass::bfloat16_t;
-
 // A warpgroup that computes, one whose first thread starts the copies, and one more, as registers are a matter of
 // three.
 constexpr int kNumThreads = 3 * kThreadsPerWarpgroup;
-constexpr int kRows = 64;
-constexpr int kCols = 64;
-constexpr int kBoxBytes = kRows * kCols * sizeof(Element);
-
-struct Storage {
-  alignas(1024) Element a[kRows * kCols];
-  alignas(1024) Element b[kRows * kCols];
-  sm90::Mbarrier full;
-  sm90::Mbarrier empty;
-};
-
-using SmemLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<Int<kRows>, Int<kCols>>{}));
-using SharedMma = decltype(make_tiled_mma(
-    GMMA::ss_op_selector<Element, Element, float, Shape<_64, _64, _64>, GMMA::Major::K, GMMA::Major::K>()));
 using RegisterMma = decltype(make_tiled_mma(
     GMMA::rs_op_selector<Element, Element, float, Shape<_64, _64, _64>, GMMA::Major::K, GMMA::Major::K>()));
 
@@ -58,24 +36,6 @@ void store(const CUtensorMap& map, const Element* from) {
   sm90::store_box(map, from, {.row_end = kRows});
   sm90::commit_stores();
 }
-
-struct Operands {
-  SharedMma mma;
-  decltype(mma.get_slice(0).partition_fragment_A(make_tensor(make_smem_ptr<Element>(nullptr), SmemLayout{}))) a;
-  decltype(mma.get_slice(0).partition_fragment_B(make_tensor(make_smem_ptr<Element>(nullptr), SmemLayout{}))) b;
-  decltype(partition_fragment_C(mma, Shape<_64, _64>{})) acc;
-};
-
-// Of both tiles with each other.
-Operands operands_of(Storage& smem) {
-  const auto thread = SharedMma{}.get_slice(threadIdx.x % kThreadsPerWarpgroup);
-  return {.mma = {},
-          .a = thread.partition_fragment_A(make_tensor(make_smem_ptr(smem.a), SmemLayout{})),
-          .b = thread.partition_fragment_B(make_tensor(make_smem_ptr(smem.b), SmemLayout{})),
-          .acc = partition_fragment_C(SharedMma{}, Shape<_64, _64>{})};
-}
-
-void start(Operands& x) { sm90::start_gemm(x.mma, x.a, x.b, x.acc, GMMA::ScaleOut::Zero); }
 
 void load_both(const CUtensorMap& map, Storage& smem) {
   smem.full.arrive_and_expect(2 * kBoxBytes);
@@ -256,15 +216,7 @@ constexpr FaultyKernel kFaultyKernels[] = {
 extern "C" const char* flash_attn_run_faulty_sm90_kernel(const char* name, void* tensor) {
   using namespace flash_attn;
   CUtensorMap map;
-  const sm90::TensorMapSpec spec{.operand = {tensor, 0, kCols, 0},
-                                 .num_rows = kRows,
-                                 .num_heads = 1,
-                                 .batch = 1,
-                                 .head_dim = kCols,
-                                 .box_rows = kRows,
-                                 .box_heads = 1,
-                                 .box_cols = kCols};
-  if (sm90::encode_tensor_map(spec, Dtype::kBf16, &map) != cudaSuccess) return "the descriptor is refused";
+  if (describe(tensor, map) != cudaSuccess) return "the descriptor is refused";
   for (const FaultyKernel& faulty : kFaultyKernels) {
     if (std::strcmp(faulty.name, name) != 0) continue;
     return emulator::said_of([&] { start_kernel(faulty.kernel, {1, kNumThreads, sizeof(Storage), nullptr}, map); });

@@ -18,7 +18,8 @@ namespace {
 
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating-point type
 constexpr int kCellBytes = 2;
-constexpr int kNumCells = kMaxSmemBytes / kCellBytes;
+constexpr int kNumCells = kMaxSmemBytes / kCellBytes;  // of a block; those of a cluster's lie one after the other
+constexpr size_t kClusterSmemBytes = kMaxSmemBytes * kMaxClusterBlocks;
 constexpr int kMaxWarps = kMaxThreads / kWarpSize;
 
 enum class Content { kNone, kExpected, kThere };
@@ -58,9 +59,10 @@ struct GlobalWrite {
 constexpr size_t kCellsPerPiece = 64;
 using GlobalPiece = std::array<GlobalWrite, kCellsPerPiece>;
 
-alignas(1024) unsigned char smem_bytes[kMaxSmemBytes];
+alignas(1024) unsigned char smem_bytes[kClusterSmemBytes];
+static_assert(kMaxSmemBytes % 1024 == 0, "each block's begins where a swizzle's pattern does");
 int smem_size = 0;
-std::vector<Cell> cells(kNumCells);
+std::vector<Cell> cells(kNumCells* kMaxClusterBlocks);
 std::vector<Read> reads_of_warp[kMaxWarps];
 std::vector<Registers> lent[kMaxThreads];
 std::vector<Agreement> agreements;  // of the store that is under way
@@ -68,7 +70,12 @@ std::unordered_map<uintptr_t, GlobalPiece> global_writes;
 uintptr_t stack_begin = 0;
 size_t stack_size = 0;
 
-std::string byte_of(size_t cell_idx) { return " byte " + std::to_string(cell_idx * kCellBytes) + " of shared memory"; }
+std::string byte_of(size_t cell_idx) {
+  const int block = static_cast<int>(cell_idx / kNumCells);
+  const bool is_own = block == block_of_cluster();
+  return " byte " + std::to_string(cell_idx % kNumCells * kCellBytes) + " of " +
+         (is_own ? "" : "block " + std::to_string(block) + " of the cluster's ") + "shared memory";
+}
 
 [[noreturn]] void fail_at(const char* what, size_t cell_idx, const char* other_did, int other) {
   fail(what + byte_of(cell_idx) + ", which " +
@@ -129,7 +136,7 @@ enum class Overlap { kNever, kOfEqualValues };
 
 void write_cell(size_t idx, Content content, Proxy proxy, Overlap overlap) {
   Cell& cell = cells[idx];
-  const int thread = thread_idx.x;
+  const int thread = running_thread;
   if (cell.writer >= 0 && !ordering::is_over(cell.writer, cell.write_time)) {
     const bool may_agree = overlap == Overlap::kOfEqualValues && cell.content == Content::kThere &&
                            cell.writer / kWarpSize == thread / kWarpSize;
@@ -144,7 +151,7 @@ void write_cell(size_t idx, Content content, Proxy proxy, Overlap overlap) {
 }
 
 void check_registers(uintptr_t begin, size_t num_bytes, const char* verb) {
-  for (const Registers& registers : lent[thread_idx.x]) {
+  for (const Registers& registers : lent[running_thread]) {
     const auto first = reinterpret_cast<uintptr_t>(registers.begin);
     if (begin >= first + registers.num_bytes || begin + num_bytes <= first) continue;
     if (registers.may_be_read && verb[0] == 'r') continue;
@@ -172,7 +179,7 @@ void visit_global(uintptr_t begin, size_t num_bytes, Access access) {
     GlobalWrite& write = global_writes[idx / kCellsPerPiece][idx % kCellsPerPiece];
     check_order_of_global(write, idx, access);
     if (access == Access::kWrite) {
-      write = {static_cast<int>(block_idx.x), static_cast<int>(thread_idx.x), ordering::now()};
+      write = {static_cast<int>(block_idx.x), running_thread, ordering::now()};
     }
   }
 }
@@ -184,17 +191,23 @@ void for_each_cell(const void* smem, size_t num_bytes, const Visitor& visit) {
   for (size_t idx = offset / kCellBytes; idx * kCellBytes < offset + num_bytes; ++idx) visit(idx);
 }
 
+enum class Smem { kOfBlock, kOfCluster };
+
 template <class Visitor>
-void check(const void* address, size_t num_bytes, Access access, const Visitor& visit) {
+void check(const void* address, size_t num_bytes, Access access, const Visitor& visit, Smem may_be = Smem::kOfBlock) {
   const char* const verb = verb_of(access);
   const auto begin = reinterpret_cast<uintptr_t>(address);
   if (begin - stack_begin < stack_size) return check_registers(begin, num_bytes, verb);
   settle_agreements();
-  const uintptr_t offset = begin - reinterpret_cast<uintptr_t>(smem_bytes);
-  if (offset >= kMaxSmemBytes) {
+  if (begin - reinterpret_cast<uintptr_t>(smem_bytes) >= kClusterSmemBytes) {
     if (!tensor_memory::holds(begin)) return;
     if (!tensor_memory::may_touch(begin, num_bytes)) fail(std::string(verb) + " global memory outside of any tensor");
     return visit_global(begin, num_bytes, access);
+  }
+  const int block = block_of_smem(address);
+  const uintptr_t offset = begin - reinterpret_cast<uintptr_t>(smem_of(block));
+  if (may_be == Smem::kOfBlock && block != block_of_cluster()) {
+    fail(std::string(verb) + " the shared memory of another thread block as its own");
   }
   if (offset + num_bytes > static_cast<size_t>(smem_size)) {
     fail(std::string(verb) + " byte " + std::to_string(offset) + " of " + std::to_string(smem_size) +
@@ -205,15 +218,29 @@ void check(const void* address, size_t num_bytes, Access access, const Visitor& 
 
 }  // namespace
 
-unsigned char* smem() { return smem_bytes; }
+unsigned char* smem() { return smem_of(block_of_cluster()); }
+
+unsigned char* smem_of(int block) { return smem_bytes + block * size_t{kMaxSmemBytes}; }
+
+void* in_block(int block, void* own) { return smem_of(block) + (static_cast<unsigned char*>(own) - smem()); }
+
+int block_of_smem(const void* smem) {
+  return static_cast<int>((static_cast<const unsigned char*>(smem) - smem_bytes) / kMaxSmemBytes);
+}
 
 void begin_launch() { global_writes.clear(); }
 
-void begin_block(int smem_size_now) {
+void begin_cluster(int smem_size_now) {
   smem_size = smem_size_now;
-  std::memset(smem_bytes, kPoison, smem_size);
-  std::fill(cells.begin(), cells.begin() + (smem_size + kCellBytes - 1) / kCellBytes, Cell{});
-  for (unsigned warp = 0; warp * kWarpSize < block_dim.x; ++warp) reads_of_warp[warp].resize(kNumCells);
+  const int num_blocks = num_cluster_blocks();
+  for (int block = 0; block < num_blocks; ++block) {
+    std::memset(smem_of(block), kPoison, smem_size);
+    std::fill_n(cells.begin() + block * kNumCells, (smem_size + kCellBytes - 1) / kCellBytes, Cell{});
+  }
+  for (unsigned warp = 0; warp * kWarpSize < num_blocks * block_dim.x; ++warp) {
+    std::vector<Read>& reads = reads_of_warp[warp];
+    reads.resize(std::max<size_t>(reads.size(), num_blocks * kNumCells));
+  }
   for (auto& registers : lent) registers.clear();
   agreements.clear();
 }
@@ -227,8 +254,13 @@ void set_stack(const void* begin, size_t num_bytes) {
 void read(const void* from, size_t num_bytes) {
   check(from, num_bytes, Access::kRead, [](size_t idx) {
     read_cell(idx, Proxy::kGeneric);
-    mark_read(idx, thread_idx.x, ordering::now());
+    mark_read(idx, running_thread, ordering::now());
   });
+}
+
+void read_in_cluster(const void* smem, size_t num_bytes) {
+  const auto visit = [](size_t idx) { read_cell(idx, Proxy::kGeneric); };
+  check(smem, num_bytes, Access::kRead, visit, Smem::kOfCluster);
 }
 
 void write(const void* to, size_t num_bytes) {
@@ -250,7 +282,7 @@ void expect(const void* smem, size_t num_bytes) {
 void begin_async_read(const void* smem, size_t num_bytes) {
   check(smem, num_bytes, Access::kRead, [](size_t idx) {
     read_cell(idx, Proxy::kAsync);
-    mark_read(idx, thread_idx.x, kUnderWay);
+    mark_read(idx, running_thread, kUnderWay);
   });
 }
 
@@ -263,8 +295,8 @@ void end_async_read(int thread, const void* smem, size_t num_bytes) {
 }
 
 void begin_async_write(void* smem, size_t num_bytes) {
-  check(smem, num_bytes, Access::kWrite,
-        [](size_t idx) { write_cell(idx, Content::kExpected, Proxy::kAsync, Overlap::kNever); });
+  const auto visit = [](size_t idx) { write_cell(idx, Content::kExpected, Proxy::kAsync, Overlap::kNever); };
+  check(smem, num_bytes, Access::kWrite, visit, Smem::kOfCluster);
   std::memset(smem, kPoison, num_bytes);
 }
 
@@ -279,7 +311,7 @@ void end_async_write(void* smem, size_t num_bytes, int mbarrier_idx) {
 
 void lend(const Registers& registers) {
   const auto* const begin = static_cast<const char*>(registers.begin);
-  for (Registers& before : lent[thread_idx.x]) {
+  for (Registers& before : lent[running_thread]) {
     const auto* const first = static_cast<const char*>(before.begin);
     if (before.may_be_read != registers.may_be_read) continue;
     if (first <= begin && begin + registers.num_bytes <= first + before.num_bytes) return;
@@ -288,10 +320,10 @@ void lend(const Registers& registers) {
       return;
     }
   }
-  lent[thread_idx.x].push_back(registers);
+  lent[running_thread].push_back(registers);
 }
 
-void take_back_all() { lent[thread_idx.x].clear(); }
+void take_back_all() { lent[running_thread].clear(); }
 
 void add_to_global(float* to, float value) {
   if (!tensor_memory::may_touch(reinterpret_cast<uintptr_t>(to), sizeof *to)) fail("adds outside of any tensor");

@@ -13,6 +13,7 @@
 
 #include "dev/emulator/async_copies.h"
 #include "dev/emulator/barriers.h"
+#include "dev/emulator/cluster.h"
 #include "dev/emulator/copy_engine.h"
 #include "dev/emulator/launch_log.h"
 #include "dev/emulator/memory_check.h"
@@ -26,6 +27,7 @@ uint3 thread_idx;
 uint3 block_idx;
 dim3 block_dim;
 dim3 grid_dim;
+int running_thread;
 
 namespace {
 
@@ -42,16 +44,25 @@ struct Fiber {
 };
 
 struct Block {
-  Fiber fibers[kMaxThreads];
-  void* shown[kMaxThreads];
-  std::vector<int> runnable;
-  std::vector<std::function<void()>> later;
   int num_alive;
   int num_at_barrier;
-  int num_polls;
 };
 
-Block block;
+struct Cluster {
+  Fiber fibers[kMaxThreads];
+  void* shown[kMaxThreads];
+  Block blocks[kMaxClusterBlocks];
+  std::vector<int> runnable;
+  std::vector<std::function<void()>> later;
+  int num_blocks;
+  int num_alive;
+  int num_polls;
+
+  int num_threads() const { return num_blocks * static_cast<int>(block_dim.x); }
+};
+
+Cluster cluster;
+unsigned first_block_of_cluster;
 jmp_buf launch_position;
 std::string error;
 const std::function<void()>* thread_body;
@@ -65,15 +76,16 @@ char* stack_of(int thread) {
 }
 
 void make_runnable(int thread) {
-  block.fibers[thread].state = State::kRunnable;
-  block.runnable.push_back(thread);
+  cluster.fibers[thread].state = State::kRunnable;
+  cluster.runnable.push_back(thread);
 }
 
-void release_barrier() {
-  block.num_at_barrier = 0;
-  ordering::on_block_barrier();
-  for (int i = 0; i < static_cast<int>(block_dim.x); ++i) {
-    if (block.fibers[i].state == State::kAtBarrier) make_runnable(i);
+void release_barrier(int block) {
+  cluster.blocks[block].num_at_barrier = 0;
+  ordering::on_block_barrier(block);
+  const int num_threads = static_cast<int>(block_dim.x);
+  for (int i = block * num_threads; i < (block + 1) * num_threads; ++i) {
+    if (cluster.fibers[i].state == State::kAtBarrier) make_runnable(i);
   }
 }
 
@@ -83,9 +95,12 @@ void run_thread() {
   (*thread_body)();
   end_thread_of_copy_engine();
   end_thread_of_products();
-  block.fibers[thread_idx.x].state = State::kReturned;
-  if (--block.num_alive == 0) _longjmp(launch_position, 1);
-  if (block.num_at_barrier == block.num_alive) release_barrier();
+  cluster.fibers[running_thread].state = State::kReturned;
+  Block& block = cluster.blocks[block_of_cluster()];
+  end_thread_of_cluster(--cluster.num_alive);
+  if (--block.num_alive == 0) check_leaving_block();
+  if (cluster.num_alive == 0) _longjmp(launch_position, 1);
+  if (block.num_at_barrier > 0 && block.num_at_barrier == block.num_alive) release_barrier(block_of_cluster());
   run_another();
 }
 
@@ -101,12 +116,14 @@ void run_thread() {
 
 [[noreturn]] void fail_as_stuck() {
   int num_meeting = 0;
-  for (unsigned i = 0; i < block_dim.x; ++i) num_meeting += block.fibers[i].state == State::kMeeting;
-  std::string waiting = std::to_string(block.num_at_barrier) + " threads wait at __syncthreads and " +
+  for (int i = 0; i < cluster.num_threads(); ++i) num_meeting += cluster.fibers[i].state == State::kMeeting;
+  int num_at_barrier = 0;
+  for (int i = 0; i < cluster.num_blocks; ++i) num_at_barrier += cluster.blocks[i].num_at_barrier;
+  std::string waiting = std::to_string(num_at_barrier) + " threads wait at __syncthreads and " +
                         std::to_string(num_meeting) + " at an instruction of their warp, for others that never come";
   std::map<std::string, int> num_asleep;
-  for (unsigned i = 0; i < block_dim.x; ++i) {
-    if (block.fibers[i].state == State::kAsleep) ++num_asleep[block.fibers[i].waits_for];
+  for (int i = 0; i < cluster.num_threads(); ++i) {
+    if (cluster.fibers[i].state == State::kAsleep) ++num_asleep[cluster.fibers[i].waits_for];
   }
   for (const auto& [what, count] : num_asleep) waiting += "; " + std::to_string(count) + " for " + what;
   fail(waiting);
@@ -114,73 +131,85 @@ void run_thread() {
 
 // Any moment is a right one, so a step of a thread and what happens by itself are drawn alike.
 void let_things_happen() {
-  while (!block.later.empty()) {
-    const size_t drawn = order() % (block.later.size() + block.runnable.size());
-    if (drawn >= block.later.size()) return;
-    std::swap(block.later[drawn], block.later.back());
-    const std::function<void()> work = std::move(block.later.back());
-    block.later.pop_back();
+  while (!cluster.later.empty()) {
+    const size_t drawn = order() % (cluster.later.size() + cluster.runnable.size());
+    if (drawn >= cluster.later.size()) return;
+    std::swap(cluster.later[drawn], cluster.later.back());
+    const std::function<void()> work = std::move(cluster.later.back());
+    cluster.later.pop_back();
     work();
   }
 }
 
 [[noreturn]] void run_another() {
   let_things_happen();
-  if (block.runnable.empty()) fail_as_stuck();
-  std::swap(block.runnable[order() % block.runnable.size()], block.runnable.back());
-  const int next = block.runnable.back();
-  block.runnable.pop_back();
-  thread_idx.x = next;
+  if (cluster.runnable.empty()) fail_as_stuck();
+  std::swap(cluster.runnable[order() % cluster.runnable.size()], cluster.runnable.back());
+  const int next = cluster.runnable.back();
+  cluster.runnable.pop_back();
+  running_thread = next;
+  thread_idx.x = next % block_dim.x;
+  block_idx.x = first_block_of_cluster + block_of(next);
   memory::set_stack(stack_of(next), kStackBytes);
-  if (block.fibers[next].state == State::kNew) start(next);
-  _longjmp(block.fibers[next].position, 1);
+  if (cluster.fibers[next].state == State::kNew) start(next);
+  _longjmp(cluster.fibers[next].position, 1);
 }
 
 void wait(State state) {
-  Fiber& fiber = block.fibers[thread_idx.x];
+  Fiber& fiber = cluster.fibers[running_thread];
   fiber.state = state;
   if (_setjmp(fiber.position) == 0) run_another();
 }
 
-void run_block(int num_threads) {
-  block.runnable.clear();
-  block.later.clear();
-  for (int i = 0; i < num_threads; ++i) {
+void run_cluster() {
+  cluster.runnable.clear();
+  cluster.later.clear();
+  for (int i = 0; i < cluster.num_threads(); ++i) {
     make_runnable(i);
-    block.fibers[i].state = State::kNew;
+    cluster.fibers[i].state = State::kNew;
   }
-  block.num_alive = num_threads;
-  block.num_at_barrier = 0;
-  block.num_polls = 0;
+  cluster.num_alive = cluster.num_threads();
+  for (Block& block : cluster.blocks) block = {.num_alive = static_cast<int>(block_dim.x), .num_at_barrier = 0};
+  cluster.num_polls = 0;
   if (_setjmp(launch_position) == 0) run_another();
 }
 
 }  // namespace
 
-void run_blocks(int num_blocks, int num_threads, int smem_bytes, const std::function<void()>& thread) {
+void run_blocks(const Launch& launch, const std::function<void()>& thread) {
   static std::mutex one_launch;
   const std::lock_guard lock(one_launch);
   const char* seed = std::getenv("FLASH_ATTN_EMULATOR_SEED");
   order.seed(seed == nullptr ? 1 : std::atoi(seed));
   thread_body = &thread;
-  grid_dim = dim3(num_blocks);
-  block_dim = dim3(num_threads);
+  grid_dim = dim3(launch.num_blocks);
+  block_dim = dim3(launch.num_threads);
+  cluster.num_blocks = launch.cluster_blocks;
+  if (launch.cluster_blocks > kMaxClusterBlocks || launch.num_blocks % launch.cluster_blocks != 0 ||
+      cluster.num_threads() > kMaxThreads) {
+    throw std::runtime_error("emulated kernel: has clusters that the emulator, or its grid, can't have");
+  }
   error.clear();
   memory::begin_launch();
   log_launch();
-  for (int i = 0; i < num_blocks && error.empty(); ++i) {
-    block_idx = {static_cast<unsigned>(i), 0, 0};
-    ordering::begin_block();
-    memory::begin_block(smem_bytes);
+  for (int i = 0; i < launch.num_blocks && error.empty(); i += launch.cluster_blocks) {
+    first_block_of_cluster = i;
+    ordering::begin_cluster();
+    memory::begin_cluster(launch.smem_bytes);
     drop_async_copies();
     drop_barriers();
     drop_copies_of_engine();
     drop_products();
-    begin_register_file();
-    run_block(num_threads);
+    begin_register_files();
+    begin_cluster();
+    run_cluster();
   }
   if (!error.empty()) throw std::runtime_error("emulated kernel: " + error);
 }
+
+int num_cluster_blocks() { return cluster.num_blocks; }
+
+bool has_left(int block) { return cluster.blocks[block].num_alive == 0; }
 
 void* dynamic_smem() { return memory::smem(); }
 
@@ -190,46 +219,47 @@ void fail(const std::string& what) {
   _longjmp(launch_position, 1);
 }
 
-void happen_later(std::function<void()> work) { block.later.push_back(std::move(work)); }
+void happen_later(std::function<void()> work) { cluster.later.push_back(std::move(work)); }
 
 void wake(int thread) { make_runnable(thread); }
 
 void sleep(const std::string& waits_for) {
-  block.fibers[thread_idx.x].waits_for = waits_for;
+  cluster.fibers[running_thread].waits_for = waits_for;
   wait(State::kAsleep);
 }
 
 void sync_block() {
+  Block& block = cluster.blocks[block_of_cluster()];
   if (++block.num_at_barrier == block.num_alive) {
-    release_barrier();
+    release_barrier(block_of_cluster());
   } else {
     wait(State::kAtBarrier);
   }
 }
 
 void meet(unsigned lanes, void* own, void (*step)(unsigned lanes, Shown shown)) {
-  const int me = thread_idx.x;
+  const int me = running_thread;
   const int first = me - lane();
   if ((lanes >> lane() & 1) == 0) fail("a lane that isn't named in an instruction's mask executes it");
-  block.shown[me] = own;
-  block.fibers[me].lanes = lanes;
+  cluster.shown[me] = own;
+  cluster.fibers[me].lanes = lanes;
   for (int i = 0; i < kWarpSize; ++i) {
     if ((lanes >> i & 1) == 0 || first + i == me) continue;
-    const Fiber& other = block.fibers[first + i];
+    const Fiber& other = cluster.fibers[first + i];
     if (other.state != State::kMeeting || other.lanes != lanes) return wait(State::kMeeting);
   }
-  step(lanes, block.shown + first);
+  step(lanes, cluster.shown + first);
   for (int i = 0; i < kWarpSize; ++i) {
     if ((lanes >> i & 1) != 0 && first + i != me) make_runnable(first + i);
   }
 }
 
 void sync_warp(unsigned lanes) {
-  meet(lanes, nullptr, [](unsigned lanes, Shown) { ordering::on_warp_barrier(thread_idx.x / kWarpSize, lanes); });
+  meet(lanes, nullptr, [](unsigned lanes, Shown) { ordering::on_warp_barrier(running_thread / kWarpSize, lanes); });
 }
 
 void poll() {
-  if (++block.num_polls > kMaxPolls) fail("waits for a thread block that does not start before it");
+  if (++cluster.num_polls > kMaxPolls) fail("waits for a thread block that does not start before it");
 }
 
 }  // namespace flash_attn::emulator

@@ -31,7 +31,7 @@ struct Products {
 
 Products products_of_threads[kMaxThreads];
 
-Products& own() { return products_of_threads[thread_idx.x]; }
+Products& own() { return products_of_threads[running_thread]; }
 
 // A matrix in shared memory as its descriptor says (PTX ISA, 'Matrix-descriptor'): eight rows of the swizzle's width,
 // then the next eight.
@@ -90,9 +90,9 @@ class SharedMatrix {
   Swizzle swizzle_;
 };
 
-int first_lane_of_warp() { return static_cast<int>(thread_idx.x) / kWarpSize * kWarpSize; }
+int first_lane_of_warp() { return running_thread / kWarpSize * kWarpSize; }
 
-int first_row_of_warp() { return static_cast<int>(thread_idx.x) / kWarpSize % kWarpsOfGroup * kRowsOfWarp; }
+int first_row_of_warp() { return running_thread / kWarpSize % kWarpsOfGroup * kRowsOfWarp; }
 
 // The pieces of shared memory that a warp's part of a product reads.
 template <class Visit>

@@ -21,4 +21,23 @@ void start_kernel(void (*kernel)(Params...), const KernelLaunch& launch,
   kernel<<<launch.num_blocks, launch.num_threads, launch.smem_bytes, launch.stream>>>(params...);
 }
 
+// The same in clusters: so many thread blocks run at once, side by side, and reach each other's shared memory.
+template <class... Params>
+cudaError_t start_clusters(void (*kernel)(Params...), const KernelLaunch& launch, int cluster_blocks,
+                           const std::type_identity_t<Params>&... params) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(cluster_blocks);
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(launch.num_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(launch.num_threads));
+  config.dynamicSmemBytes = static_cast<size_t>(launch.smem_bytes);
+  config.stream = launch.stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params...);
+}
+
 }  // namespace flash_attn

@@ -36,6 +36,16 @@ __device__ void give_up_registers() {
   cutlass::arch::warpgroup_reg_dealloc<kRegisters>();
 }
 
+// ---- clusters of thread blocks, which reach each other's shared memory. A block must not leave before the others are
+// done with its own.
+
+__device__ inline int block_of_cluster() { return static_cast<int>(block_rank_in_cluster()); }
+
+// All threads of all its blocks, wherever they are in the code.
+__device__ inline void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // ---- the hardware's 16 barriers of a thread block
 
 __device__ inline void wait_at_barrier(int id, int num_threads) {
@@ -53,6 +63,17 @@ class Mbarrier {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(num_arrivals) : "memory");
   }
   __device__ void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory"); }
+  // At the barrier that lies where this one does in a block of the cluster.
+  __device__ void arrive_in_block(int block) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 other;\n"
+        "mapa.shared::cluster.u32 other, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [other];\n"
+        "}\n" ::"r"(address()),
+        "r"(block)
+        : "memory");
+  }
   // Arrives, and lets the phase wait for that many bytes.
   __device__ void arrive_and_expect(int num_bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(num_bytes) : "memory");
@@ -101,6 +122,12 @@ __device__ inline void load_box(const CUtensorMap& map, CacheHint hint, Mbarrier
                                 const BoxCoord& at) {
   SM90_TMA_LOAD_5D::copy(&map, barrier.get(), static_cast<uint64_t>(hint), smem, at.col, at.head, at.row, at.row_end,
                          at.batch);
+}
+// To the same place of each block of the cluster whose bit is set, with the barrier that lies there.
+__device__ inline void load_box_to_blocks(const CUtensorMap& map, CacheHint hint, Mbarrier& barrier, void* smem,
+                                          unsigned blocks, const BoxCoord& at) {
+  SM90_TMA_LOAD_MULTICAST_5D::copy(&map, barrier.get(), static_cast<uint16_t>(blocks), static_cast<uint64_t>(hint),
+                                   smem, at.col, at.head, at.row, at.row_end, at.batch);
 }
 __device__ inline void store_box(const CUtensorMap& map, const void* smem, const BoxCoord& at) {
   SM90_TMA_STORE_5D::copy(&map, smem, at.col, at.head, at.row, at.row_end, at.batch);

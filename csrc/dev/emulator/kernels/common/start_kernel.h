@@ -19,7 +19,15 @@ struct KernelLaunch {
 template <class... Params>
 void start_kernel(void (*kernel)(Params...), const KernelLaunch& launch,
                   const std::type_identity_t<Params>&... params) {
-  emulator::run_blocks(launch.num_blocks, launch.num_threads, launch.smem_bytes, [&] { kernel(params...); });
+  emulator::run_blocks({launch.num_blocks, launch.num_threads, launch.smem_bytes}, [&] { kernel(params...); });
+}
+
+template <class... Params>
+cudaError_t start_clusters(void (*kernel)(Params...), const KernelLaunch& launch, int cluster_blocks,
+                           const std::type_identity_t<Params>&... params) {
+  emulator::run_blocks({launch.num_blocks, launch.num_threads, launch.smem_bytes, cluster_blocks},
+                       [&] { kernel(params...); });
+  return cudaSuccess;
 }
 
 }  // namespace flash_attn

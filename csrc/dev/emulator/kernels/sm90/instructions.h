@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "dev/emulator/barriers.h"
+#include "dev/emulator/cluster.h"
 #include "dev/emulator/copy_engine.h"
 #include "dev/emulator/ordering.h"
 #include "dev/emulator/register_file.h"
@@ -39,10 +40,17 @@ void give_up_registers() {
 inline void wait_at_barrier(int id, int num_threads) { emulator::wait_at_named_barrier(id, num_threads); }
 inline void arrive_at_barrier(int id, int num_threads) { emulator::arrive_at_named_barrier(id, num_threads); }
 
+inline int block_of_cluster() { return emulator::block_of_cluster(); }
+inline void sync_cluster() {
+  emulator::arrive_at_cluster_barrier();
+  emulator::wait_at_cluster_barrier();
+}
+
 class Mbarrier {
  public:
   void init(int num_arrivals) { emulator::init_mbarrier(this, num_arrivals); }
   void arrive() { emulator::arrive_at_mbarrier(this); }
+  void arrive_in_block(int block) { emulator::arrive_at_mbarrier_of_block(this, block); }
   void arrive_and_expect(int num_bytes) { emulator::arrive_and_expect_bytes(this, num_bytes); }
   void wait(unsigned parity) { emulator::wait_at_mbarrier(this, parity); }
 
@@ -67,6 +75,10 @@ struct BoxCoord {
 inline void prefetch_descriptor(const CUtensorMap&) {}
 inline void load_box(const CUtensorMap& map, CacheHint, Mbarrier& barrier, void* smem, const BoxCoord& at) {
   emulator::start_box_load(map, &barrier, smem, at.origin());
+}
+inline void load_box_to_blocks(const CUtensorMap& map, CacheHint, Mbarrier& barrier, void* smem, unsigned blocks,
+                               const BoxCoord& at) {
+  emulator::start_box_multicast(map, &barrier, smem, blocks, at.origin());
 }
 inline void store_box(const CUtensorMap& map, const void* smem, const BoxCoord& at) {
   emulator::start_box_store(map, smem, at.origin());
