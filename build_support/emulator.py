@@ -1,10 +1,11 @@
 """Builds the package with kernels that run on the CPU (csrc/dev/emulator): for tests, and for developers without a GPU.
 
-usage: python build_support/emulator.py [--all]
+usage: python build_support/emulator.py [--all | --clusters]
 
 It is a copy of the package in build/emulator/package whose extension holds the real ops, planner and kernels, compiled
 as C++ for the CPU, of a few variants. With --all it holds every kernel of FLASH_ATTN_ARCHS,
-FLASH_ATTN_HEAD_DIMS and FLASH_ATTN_DTYPES, and is in build/emulator-all/package. It is never shipped.
+FLASH_ATTN_HEAD_DIMS and FLASH_ATTN_DTYPES, and is in build/emulator-all/package; with --clusters SM90's tile rows with
+clusters of two thread blocks, in build/emulator-clusters/package. It is never shipped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,6 @@ Group = Any  # csrc/variant/variants.py's, which is no package's
 
 CSRC = ROOT / "csrc"
 EMULATOR = CSRC / "dev" / "emulator"
-BUILD = ROOT / "build" / "emulator"
-BUILD_OF_ALL = ROOT / "build" / "emulator-all"
-
 # (kind, architecture, dtype, tile row) and the options of each kernel: one of everything that differs in its source.
 VARIANTS = (
     (
@@ -69,6 +67,29 @@ VARIANTS = (
     ("forward", 80, "fp16", (32, 32, "99KB"), {("Mask::kFull", "Score::kPlain")}),
 )
 
+CLUSTER_VARIANTS = (
+    (
+        "forward",
+        90,
+        "bf16",
+        (512, 512, "227KB"),
+        {("Mask::kFull", "Score::kPlain"), ("Mask::kCausal", "Score::kPlain"), ("Mask::kGeneral", "Score::kGeneral")},
+    ),
+    ("forward", 90, "bf16", (128, 128, "227KB"), {("Mask::kCausal", "Score::kPlain")}),
+)
+
+
+@dataclass(frozen=True)
+class Build:
+    folder: Path
+    variants: tuple[Any, ...]  # none: all that the environment asks for
+    flags: tuple[str, ...] = ()
+
+
+FEW = Build(ROOT / "build" / "emulator", VARIANTS)
+ALL = Build(ROOT / "build" / "emulator-all", ())
+CLUSTERS = Build(ROOT / "build" / "emulator-clusters", CLUSTER_VARIANTS, ("-DFLASH_ATTN_SM90_CLUSTER=2",))
+
 COMMON_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w", "-Wno-psabi"]
 KERNEL_FLAGS = [
     # Headers of the emulator stand in for those of the same name.
@@ -84,7 +105,7 @@ KERNEL_FLAGS = [
 ]
 
 
-def build_emulator(builds_all: bool = False) -> Path:
+def build_emulator(wanted: Build = FEW) -> Path:
     """The folder to put first on PYTHONPATH; ImportError where it can't be built."""
     compiler = _find_compiler(os.environ)
     includes = _find_headers(os.environ)
@@ -93,10 +114,10 @@ def build_emulator(builds_all: bool = False) -> Path:
         import torch  # noqa: F401
     except ImportError as missing:
         raise ImportError(f"{missing.name} is not installed") from None
-    build = BUILD_OF_ALL if builds_all else BUILD
-    chosen = _all_groups(os.environ) if builds_all else _few_groups()
+    build = wanted.folder
+    chosen = _few_groups(wanted.variants) if wanted.variants else _all_groups(os.environ)
     generated = load_variants().write_files(chosen, build / "generated")
-    (build / "build.ninja").write_text(_ninja_file(compiler, includes, generated))
+    (build / "build.ninja").write_text(_ninja_file(compiler, includes, generated, wanted.flags))
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), "--quiet", f"-j{choose_jobs(os.environ)}"]
     subprocess.run(command, check=True, stdout=sys.stderr)
     _assemble_package(build, chosen)
@@ -138,10 +159,10 @@ def _find_cuda_headers(environ: Mapping[str, str]) -> Path:
     raise ImportError("there are no CUDA headers; looked in " + ", ".join([*map(str, candidates), *looked_in]))
 
 
-def _few_groups() -> list[Group]:
-    """The groups of kernels that VARIANTS names."""
+def _few_groups(variants: tuple[Any, ...]) -> list[Group]:
+    """The groups of kernels that are named as in VARIANTS."""
     chosen = []
-    for kind, arch, dtype, tile_row, wanted in VARIANTS:
+    for kind, arch, dtype, tile_row, wanted in variants:
         for group in load_variants().groups([arch], [tile_row[0], tile_row[1]], [dtype]):
             options = tuple(own for own in group.options if own in wanted)
             if (group.kind.name, group.tile_row) == (kind, tile_row) and options:
@@ -154,7 +175,7 @@ def _all_groups(environ: Mapping[str, str]) -> list[Group]:
     return load_variants().groups(options.archs, options.head_dims, options.dtypes)
 
 
-def _ninja_file(compiler: str, includes: list[Path], generated: list[Path]) -> str:
+def _ninja_file(compiler: str, includes: list[Path], generated: list[Path], own_flags: tuple[str, ...]) -> str:
     from torch.utils import cpp_extension
 
     from build_support.kernels import TORCH_TARGET_VERSION
@@ -165,7 +186,7 @@ def _ninja_file(compiler: str, includes: list[Path], generated: list[Path]) -> s
     kernels = [file for file in generated if file.suffix == ".cu"]
     kernels += [*sorted((CSRC / "kernels" / "misc").glob("*.cu")), *sorted(EMULATOR.glob("*.cu"))]
     folders = [*includes, *cpp_extension.include_paths()]
-    flags = " ".join([*COMMON_FLAGS, *(f"-isystem {folder}" for folder in folders), "-DUSE_CUDA"])
+    flags = " ".join([*COMMON_FLAGS, *own_flags, *(f"-isystem {folder}" for folder in folders), "-DUSE_CUDA"])
     libraries = " ".join([*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"])
     lines = [
         f"rule compile\n  command = {compiler} -MMD -MF $out.d $flags {flags} -c $in -o $out\n"
@@ -174,14 +195,14 @@ def _ninja_file(compiler: str, includes: list[Path], generated: list[Path]) -> s
         f"rule link\n  command = {compiler} -shared -Wl,-Bsymbolic $in {libraries} -o $out",
     ]
     objects = []
-    for files, own_flags in (
+    for files, flags_of_files in (
         (kernels, KERNEL_FLAGS),  # first: they take longest
         (api, [f"-I{CSRC}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DFLASH_ATTN_FEW_ROWS=true"]),
         (host, [f"-I{CSRC}"]),
     ):
         for file in files:
             objects.append(f"objects/{file.parent.name}_{file.name}.o")
-            lines.append(f"build {objects[-1]}: compile {file}\n  flags = {' '.join(own_flags)}")
+            lines.append(f"build {objects[-1]}: compile {file}\n  flags = {' '.join(flags_of_files)}")
     lines.append(f"build _C.abi3.so: link {' '.join(objects)}\n")
     return "\n".join(lines)
 
@@ -204,8 +225,14 @@ def _assemble_package(build: Path, chosen: list[Group]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every kernel that is built by default, not only VARIANTS")
-    print(build_emulator(parser.parse_args().all))
+    chosen = parser.add_mutually_exclusive_group()
+    for name, build, what in (
+        ("--all", ALL, "every kernel that is built by default, not only VARIANTS"),
+        ("--clusters", CLUSTERS, "CLUSTER_VARIANTS, whose thread blocks come in clusters of two"),
+    ):
+        chosen.add_argument(name, action="store_const", const=build, dest="build", help=what)
+    parser.set_defaults(build=FEW)
+    print(build_emulator(parser.parse_args().build))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ Arch serving_arch(const Problem& problem, Arch preferred, const Gpu& gpu) {
   if (problem.has_dropout || problem.has_pages) return Arch::kSm80;
   const TileRow* row = find_tile_row(Arch::kSm90, Rows::kMany, mask_of(problem, Rows::kMany), problem.head_dim,
                                      problem.head_dim_v, gpu.smem_limit);
-  return row != nullptr && few_rows_beat_sm90(problem, row->tile.m, gpu) ? Arch::kSm80 : Arch::kSm90;
+  return row != nullptr && few_rows_beat_sm90(problem, row->tile, gpu) ? Arch::kSm80 : Arch::kSm90;
 }
 
 }  // namespace
@@ -45,9 +45,11 @@ Plan make_plan(const Problem& problem, Arch preferred, const Gpu& gpu) {
   int64_t tiles_per_head = 0;
   int64_t num_blocks = split.num_slots * (problem.num_heads / split.packed_heads);
   if (rows == Rows::kMany) {
-    if (arch == Arch::kSm90) split.packed_heads = packed_heads_on_sm90(problem, row->tile.m);
-    tiles_per_head = count_tiles(problem.layout, problem.rows_q * split.packed_heads, problem.batch, row->tile.m);
-    num_blocks = tiles_per_head * (problem.num_heads / split.packed_heads) * problem.num_tile_runs() * split.num_splits;
+    if (arch == Arch::kSm90) split.packed_heads = packed_heads_on_sm90(problem, row->tile);
+    tiles_per_head =
+        count_tiles(problem.layout, problem.rows_q * split.packed_heads, problem.batch, row->tile.cluster_rows());
+    num_blocks = tiles_per_head * row->tile.cluster * (problem.num_heads / split.packed_heads) *
+                 problem.num_tile_runs() * split.num_splits;
   }
   check_num_blocks("q", num_blocks);
   return {.variant = variant,

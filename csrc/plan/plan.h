@@ -32,8 +32,8 @@ struct SplitPlan {
 struct Plan {
   Variant variant;
   Tile tile;
-  // Query tiles of one head, or of those that share tiles. Variable lengths are not known to the host, so this bounds
-  // their number (varlen_tiles.h).
+  // Query tiles of one head, or of those that share tiles; with clusters, those of a cluster are one. Variable lengths
+  // are not known to the host, so this bounds their number (varlen_tiles.h).
   int64_t tiles_per_head;
   int64_t num_blocks;
   int num_threads;

@@ -25,7 +25,7 @@ double share_of_used_rows(int64_t rows, int tile_m) {
 
 }  // namespace
 
-int packed_heads_on_sm90(const Problem& problem, int tile_m) {
+int packed_heads_on_sm90(const Problem& problem, const Tile& tile) {
   const int64_t heads = heads_per_kv(problem);
   const bool is_power_of_two = (heads & (heads - 1)) == 0;
   const bool fits = problem.rows_q * heads <= std::numeric_limits<int32_t>::max();
@@ -35,21 +35,22 @@ int packed_heads_on_sm90(const Problem& problem, int tile_m) {
   // Boxes of several heads are shorter runs of memory: not for nothing.
   constexpr double kWorthIt = 0.9;
   const int64_t queries = std::max<int64_t>(queries_per_entry(problem), 1);
-  const double unpacked = share_of_used_rows(queries, tile_m);
-  return unpacked < kWorthIt * share_of_used_rows(queries * heads, tile_m) ? static_cast<int>(heads) : 1;
+  const double unpacked = share_of_used_rows(queries, tile.cluster_rows());
+  return unpacked < kWorthIt * share_of_used_rows(queries * heads, tile.cluster_rows()) ? static_cast<int>(heads) : 1;
 }
 
-bool few_rows_beat_sm90(const Problem& problem, int tile_m, const Gpu& gpu) {
+bool few_rows_beat_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu) {
   const Rows rows = choose_rows(problem);
   if (rows != Rows::k64) return rows == Rows::k16;
   if (is_batch_invariant(problem)) return true;
-  const int packed_heads = packed_heads_on_sm90(problem, tile_m);
+  const int packed_heads = packed_heads_on_sm90(problem, tile);
   if (problem.pack_gqa == PackGqa::kAlways && packed_heads == 1 && heads_per_kv(problem) > 1) return true;
   const int64_t rows_of_entry = queries_per_entry(problem) * packed_heads;
-  const int64_t num_tiles = ceil_div(rows_of_entry, tile_m) * problem.batch * (problem.num_heads / packed_heads);
+  const int64_t num_tiles = ceil_div(rows_of_entry, tile.m) * problem.batch * (problem.num_heads / packed_heads);
   // WGMMA does twice the work of mma.sync in the same time.
   constexpr double kEvenShare = 0.5;
-  return num_tiles < gpu.num_sms || share_of_used_rows(std::max<int64_t>(rows_of_entry, 1), tile_m) < kEvenShare;
+  return num_tiles < gpu.num_sms ||
+         share_of_used_rows(std::max<int64_t>(rows_of_entry, 1), tile.cluster_rows()) < kEvenShare;
 }
 
 }  // namespace flash_attn

@@ -5,11 +5,11 @@
 
 namespace flash_attn {
 
-// How many query heads of a key-value head share a tile of `tile_m` rows: all or one.
-int packed_heads_on_sm90(const Problem& problem, int tile_m);
+// How many query heads of a key-value head share a tile of rows, or those of a cluster: all or one.
+int packed_heads_on_sm90(const Problem& problem, const Tile& tile);
 
-// Whether SM80's tiles for few rows serve the call better than SM90's of `tile_m` rows, most of whose rows would be
-// empty, or whose keys would have to be split to occupy the GPU.
-bool few_rows_beat_sm90(const Problem& problem, int tile_m, const Gpu& gpu);
+// Whether SM80's tiles for few rows serve the call better than SM90's, most of whose rows would be empty, or whose keys
+// would have to be split to occupy the GPU.
+bool few_rows_beat_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu);
 
 }  // namespace flash_attn

@@ -23,8 +23,11 @@ struct Tile {
   // SM90: by how many powers of two scores may pass the maximum that O was scaled to before O is rescaled.
   int rescale_slack = 0;
   Turn turn = Turn::kProducts;
+  // SM90: thread blocks with neighbouring tiles of rows that bring each other half of what they need of K and V.
+  int cluster = 1;
 
   constexpr int num_warps() const { return warps_m * warps_n; }
+  constexpr int cluster_rows() const { return m * cluster; }
 };
 
 // The masks that a row is for.
@@ -107,6 +110,17 @@ inline constexpr TileRow kForwardTiles16Sm80[] = {
      "leave two warps without any"},
 };
 
+// Thread blocks of a cluster where the head dim allows two. 1 until a GPU has said which is faster; the other is built
+// with -DFLASH_ATTN_SM90_CLUSTER=2 (docs/sm90-schedules.md).
+#ifndef FLASH_ATTN_SM90_CLUSTER
+#define FLASH_ATTN_SM90_CLUSTER 1
+#endif
+
+constexpr Tile clustered(Tile tile) {
+  tile.cluster = FLASH_ATTN_SM90_CLUSTER;
+  return tile;
+}
+
 // A warpgroup owns 64 rows of S and of O; one more, of which a single thread works, brings the tiles.
 inline constexpr TileRow kForwardTilesSm90[] = {
     {{64, 64},
@@ -120,7 +134,10 @@ inline constexpr TileRow kForwardTilesSm90[] = {
      "as above, but for what a window's edges and a general score need beside: 160 registers spill, 240 don't",
      MaskSet::kGeneral},
     {{96, 96}, SmemClass::k227KB, {128, 128, 8, 1, 2, 2}, "as 128/128"},
-    {{128, 128}, SmemClass::k227KB, {128, 128, 8, 1, 2, 2}, "registers: S (64) + O (64) + P (32) of 240 per lane"},
+    {{128, 128},
+     SmemClass::k227KB,
+     clustered({128, 128, 8, 1, 2, 2}),
+     "registers: S (64) + O (64) + P (32) of 240 per lane"},
     {{192, 128}, SmemClass::k227KB, {128, 128, 8, 1, 2, 1}, "shared memory: 209 KB with one stage of Q"},
     {{192, 192},
      SmemClass::k227KB,
@@ -130,13 +147,13 @@ inline constexpr TileRow kForwardTilesSm90[] = {
     {{192, 192}, SmemClass::k227KB, {128, 96, 8, 1, 2, 1}, "registers: n = 112 spills", MaskSet::kGeneral},
     {{256, 256},
      SmemClass::k227KB,
-     {128, 80, 8, 1, 2, 1},
+     clustered({128, 80, 8, 1, 2, 1}),
      "shared memory: 225 KB with one stage of Q; registers: O (128) + S (40) + P (20)",
      MaskSet::kFullAndCausal},
-    {{256, 256}, SmemClass::k227KB, {128, 64, 8, 1, 2, 1}, "registers: n = 80 spills", MaskSet::kGeneral},
+    {{256, 256}, SmemClass::k227KB, clustered({128, 64, 8, 1, 2, 1}), "registers: n = 80 spills", MaskSet::kGeneral},
     {{512, 512},
      SmemClass::k227KB,
-     {64, 64, 4, 2, 1, 1},
+     clustered({64, 64, 4, 2, 1, 1}),
      "registers: a group's half of O (128) leaves 64 rows; shared memory: 209 KB with one stage of everything"},
 };
 

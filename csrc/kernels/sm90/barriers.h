@@ -54,8 +54,9 @@ struct Turns {
 };
 
 // The stages of one operand in shared memory. `full` has one arrival, the producer's, and counts the bytes that the
-// copy engine brings; `empty` one of each consumer warp.
-template <int kNumStages>
+// copy engine brings; `empty` one of each consumer warp, of all blocks where the producers of a cluster bring each
+// other parts of what the stage holds.
+template <int kNumStages, int kClusterBlocks = 1>
 struct Stages {
   Mbarrier full[kNumStages];
   Mbarrier empty[kNumStages];
@@ -63,7 +64,7 @@ struct Stages {
   __device__ void init(int num_consumer_warps) {
     for (int stage = 0; stage < kNumStages; ++stage) {
       full[stage].init(1);
-      empty[stage].init(num_consumer_warps);
+      empty[stage].init(num_consumer_warps * kClusterBlocks);
     }
   }
 };
@@ -84,9 +85,11 @@ struct StageCursor {
 
 // ---- the producer's side, one thread
 
-// Waits until the consumers are done with the stage, which for its first use they are, and announces `num_bytes`.
-template <int kNumStages>
-__device__ Mbarrier& acquire(Stages<kNumStages>& stages, const StageCursor<kNumStages>& cursor, int num_bytes) {
+// Waits until the consumers are done with the stage, which for its first use they are, and announces `num_bytes`, those
+// of other producers included.
+template <int kNumStages, int kClusterBlocks>
+__device__ Mbarrier& acquire(Stages<kNumStages, kClusterBlocks>& stages, const StageCursor<kNumStages>& cursor,
+                             int num_bytes) {
   stages.empty[cursor.idx].wait(cursor.parity ^ 1);
   stages.full[cursor.idx].arrive_and_expect(num_bytes);
   return stages.full[cursor.idx];
@@ -94,14 +97,20 @@ __device__ Mbarrier& acquire(Stages<kNumStages>& stages, const StageCursor<kNumS
 
 // ---- the consumers' side
 
-template <int kNumStages>
-__device__ void wait_full(Stages<kNumStages>& stages, const StageCursor<kNumStages>& cursor) {
+template <int kNumStages, int kClusterBlocks>
+__device__ void wait_full(Stages<kNumStages, kClusterBlocks>& stages, const StageCursor<kNumStages>& cursor) {
   stages.full[cursor.idx].wait(cursor.parity);
 }
 
-template <int kNumStages>
-__device__ void release(Stages<kNumStages>& stages, StageCursor<kNumStages>& cursor) {
-  if (threadIdx.x % kThreadsPerWarp == 0) stages.empty[cursor.idx].arrive();
+template <int kNumStages, int kClusterBlocks>
+__device__ void release(Stages<kNumStages, kClusterBlocks>& stages, StageCursor<kNumStages>& cursor) {
+  const int lane = threadIdx.x % kThreadsPerWarp;
+  Mbarrier& empty = stages.empty[cursor.idx];
+  if constexpr (kClusterBlocks == 1) {
+    if (lane == 0) empty.arrive();
+  } else {
+    if (lane < kClusterBlocks) empty.arrive_in_block(lane);
+  }
   cursor.advance();
 }
 

@@ -33,8 +33,9 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
   const auto score_coords = accumulator_coords<typename Traits::TiledMmaQK, Traits::kTileM, Traits::kTileN>(lane);
   const auto output_coords = accumulator_coords<typename Traits::TiledMmaPV, Traits::kTileM, Traits::kGroupCols>(lane);
 
-  for_each_tile<Traits>(params, order, [&](const PackedTile& tile) {
-    const KvRange range = visited_keys<Traits>(params, tile);
+  for_each_tile<Traits>(params, order, [&](const PackedTile& cluster_tile) {
+    const KvRange range = visited_keys<Traits>(params, cluster_tile);
+    const PackedTile tile = tile_of_block<Traits>(cluster_tile);
     const PackedKeys<Traits::kMask> keys{{tile.seq, params.window}, tile.rows};
     const auto score = [&](auto& scores, int n_idx) {
       const int n_begin = n_idx * Traits::kTileN;
@@ -63,6 +64,15 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
 }
 
 template <class Traits>
+__device__ void sync_blocks() {
+  if constexpr (Traits::kClusterBlocks > 1) {
+    sync_cluster();
+  } else {
+    __syncthreads();
+  }
+}
+
+template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     forward_kernel(const __grid_constant__ ForwardParams params, const __grid_constant__ ForwardTensorMaps maps,
                    const TileOrder order) {
@@ -76,7 +86,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     fence_barrier_init();
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.o}) prefetch_descriptor(*map);
   }
-  __syncthreads();
+  sync_blocks<Traits>();
 
   const int group = warpgroup_idx();
   if (group == 0) {
@@ -89,6 +99,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     take_registers<Traits::kConsumerRegisters>();
     consume<Traits>(params, maps, smem, group - 1, order);
   }
+  // A block's shared memory must be there for as long as another one may arrive at its barriers.
+  if constexpr (Traits::kClusterBlocks > 1) sync_cluster();
 }
 
 }  // namespace flash_attn::sm90

@@ -65,11 +65,10 @@ inline bool is_persistent(const ForwardParams& params) {
 
 template <class Traits>
 TileOrder make_tile_order(const ForwardParams& params, const LaunchConfig& config) {
+  const int num_runs = config.num_blocks / (params.tiles_per_head * Traits::kClusterBlocks);
   const bool pairs = Traits::kMask != Mask::kFull && is_persistent(params);
   const int units_per_run = pairs ? (params.tiles_per_head + 1) / 2 : params.tiles_per_head;
-  return {.num_units = config.num_blocks / params.tiles_per_head * units_per_run,
-          .units_per_run = units_per_run,
-          .pairs = pairs};
+  return {.num_units = num_runs * units_per_run, .units_per_run = units_per_run, .pairs = pairs};
 }
 
 inline cudaError_t count_multiprocessors(int& count) {
@@ -90,15 +89,20 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, const LaunchConfi
   error = opt_in.apply(reinterpret_cast<const void*>(kernel), kSmemBytes);
   if (error != cudaSuccess) return error;
   const TileOrder order = make_tile_order<Traits>(params, config);
-  int grid = order.num_units;
+  int num_clusters = order.num_units;
   if (is_persistent(params)) {
     int num_sms = 0;
     error = count_multiprocessors(num_sms);
     if (error != cudaSuccess) return error;
-    grid = std::min(grid, num_sms);
+    num_clusters = std::min(num_clusters, num_sms / Traits::kClusterBlocks);
   }
-  start_kernel(kernel, {grid, Traits::kNumThreads, kSmemBytes, config.stream}, params, maps, order);
-  return cudaGetLastError();
+  const KernelLaunch launch{num_clusters * Traits::kClusterBlocks, Traits::kNumThreads, kSmemBytes, config.stream};
+  if constexpr (Traits::kClusterBlocks > 1) {
+    return start_clusters(kernel, launch, Traits::kClusterBlocks, params, maps, order);
+  } else {
+    start_kernel(kernel, launch, params, maps, order);
+    return cudaGetLastError();
+  }
 }
 
 template <Variant kVariant>

@@ -27,6 +27,9 @@ struct ForwardTraits {
   static constexpr int kHeadDimV = kVariant.head_dim.v;
   static constexpr int kKvStages = kTile.kv_stages;
   static constexpr int kQStages = kTile.q_stages;
+  // Neighbouring tiles of rows, of one head, that visit the same keys together.
+  static constexpr int kClusterBlocks = kTile.cluster;
+  static constexpr int kClusterM = kTile.cluster_rows();
 
   using Element = std::conditional_t<kVariant.dtype == Dtype::kFp16, cutlass::half_t, cutlass::bfloat16_t>;
 
@@ -42,7 +45,8 @@ struct ForwardTraits {
   static_assert(kRowGroups == 1 || kColumnGroups == 1, "no schedule shares rows among some groups only");
 
   // Of the SM's 64 K registers, those that the producer gives up go to the consumers, in the hardware's steps of eight.
-  static constexpr int kProducerRegisters = kNumConsumerGroups == 2 ? 24 : 32;
+  // Two groups could not use what 24 leave over 32, which the producer of a cluster needs: with 24 it spills.
+  static constexpr int kProducerRegisters = kNumConsumerGroups == 2 && kClusterBlocks == 1 ? 24 : 32;
   static constexpr int kRegistersPerLane = 65536 / kThreadsPerWarpgroup;
   static constexpr int kConsumerRegisters = (kRegistersPerLane - kProducerRegisters) / kNumConsumerGroups / 8 * 8;
   static_assert(kTileN / 2 + kTileN / 4 + kGroupCols / 2 < kConsumerRegisters, "S, P and O don't fit a lane");
@@ -85,7 +89,9 @@ struct ForwardTraits {
   // the last ones of this are still in use.
   static constexpr int kKSlices = kKvStages == 1 ? 4 : 1;
   static constexpr int kKSliceCols = kHeadDim / kKSlices;
-  static_assert(kKSliceCols % kBoxCols<kHeadDim> == 0);
+  static_assert(kKSliceCols % (kBoxCols<kHeadDim> * kClusterBlocks) == 0 &&
+                    kGroupCols % (kBoxCols<kGroupCols> * kClusterBlocks) == 0,
+                "the blocks of a cluster bring as many boxes each");
   static constexpr int kQBytes = kTileM * kHeadDim * sizeof(Element);
   static constexpr int kKSliceBytes = kTileN * kKSliceCols * sizeof(Element);
   static constexpr int kVSliceBytes = kTileN * kGroupCols * sizeof(Element);
@@ -104,8 +110,8 @@ struct ForwardTraits {
   };
   struct Barriers {
     Stages<kQStages> q;
-    Stages<kKvStages * kKSlices> k;
-    Stages<kKvStages> v[kColumnGroups];
+    Stages<kKvStages * kKSlices, kClusterBlocks> k;
+    Stages<kKvStages, kClusterBlocks> v[kColumnGroups];
     std::conditional_t<(kColumnGroups > 1), Rows, NoExchange> rows;
   };
   struct SharedStorage : std::conditional_t<(kColumnGroups > 1), Exchange, NoExchange> {

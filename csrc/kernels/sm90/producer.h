@@ -28,11 +28,13 @@ class TmaKvSource {
   // A slice of columns of a tile of keys, to its place in the tile at `smem`.
   __device__ void load_k(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
     box<Traits::kHeadDim>(params_.k, n_idx)
-        .template load<Traits::kKSliceCols>(maps_.k, kHint, barrier, smem, first_col);
+        .template load_for_cluster<Traits::kKSliceCols, Traits::kClusterBlocks>(maps_.k, kHint, barrier, smem,
+                                                                                first_col);
   }
   __device__ void load_v(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
     box<Traits::kGroupCols>(params_.v, n_idx)
-        .template load<Traits::kGroupCols>(maps_.v, kHint, barrier, smem, first_col);
+        .template load_for_cluster<Traits::kGroupCols, Traits::kClusterBlocks>(maps_.v, kHint, barrier, smem,
+                                                                               first_col);
   }
 
  private:
@@ -62,12 +64,13 @@ class Producer {
   __device__ Producer(const ForwardParams& params, const ForwardTensorMaps& maps, typename Traits::SharedStorage& smem)
       : params_(params), maps_(maps), smem_(smem) {}
 
+  // `tile` is that of the cluster.
   __device__ void bring(const PackedTile& tile) {
     const KvRange range = visited_keys<Traits>(params_, tile);
     const KvSource<Traits> source(params_, maps_, tile);
     // The first K before Q, whose space the last tile's O may still be leaving.
     if (!range.is_empty()) bring_k(source, range.end - 1);
-    bring_q(tile);
+    bring_q(tile_of_block<Traits>(tile));
     for (int n = range.end - 1; n >= range.begin; --n) {
       if (n > range.begin) bring_k(source, n - 1);
       bring_v(source, n);

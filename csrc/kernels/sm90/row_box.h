@@ -43,6 +43,23 @@ class RowBox {
     }
   }
 
+  // The same to all blocks of a cluster, each of which starts the copies of some of the boxes: they need the same.
+  template <int kNumCols, int kClusterBlocks, class Element>
+  __device__ void load_for_cluster(const CUtensorMap& map, CacheHint hint, Mbarrier& barrier, Element* smem,
+                                   int first_col) const {
+    if constexpr (kClusterBlocks == 1) {
+      load<kNumCols>(map, hint, barrier, smem, first_col);
+    } else {
+      constexpr unsigned kAllBlocks = (1u << kClusterBlocks) - 1;
+      CUTE_UNROLL
+      for (int i = 0; i < kNumCols; i += kBoxCols * kClusterBlocks) {
+        const int col = first_col + i + block_of_cluster() * kBoxCols;
+        load_box_to_blocks(map, hint, barrier, smem + col * kBoxRows, kAllBlocks,
+                           {col, head_idx_, row_, row_end_, batch_idx_});
+      }
+    }
+  }
+
   // Starts the copy of kNumCols columns to those from `first_col` on; `smem` has the boxes `box_stride` elements apart.
   template <int kNumCols, class Element>
   __device__ void store(const CUtensorMap& map, const Element* smem, int box_stride, int first_col) const {

@@ -4,6 +4,7 @@
 #include "kernels/common/kv_range.h"
 #include "kernels/common/row_map.h"
 #include "kernels/common/seq_info.h"
+#include "kernels/sm90/instructions.h"
 
 namespace flash_attn::sm90 {
 
@@ -48,33 +49,42 @@ __device__ PackedTile without_unseen_keys(const ForwardParams& params, PackedTil
   return tile;
 }
 
-// Tiles of keys that a tile of queries visits; none where no row is in use.
+// This thread block's part of the rows of its cluster. It may have none, or none in use, and takes part all the same.
+template <class Traits>
+__device__ PackedTile tile_of_block(const PackedTile& cluster_tile) {
+  PackedTile tile = cluster_tile;
+  if constexpr (Traits::kClusterBlocks > 1) tile.m_begin += block_of_cluster() * Traits::kTileM;
+  return tile;
+}
+
+// Tiles of keys that a cluster's tile of queries visits; none where no row is in use.
 template <class Traits>
 __device__ KvRange visited_keys(const ForwardParams& params, const PackedTile& tile) {
   if (!tile.has_used_rows()) return {};
   const PackedKeys<Traits::kMask> keys{{tile.seq, params.window}, tile.rows};
-  return kv_range_of_rows<Traits::kTileM, Traits::kTileN>(keys, tile.m_begin, tile.num_used_rows());
+  return kv_range_of_rows<Traits::kClusterM, Traits::kTileN>(keys, tile.m_begin, tile.num_used_rows());
 }
 
-// How thread blocks go through the tiles: each takes every gridDim.x-th unit. Where a mask makes tiles of unequal
-// length a unit is a pair of them, the run's last tile and its first, the last but one and the second, all equally long
-// together.
+// How clusters of thread blocks go through their tiles: of n clusters each takes every nth unit. Where a mask makes
+// tiles of unequal length a unit is a pair of them, the run's last tile and its first, the last but one and the second,
+// all equally long together.
 struct TileOrder {
   int num_units;
   int units_per_run;
   bool pairs;
 };
 
-// Calls `work(tile)` for each tile of this thread block that has rows.
+// Calls `work(tile)` for each tile of this thread block's cluster that has rows.
 template <class Traits, class Work>
 __device__ void for_each_tile(const ForwardParams& params, const TileOrder& order, const Work& work) {
   const int tiles_per_run = params.tiles_per_head;
-  for (int unit = blockIdx.x; unit < order.num_units; unit += gridDim.x) {
+  constexpr int kBlocks = Traits::kClusterBlocks;
+  for (int unit = blockIdx.x / kBlocks; unit < order.num_units; unit += gridDim.x / kBlocks) {
     const int run_begin = unit / order.units_per_run * tiles_per_run;
     const int first = unit % order.units_per_run;
     const int partner = tiles_per_run - 1 - first;
     for (int position = first;; position = partner) {
-      const PackedTile tile = locate_packed_tile<Traits::kTileM>(params, run_begin + position);
+      const PackedTile tile = locate_packed_tile<Traits::kClusterM>(params, run_begin + position);
       if (tile.has_rows()) work(without_unseen_keys<Traits>(params, tile));
       if (!order.pairs || position >= partner) break;
     }
