@@ -58,10 +58,10 @@ int time_kernel(int batch, int heads, int length) {
   params.lse = {static_cast<float*>(lse), int64_t{heads} * length, length};
   params.heads = {heads, 1, kDims.qk, kDims.v};
   params.seq = {.batch = batch, .rows_q = length, .rows_k = length, .num_cache_rows = batch};
-  params.tiles_per_head = (length + Traits::kTileM - 1) / Traits::kTileM;
+  params.tiles_per_head = (length + Traits::kClusterM - 1) / Traits::kClusterM;
   params.score.factor = 1.f;
   params.score.softmax_scale = 1.f / sqrtf(static_cast<float>(kDims.qk));
-  const LaunchConfig config{params.tiles_per_head * heads * batch, nullptr};
+  const LaunchConfig config{params.tiles_per_head * Traits::kClusterBlocks * heads * batch, nullptr};
 
   cudaEvent_t start, stop;
   check(cudaEventCreate(&start));

@@ -24,8 +24,9 @@ NUM_TOKENS = 16384
 ROUNDS = 5
 
 # (rows, keys, warps along rows, warps along columns, stages of K and V, stages of Q, exponentials of 16 by polynomial,
-# powers of two before O is rescaled, what groups take turns in): tiles.h says more
+# powers of two before O is rescaled, what groups take turns in, blocks of a cluster): tiles.h says more
 IN_TURNS = "Turn::kExponentials"
+IN_PAIRS = ("Turn::kProducts", 2)
 TILES = {
     (64, 64): (
         (192, 128, 12, 1, 2, 2, 0),
@@ -45,6 +46,7 @@ TILES = {
         (128, 128, 8, 1, 2, 2, 0),
         (128, 128, 8, 1, 2, 2, 0, 8),
         (128, 128, 8, 1, 2, 2, 0, 0, IN_TURNS),
+        (128, 128, 8, 1, 2, 2, 0, 0, *IN_PAIRS),
         (128, 128, 8, 1, 2, 1, 0),
         (128, 160, 8, 1, 2, 2, 0),
         (128, 176, 8, 1, 2, 1, 0),
@@ -52,10 +54,17 @@ TILES = {
     ),
     (192, 128): ((128, 128, 8, 1, 2, 1, 0), (128, 112, 8, 1, 2, 1, 0)),
     (192, 192): ((128, 112, 8, 1, 2, 1, 0), (128, 96, 8, 1, 2, 1, 0), (128, 80, 8, 1, 2, 2, 0)),
-    (256, 256): ((128, 80, 8, 1, 2, 1, 0), (128, 64, 8, 1, 2, 1, 0), (128, 80, 8, 1, 2, 1, 0, 8)),
+    (256, 256): (
+        (128, 80, 8, 1, 2, 1, 0),
+        (128, 64, 8, 1, 2, 1, 0),
+        (128, 80, 8, 1, 2, 1, 0, 8),
+        (128, 80, 8, 1, 2, 1, 0, 0, *IN_PAIRS),
+    ),
     (512, 512): (
         (64, 64, 4, 2, 1, 1, 0),
         (64, 64, 4, 2, 1, 1, 0, 8),
+        (64, 64, 4, 2, 1, 1, 0, 0, *IN_PAIRS),
+        (64, 64, 4, 2, 1, 1, 0, 8, *IN_PAIRS),
     ),
 }
 
