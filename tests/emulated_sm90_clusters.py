@@ -54,8 +54,8 @@ VARLEN = (
     ),
     varlen("varlen-full", "one row past a block, and past a cluster", (65, 129), (64, 1), heads=(3, 1)),
     varlen(
-        "varlen-window", "windows of packed entries", (129, 70, 3), (200, 0, 65), window=(20, 5), softcap=20.0,
-        alibi="batch",
+        "varlen-window", "keys before all windows hold NaN", (129, 70, 3), (300, 0, 65), window=(20, 5), softcap=20.0,
+        alibi="batch", recycled=True,
     ),
     varlen(
         "seqused", "unused rows fill blocks and clusters", (270, 270, 130), (200, 10, 66), seqused_q=(270, 70, 0),
