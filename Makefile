@@ -71,6 +71,9 @@ fuzz: $(INSTALLED)/flash_attn $(INSTALLED)/test  ## draw calls and compare them 
 
 # From tests/, so that the source tree hides no emulated package.
 emulate: $(INSTALLED)/build $(INSTALLED)/test  ## run every SM80 kernel on the CPU, emulated (40 minutes on two cores)
+	$(PYTHON) build_support/emulator.py --clusters
+	cd tests && PYTHONPATH=../build/emulator-clusters/package $(abspath $(PYTHON)) -m pytest emulated_sm90_clusters.py \
+		$(PYTEST_ARGS)
 	$(PYTHON) build_support/emulator.py --all
 	cd tests && PYTHONPATH=../build/emulator-all/package $(abspath $(PYTHON)) -m pytest emulated_rows.py $(PYTEST_ARGS)
 

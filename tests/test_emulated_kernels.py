@@ -7,21 +7,18 @@ import sys
 import pytest
 from repository import ROOT
 
-from build_support import emulator
+from build_support.emulator import build_emulator
 
 MODULES = ("emulated.py", "emulated_merge.py", "emulated_sm90.py")
-BUILDS = {"few": (emulator.FEW, MODULES), "clusters": (emulator.CLUSTERS, ("emulated_sm90_clusters.py",))}
 
 
-@pytest.mark.parametrize("name", BUILDS)
-def test_emulated_kernels(name):
-    build, modules = BUILDS[name]
+def test_emulated_kernels():
     try:
-        package = emulator.build_emulator(build)
+        package = build_emulator()
     except ImportError as reason:
         pytest.skip(f"the kernels can't be emulated: {reason}")
     # From tests/, where no flash_attn hides the emulated one.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *modules]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *MODULES]
     run = subprocess.run(
         command, cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(package)}, capture_output=True, text=True
     )
