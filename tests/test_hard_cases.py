@@ -24,13 +24,7 @@ def test_06_every_row_is_written_whatever_the_splits(path, num_splits):
         "6a", "varlen, paged, four pages each", "varlen", (1, 7), (1024, 1024), seqused_k=(1024, 1024), page=256,
         heads=(4, 4),
     )  # fmt: skip
-    inputs = build(case, device_of(path))
-    expected = on_path(path, case.features, inputs, inputs.call)
-    out = torch.full((8, 4, 64), math.nan, dtype=case.dtype, device=device_of(path))
-    features = case.features | {"out"} | ({"num_splits"} if num_splits > 1 else set())
-    ours = on_path(path, features, inputs, lambda: inputs.call(out=out, num_splits=num_splits))
-    if ours is not None:
-        torch.testing.assert_close(out, expected[0])
+    check_forward(path, case, {"num_splits"} if num_splits > 1 else frozenset(), num_splits=num_splits)
 
 
 # 7: garbage in the unused part of a cache.
