@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "dev/emulator/cluster.h"
+#include "dev/emulator/meeting.h"
 #include "dev/emulator/memory_check.h"
 #include "dev/emulator/ordering.h"
 #include "dev/emulator/thread_block.h"
@@ -17,8 +18,7 @@ constexpr int kMbarrierBytes = 8;
 struct NamedBarrier {
   int num_threads = 0;  // 0: nobody is there
   int num_arrived = 0;
-  std::vector<int> waiting;
-  ordering::Knowledge arrived;
+  Meeting meeting;
 };
 
 struct Mbarrier {
@@ -29,9 +29,7 @@ struct Mbarrier {
   unsigned parity = 0;  // of the phase that is under way
   bool is_fenced = false;
   int initialised_by;
-  std::vector<int> waiting;
-  ordering::Knowledge arrived;  // in the phase that is under way
-  ordering::Knowledge passed;   // in those before
+  Meeting meeting;
 };
 
 NamedBarrier named_barriers[kMaxClusterBlocks][kNumNamedBarriers];
@@ -56,21 +54,15 @@ NamedBarrier& come_to(int id, int num_threads) {
   }
   barrier.num_threads = num_threads;
   ++barrier.num_arrived;
-  ordering::release(barrier.arrived);
+  ordering::release(barrier.meeting.arrived);
   return barrier;
 }
 
 bool all_came(const NamedBarrier& barrier) { return barrier.num_arrived == barrier.num_threads; }
 
-// For those who wait.
 void open(NamedBarrier& barrier) {
-  for (const int thread : barrier.waiting) {
-    ordering::acquire(thread, barrier.arrived);
-    wake(thread);
-  }
   barrier.num_threads = barrier.num_arrived = 0;
-  barrier.waiting.clear();
-  barrier.arrived.clear();
+  barrier.meeting.end_phase();
 }
 
 Mbarrier& mbarrier_of(int idx) {
@@ -92,13 +84,7 @@ void end_phase_if_complete(Mbarrier& barrier) {
   if (barrier.num_missing > 0 || barrier.num_missing_bytes != 0) return;
   barrier.num_missing = barrier.num_arrivals;
   barrier.parity ^= 1;
-  barrier.passed = barrier.arrived;
-  barrier.arrived.clear();
-  for (const int thread : barrier.waiting) {
-    ordering::acquire(thread, barrier.passed);
-    wake(thread);
-  }
-  barrier.waiting.clear();
+  barrier.meeting.end_phase();
 }
 
 }  // namespace
@@ -107,8 +93,7 @@ void drop_barriers() {
   for (auto& of_block : named_barriers) {
     for (NamedBarrier& barrier : of_block) {
       barrier.num_threads = barrier.num_arrived = 0;
-      barrier.waiting.clear();
-      barrier.arrived.clear();
+      barrier.meeting.clear();
     }
   }
   for (std::vector<Mbarrier>& of_block : mbarriers) {
@@ -120,11 +105,11 @@ void drop_barriers() {
 void wait_at_named_barrier(int id, int num_threads) {
   NamedBarrier& barrier = come_to(id, num_threads);
   if (all_came(barrier)) {
-    ordering::acquire(barrier.arrived);
     open(barrier);
+    ordering::acquire(barrier.meeting.passed);
     return;
   }
-  barrier.waiting.push_back(running_thread);
+  barrier.meeting.waiting.push_back(running_thread);
   sleep("barrier " + std::to_string(id));
 }
 
@@ -142,8 +127,7 @@ void init_mbarrier(void* at, int num_arrivals) {
   barrier.at = at;
   barrier.num_arrivals = barrier.num_missing = num_arrivals;
   barrier.initialised_by = running_thread;
-  barrier.arrived.clear();
-  barrier.passed.clear();
+  barrier.meeting.clear();
 }
 
 void fence_mbarrier_init() {
@@ -157,7 +141,7 @@ void arrive_and_expect_bytes(void* at, int num_bytes) {
   if (barrier.num_missing == 0) fail("arrives at " + name_of(at) + " more often than it was initialised for");
   barrier.num_missing_bytes += num_bytes;
   --barrier.num_missing;
-  ordering::release(barrier.arrived);
+  ordering::release(barrier.meeting.arrived);
   end_phase_if_complete(barrier);
 }
 
@@ -171,10 +155,10 @@ void arrive_at_mbarrier_of_block(void* at, int block) {
 void wait_at_mbarrier(void* at, unsigned parity) {
   Mbarrier& barrier = mbarrier_of(find_mbarrier(at));
   if (barrier.parity != parity % 2) {
-    ordering::acquire(barrier.passed);
+    ordering::acquire(barrier.meeting.passed);
     return;
   }
-  barrier.waiting.push_back(running_thread);
+  barrier.meeting.waiting.push_back(running_thread);
   sleep(name_of(at) + " and parity " + std::to_string(parity % 2));
 }
 
@@ -188,7 +172,7 @@ void complete_bytes(int mbarrier_idx, int num_bytes) {
   Mbarrier& barrier = mbarrier_of(mbarrier_idx);
   barrier.num_missing_bytes -= num_bytes;
   end_copy_to_block(memory::block_of_smem(barrier.at), ordering::copies_of(mbarrier_idx));
-  ordering::release_copies(mbarrier_idx, barrier.arrived);
+  ordering::release_copies(mbarrier_idx, barrier.meeting.arrived);
   end_phase_if_complete(barrier);
 }
 

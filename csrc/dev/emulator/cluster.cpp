@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <string>
-#include <vector>
 
+#include "dev/emulator/meeting.h"
 #include "dev/emulator/thread_block.h"
 
 namespace flash_attn::emulator {
@@ -12,9 +12,7 @@ namespace {
 struct ClusterBarrier {
   int num_arrived = 0;
   int num_phases = 0;  // that are over
-  std::vector<int> waiting;
-  ordering::Knowledge arrived;  // in the phase that is under way
-  ordering::Knowledge passed;   // in those before
+  Meeting meeting;
 };
 
 struct Neighbours {
@@ -33,13 +31,7 @@ void open_if_all_came() {
   if (barrier.num_arrived == 0 || barrier.num_arrived < num_alive_now) return;
   barrier.num_arrived = 0;
   ++barrier.num_phases;
-  barrier.passed = barrier.arrived;
-  barrier.arrived.clear();
-  for (const int thread : barrier.waiting) {
-    ordering::acquire(thread, barrier.passed);
-    wake(thread);
-  }
-  barrier.waiting.clear();
+  barrier.meeting.end_phase();
 }
 
 std::string name_of(int block) { return "block " + std::to_string(block) + " of the cluster"; }
@@ -48,9 +40,7 @@ std::string name_of(int block) { return "block " + std::to_string(block) + " of 
 
 void begin_cluster() {
   barrier.num_arrived = barrier.num_phases = 0;
-  barrier.waiting.clear();
-  barrier.arrived.clear();
-  barrier.passed.clear();
+  barrier.meeting.clear();
   num_alive_now = num_cluster_blocks() * static_cast<int>(block_dim.x);
   std::fill(std::begin(arrived_in_phase), std::end(arrived_in_phase), kNone);
   for (Neighbours& block : neighbours) {
@@ -64,7 +54,7 @@ void arrive_at_cluster_barrier() {
   if (phase != kNone) fail("arrives at the cluster's barrier without having waited there since it last did");
   phase = barrier.num_phases;
   ++barrier.num_arrived;
-  ordering::release(barrier.arrived);
+  ordering::release(barrier.meeting.arrived);
   open_if_all_came();
 }
 
@@ -73,8 +63,8 @@ void wait_at_cluster_barrier() {
   if (phase == kNone) fail("waits at the cluster's barrier without having arrived there");
   const bool is_over = phase < barrier.num_phases;
   phase = kNone;
-  if (is_over) return ordering::acquire(barrier.passed);
-  barrier.waiting.push_back(running_thread);
+  if (is_over) return ordering::acquire(barrier.meeting.passed);
+  barrier.meeting.waiting.push_back(running_thread);
   sleep("the cluster's barrier");
 }
 
