@@ -78,12 +78,12 @@ def as_float(name: str, value: Any) -> float:
 
 def int32_vector(
     name: str, tensor: Any, device: torch.device, size: int | None, layout: str, whose: str = "q's"
-) -> None:
-    """Checks int32 metadata of one dimension, such as cu_seqlens. Its values are never read here."""
+) -> int:
+    """Checks int32 metadata of one dimension, such as cu_seqlens; returns its size. Its values are never read here."""
     if isinstance(tensor, torch.Tensor) and tensor.dtype is torch.int32 and tensor.device == device:
         shape = tensor.shape
         if len(shape) == 1 and (size is None or shape[0] == size) and tensor.is_contiguous():
-            return
+            return shape[0]
     require_tensor(name, tensor)
     require_device(name, tensor, device, whose)
     require_dtype(name, tensor, torch.int32)
@@ -92,13 +92,15 @@ def int32_vector(
         raise ValueError(f"{name} must have the shape {expected}, got {tuple(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got stride {tensor.stride()}")
+    return tensor.shape[0]
 
 
-def block_table_of(block_table: Any, device: torch.device, batch: int | None) -> None:
+def block_table_of(block_table: Any, device: torch.device, batch: int | None) -> int:
+    """Checks the table and returns how many pages an entry can have."""
     if isinstance(block_table, torch.Tensor) and block_table.dtype is torch.int32 and block_table.device == device:
         shape = block_table.shape
         if len(shape) == 2 and (batch is None or shape[0] == batch) and (shape[1] <= 1 or block_table.stride(1) == 1):
-            return
+            return shape[1]
     require_tensor("block_table", block_table)
     require_device("block_table", block_table, device)
     require_dtype("block_table", block_table, torch.int32)
@@ -109,18 +111,21 @@ def block_table_of(block_table: Any, device: torch.device, batch: int | None) ->
         )
     if block_table.shape[1] > 1 and block_table.stride(1) != 1:
         raise ValueError(f"block_table must have rows of stride 1, got stride {block_table.stride()}")
+    return block_table.shape[1]
 
 
 def scheduler_metadata_of(metadata: Any, device: torch.device, batch: int) -> None:
-    int32_vector("scheduler_metadata", metadata, device, None, "(num_elements,)")
-    if metadata.shape[0] < 1 + batch:
-        raise ValueError(
-            f"scheduler_metadata must have at least 1 + batch = {1 + batch} elements, got {metadata.shape[0]}"
-        )
+    size = int32_vector("scheduler_metadata", metadata, device, None, "(num_elements,)")
+    if size < 1 + batch:
+        raise ValueError(f"scheduler_metadata must have at least 1 + batch = {1 + batch} elements, got {size}")
 
 
 def window_of(window_size: Any, causal: Any) -> tuple[int, int]:
     """(left, right) with -1 for an infinite side. Causal is right == 0, whatever right was given."""
+    if type(window_size) is tuple and len(window_size) == 2 and (causal is False or causal is True):
+        left, right = window_size
+        if type(left) is int and type(right) is int and left < _INFINITE_WINDOW and right < _INFINITE_WINDOW:
+            return (left if left >= 0 else -1), (0 if causal else right if right >= 0 else -1)
     require_bool("causal", causal)
     if isinstance(window_size, torch.Tensor):
         window_size = _window_values(window_size)
@@ -171,8 +176,33 @@ def max_seqlen_of(name: str, value: Any) -> int:
     return value
 
 
-def softmax_scale_of(softmax_scale: Any, head_dim: int) -> float:
-    return head_dim**-0.5 if softmax_scale is None else as_float("softmax_scale", softmax_scale)
+def options_of(
+    softcap: Any,
+    dropout_p: Any,
+    num_splits: Any,
+    pack_gqa: Any,
+    deterministic: Any,
+    return_attn_probs: Any,
+    return_softmax_lse: Any,
+) -> tuple[float, float, int]:
+    """Checks the options that describe no tensor and returns the numbers: one condition for what they mostly are."""
+    if not (
+        (type(softcap) is float and type(dropout_p) is float and type(num_splits) is int)
+        and ((softcap == 0.0 and 0.0 <= dropout_p < 1.0) or (0.0 < softcap < _INF and dropout_p == 0.0))
+        and 0 <= num_splits <= MAX_SPLITS
+        and (pack_gqa is None or pack_gqa is False or pack_gqa is True)
+        and (deterministic is False or deterministic is True)
+        and (return_attn_probs is False or return_attn_probs is True)
+        and (return_softmax_lse is False or return_softmax_lse is True)
+    ):
+        softcap = softcap_of(softcap)
+        dropout_p = dropout_of(dropout_p, softcap)
+        num_splits = num_splits_of(num_splits)
+        pack_gqa_of(pack_gqa)
+        require_bool("deterministic", deterministic)
+        require_bool("return_attn_probs", return_attn_probs)
+        require_bool("return_softmax_lse", return_softmax_lse)
+    return softcap, dropout_p, num_splits
 
 
 def softcap_of(softcap: Any) -> float:
@@ -226,18 +256,18 @@ def s_aux_of(s_aux: Any, device: torch.device, num_heads: int) -> None:
     require_shape("s_aux", s_aux, (num_heads,), "(num_heads,)")
 
 
-def out_of(out: Any, q: torch.Tensor, head_dim_v: int, needs_grad: bool) -> None:
+def out_of(out: Any, q: torch.Tensor, shape_q: torch.Size, head_dim_v: int, needs_grad: bool) -> None:
     """`out` is written in place, so nothing that it depends on may be waiting for a gradient."""
     require_tensor("out", out)
-    require_device("out", out, q.device)
-    require_dtype("out", out, q.dtype, "q's ")
-    # In two steps, as in check_qkv.
-    if out.shape != q.shape or head_dim_v != q.size(-1):
-        require_shape("out", out, (*q.shape[:-1], head_dim_v), "q's with head_dim_v")
+    shape = out.shape
+    if out.device != q.device or out.dtype != q.dtype or shape != shape_q or head_dim_v != shape_q[-1]:
+        require_device("out", out, q.device)
+        require_dtype("out", out, q.dtype, "q's ")
+        require_shape("out", out, (*shape_q[:-1], head_dim_v), "q's with head_dim_v")
     strides = out.stride()
     if head_dim_v > 1 and strides[-1] != 1:
         raise ValueError(f"out must have stride 1 in its last dimension, got stride {strides}")
-    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, out.shape, strict=True)):
-        raise ValueError(f"out must not overlap itself, got stride {strides} for shape {tuple(out.shape)}")
+    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
+        raise ValueError(f"out must not overlap itself, got stride {strides} for shape {tuple(shape)}")
     if needs_grad or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError("out must not be given when a gradient is needed; got tensors with requires_grad=True")

@@ -26,6 +26,17 @@ _LAYOUTS = (DENSE_Q, DENSE_KV, VARLEN_Q, VARLEN_KV, PAGED_KV, DENSE_CACHE)
 _RANKS = {layout: layout.count(",") + 1 for layout in _LAYOUTS}
 
 
+class VarlenNames(NamedTuple):
+    """What a function with variable lengths calls its arguments."""
+
+    qkv: tuple[str, str, str] = ("q", "k", "v")
+    cu_seqlens: tuple[str, str] = ("cu_seqlens_q", "cu_seqlens_k")
+    max_seqlens: tuple[str, str] = ("max_seqlen_q", "max_seqlen_k")
+
+
+VARLEN_NAMES = VarlenNames()
+
+
 class ForwardCall(NamedTuple):
     """The forward op's arguments, in the op's order, and what the caller of the op needs besides.
 
@@ -58,15 +69,12 @@ class ForwardCall(NamedTuple):
     pack_gqa: bool | None
     deterministic: bool
     # Not arguments of the op:
+    head_dims: tuple[int, int]  # of q and k, and of v
     features: frozenset[str]
     needs_grad: bool
     out: Tensor | None
     return_softmax_lse: bool
     return_attn_probs: bool
-
-    @property
-    def head_dim_v(self) -> int:
-        return self.v.size(-1)  # which, unlike `shape`, makes no object of all sizes
 
     def op_arguments(self) -> tuple[Any, ...]:
         return self[:NUM_OP_ARGUMENTS]
@@ -77,13 +85,12 @@ class ForwardCall(NamedTuple):
 
 
 _SEQUSED_K = ForwardCall._fields.index("seqused_k")
-NUM_OP_ARGUMENTS = ForwardCall._fields.index("features")
+NUM_OP_ARGUMENTS = ForwardCall._fields.index("head_dims")
 
 
 class Sequences(NamedTuple):
-    """Where the sequences lie in q, k and v, already checked."""
+    """Where the sequences lie in q, k and v, already checked: fields of ForwardCall, in its order."""
 
-    batch: int
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     seqused_q: Tensor | None = None
@@ -95,19 +102,11 @@ class Sequences(NamedTuple):
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
 
-    def features(self) -> list[str]:
-        found = ["dense" if self.cu_seqlens_q is None else "varlen"]
-        if self.seqused_q is not None:
-            found.append("seqused_q")
-        if self.seqused_k is not None:
-            found.append("seqused_k")
-        if self.leftpad_k is not None:
-            found.append("leftpad")
-        if self.block_table is not None:
-            found.append("paged")
-        if self.cache_batch_idx is not None:
-            found.append("cache_batch_idx")
-        return found
+
+DENSE = Sequences()
+
+# Of q, k and v: asking a tensor for its sizes takes longer than most checks of them.
+Shapes = tuple[torch.Size, torch.Size, torch.Size]
 
 
 def dense_call(
@@ -119,15 +118,14 @@ def dense_call(
     **options: Any,
 ) -> ForwardCall:
     """The call of flash_attn_func; `options` are its other arguments, all of them."""
-    return finish_call(q, k, v, dense_sequences(q, k, v, names), **options)
+    return finish_call(q, k, v, dense_shapes(q, k, v, names), DENSE, **options)
 
 
-def dense_sequences(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> Sequences:
-    check_qkv(q, k, v, names, DENSE_Q, DENSE_KV)
-    batch = q.size(0)
-    if k.size(0) != batch:
-        raise ValueError(f"{names[1]} must have q's batch size {batch}, got shape {tuple(k.shape)}")
-    return Sequences(batch)
+def dense_shapes(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> Shapes:
+    shapes = check_qkv(q, k, v, names, DENSE_Q, DENSE_KV)
+    if shapes[0][0] != shapes[1][0]:
+        raise ValueError(f"{names[1]} must have q's batch size {shapes[0][0]}, got shape {tuple(shapes[1])}")
+    return shapes
 
 
 def varlen_call(
@@ -144,29 +142,52 @@ def varlen_call(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     scheduler_metadata: Tensor | None = None,
-    names: tuple[str, str, str] = ("q", "k", "v"),
-    cu_names: tuple[str, str] = ("cu_seqlens_q", "cu_seqlens_k"),
-    max_names: tuple[str, str] = ("max_seqlen_q", "max_seqlen_k"),
+    names: VarlenNames = VARLEN_NAMES,
     **options: Any,
 ) -> ForwardCall:
     """The call of flash_attn_varlen_func; `options` are the arguments that flash_attn_func has too."""
-    check_qkv(q, k, v, names, VARLEN_Q, VARLEN_KV if block_table is None else PAGED_KV)
+    shapes, sequences = varlen_sequences(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_q, seqused_k, leftpad_k,
+        scheduler_metadata, names,
+    )  # fmt: skip
+    return finish_call(q, k, v, shapes, sequences, max_names=names.max_seqlens, **options)
+
+
+def varlen_sequences(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
+    block_table: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    leftpad_k: Tensor | None,
+    scheduler_metadata: Tensor | None,
+    names: VarlenNames = VARLEN_NAMES,
+) -> tuple[Shapes, Sequences]:
+    shapes = check_qkv(q, k, v, names.qkv, VARLEN_Q, VARLEN_KV if block_table is None else PAGED_KV)
     device = q.device
-    check.int32_vector(cu_names[0], cu_seqlens_q, device, None, "(batch + 1,)")
-    batch = cu_seqlens_q.shape[0] - 1
+    batch = check.int32_vector(names.cu_seqlens[0], cu_seqlens_q, device, None, "(batch + 1,)") - 1
     if batch < 0:
-        raise ValueError(f"{cu_names[0]} must have batch + 1 elements, at least one, got none")
-    for name, lengths in (("seqused_q", seqused_q), ("seqused_k", seqused_k), ("leftpad_k", leftpad_k)):
-        if lengths is not None:
-            check.int32_vector(name, lengths, device, batch, "(batch,)")
+        raise ValueError(f"{names.cu_seqlens[0]} must have batch + 1 elements, at least one, got none")
+    if seqused_q is not None:
+        check.int32_vector("seqused_q", seqused_q, device, batch, "(batch,)")
+    if seqused_k is not None:
+        check.int32_vector("seqused_k", seqused_k, device, batch, "(batch,)")
+    if leftpad_k is not None:
+        check.int32_vector("leftpad_k", leftpad_k, device, batch, "(batch,)")
     if scheduler_metadata is not None:
         check.scheduler_metadata_of(scheduler_metadata, device, batch)
     if cu_seqlens_k is not None:
-        check.int32_vector(cu_names[1], cu_seqlens_k, device, batch + 1, "(batch + 1,)")
+        if cu_seqlens_k is not cu_seqlens_q:
+            check.int32_vector(names.cu_seqlens[1], cu_seqlens_k, device, batch + 1, "(batch + 1,)")
     elif block_table is None:
-        raise ValueError(f"{cu_names[1]} must be given when block_table is not, got None")
+        raise ValueError(f"{names.cu_seqlens[1]} must be given when block_table is not, got None")
     elif seqused_k is None:
-        raise ValueError(f"{cu_names[1]} must be given when seqused_k is not, got None for both")
+        raise ValueError(f"{names.cu_seqlens[1]} must be given when seqused_k is not, got None for both")
     if block_table is not None:
         check.block_table_of(block_table, device, batch)
         # Pages have no slots in a packed tensor: below this line their lengths are seqused_k, and nothing
@@ -174,23 +195,15 @@ def varlen_call(
         if seqused_k is None:
             seqused_k = cu_seqlens_k.diff()
         cu_seqlens_k = None
-    sequences = Sequences(
-        batch,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        leftpad_k,
-        block_table,
-        None,
-        scheduler_metadata,
-        check.max_seqlen_of(max_names[0], max_seqlen_q),
-        check.max_seqlen_of(max_names[1], max_seqlen_k),
-    )
-    return finish_call(q, k, v, sequences, max_names=max_names, **options)
+    longest_q = check.max_seqlen_of(names.max_seqlens[0], max_seqlen_q)
+    longest_k = check.max_seqlen_of(names.max_seqlens[1], max_seqlen_k)
+    return shapes, Sequences(
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, block_table, None, scheduler_metadata,
+        longest_q, longest_k,
+    )  # fmt: skip
 
 
-def check_qkv(q: Any, k: Any, v: Any, names: tuple[str, str, str], layout_q: str, layout_kv: str) -> None:
+def check_qkv(q: Any, k: Any, v: Any, names: tuple[str, str, str], layout_q: str, layout_kv: str) -> Shapes:
     """What q, k and v have to agree on in every layout."""
     name_q, name_k, name_v = names
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
@@ -228,12 +241,14 @@ def check_qkv(q: Any, k: Any, v: Any, names: tuple[str, str, str], layout_q: str
             f"{name_q} must have a multiple of {name_k}'s num_heads_k heads, at least one, "
             f"got num_heads {num_heads} and num_heads_k {num_heads_k}"
         )
+    return shape_q, shape_k, shape_v
 
 
 def finish_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    shapes: Shapes,
     sequences: Sequences,
     *,
     dropout_p: float = 0.0,
@@ -250,11 +265,13 @@ def finish_call(
     num_splits: int,
     pack_gqa: bool | None,
     more_features: tuple[str, ...] = (),
-    max_names: tuple[str, str] = ("max_seqlen_q", "max_seqlen_k"),
+    max_names: tuple[str, str] = VARLEN_NAMES.max_seqlens,
 ) -> ForwardCall:
     """Checks the arguments that every function has and puts the call together."""
-    batch, num_heads, head_dim = sequences.batch, q.size(-2), q.size(-1)
+    shape_q, shape_k, shape_v = shapes
+    num_heads, head_dim, head_dim_v = shape_q[-2], shape_q[-1], shape_v[-1]
     if alibi_slopes is not None:
+        batch = shape_q[0] if sequences.cu_seqlens_q is None else sequences.cu_seqlens_q.shape[0] - 1
         check.alibi_slopes_of(alibi_slopes, q.device, batch, num_heads)
     if s_aux is not None:
         check.s_aux_of(s_aux, q.device, num_heads)
@@ -262,49 +279,56 @@ def finish_call(
         q.requires_grad or k.requires_grad or v.requires_grad or (s_aux is not None and s_aux.requires_grad)
     )
     if out is not None:
-        check.out_of(out, q, v.shape[-1], needs_grad)
+        check.out_of(out, q, shape_q, head_dim_v, needs_grad)
     scale = head_dim**-0.5 if softmax_scale is None else check.as_float("softmax_scale", softmax_scale)
     left, right = check.window_of(window_size, causal)
-    softcap = check.softcap_of(softcap)
-    dropout_p = check.dropout_of(dropout_p, softcap)
-    num_splits = check.num_splits_of(num_splits)
-    check.pack_gqa_of(pack_gqa)
-    check.require_bool("deterministic", deterministic)
-    check.require_bool("return_attn_probs", return_attn_probs)
-    check.require_bool("return_softmax_lse", return_softmax_lse)
+    softcap, dropout_p, num_splits = check.options_of(
+        softcap, dropout_p, num_splits, pack_gqa, deterministic, return_attn_probs, return_softmax_lse
+    )
     if return_attn_probs and dropout_p > 0:
         sequences = _with_known_max_seqlens(q, k, sequences, max_names)
-        more_features += ("attn_probs",)
-    # Single tests, since building and reading a table of them takes longer than all other checks.
-    features = [*sequences.features(), *more_features]
-    if num_heads != k.size(-2):
-        features.append("gqa")
-    if right == 0:
-        features.append("causal")
-    if left >= 0 or right > 0:
-        features.append("window")
-    if softcap > 0:
-        features.append("softcap")
-    if dropout_p > 0:
-        features.append("dropout")
-    if num_splits > 1:
-        features.append("num_splits")
-    if alibi_slopes is not None:
-        features.append("alibi")
-    if s_aux is not None:
-        features.append("sinks")
-    if out is not None:
-        features.append("out")
-    if needs_grad:
-        features.append("backward")
+    # A name for each feature that the call uses.
+    names = (
+        "dense" if sequences.cu_seqlens_q is None else "varlen",
+        None if sequences.seqused_q is None else "seqused_q",
+        None if sequences.seqused_k is None else "seqused_k",
+        None if sequences.leftpad_k is None else "leftpad",
+        None if sequences.block_table is None else "paged",
+        None if sequences.cache_batch_idx is None else "cache_batch_idx",
+        *more_features,
+        "gqa" if num_heads != shape_k[-2] else None,
+        "causal" if right == 0 else None,
+        "window" if left >= 0 or right > 0 else None,
+        "softcap" if softcap > 0 else None,
+        "dropout" if dropout_p > 0 else None,
+        "attn_probs" if return_attn_probs and dropout_p > 0 else None,
+        "num_splits" if num_splits > 1 else None,
+        None if alibi_slopes is None else "alibi",
+        None if s_aux is None else "sinks",
+        None if out is None else "out",
+        "backward" if needs_grad else None,
+    )
     return ForwardCall(
         q, k, v, s_aux, alibi_slopes,
         None,  # rng_state is drawn when the call runs
-        *sequences[1:],
+        *sequences,
         scale, left, right, softcap, dropout_p, num_splits, pack_gqa,
         deterministic or (needs_grad and torch.are_deterministic_algorithms_enabled()),
-        frozenset(features), needs_grad, out, return_softmax_lse, return_attn_probs,
+        (head_dim, head_dim_v), _feature_set(names), needs_grad, out, return_softmax_lse, return_attn_probs,
     )  # fmt: skip
+
+
+# A set takes longer to make than to look up, and to hash where the path is chosen.
+_feature_sets: dict[tuple[str | None, ...], frozenset[str]] = {}
+
+
+def _feature_set(names: tuple[str | None, ...]) -> frozenset[str]:
+    if torch.compiler.is_compiling():  # which would watch the table and compile again when it grows
+        return frozenset([name for name in names if name is not None])
+    found = _feature_sets.get(names)
+    if found is None:
+        found = _feature_sets[names] = frozenset(name for name in names if name is not None)
+    return found
 
 
 def _with_known_max_seqlens(q: Tensor, k: Tensor, sequences: Sequences, names: tuple[str, str]) -> Sequences:

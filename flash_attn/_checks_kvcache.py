@@ -15,6 +15,7 @@ from flash_attn._checks import (
     VARLEN_Q,
     ForwardCall,
     Sequences,
+    Shapes,
     check_qkv,
     finish_call,
 )
@@ -77,21 +78,31 @@ def kvcache_call(
     max_seqlen_q: int | Tensor | None,
     cu_seqlens_k_new: Tensor | None,
     scheduler_metadata: Tensor | None,
-    **options: Any,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Any,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    num_splits: int,
+    return_softmax_lse: bool,
+    s_aux: Tensor | None,
+    out: Tensor | None,
+    pack_gqa: bool | None,
 ) -> KvCacheCall:
-    """The call of flash_attn_with_kvcache; `options` are the arguments that flash_attn_func has too."""
+    """The call of flash_attn_with_kvcache."""
     layout_q = DENSE_Q if cu_seqlens_q is None else VARLEN_Q
-    check_qkv(q, k_cache, v_cache, _NAMES, layout_q, DENSE_CACHE if block_table is None else PAGED_KV)
-    batch = _batch(q, cu_seqlens_q)
-    capacity = _check_places(q.device, batch, k_cache, cache_batch_idx, cache_leftpad, block_table)
+    shapes = check_qkv(q, k_cache, v_cache, _NAMES, layout_q, DENSE_CACHE if block_table is None else PAGED_KV)
+    device = q.device
+    batch = shapes[0][0] if cu_seqlens_q is None else _packed_batch(cu_seqlens_q, device)
+    capacity = _check_places(device, batch, shapes[1], cache_batch_idx, cache_leftpad, block_table)
     if scheduler_metadata is not None:
-        check.scheduler_metadata_of(scheduler_metadata, q.device, batch)
+        check.scheduler_metadata_of(scheduler_metadata, device, batch)
     check.require_bool("rotary_interleaved", rotary_interleaved)
-    num_new = _check_new(q, k_cache, v_cache, k, v, batch, cu_seqlens_k_new)
+    num_new = _check_new(q, shapes, k, v, batch, cu_seqlens_k_new)
     if num_new > capacity and cu_seqlens_k_new is None:
         raise ValueError(f"k must fit into the {capacity} tokens of an entry's cache, got {num_new} new tokens")
     _check_rotary(q, k, rotary_cos, rotary_sin)
-    lengths = _lengths(q, cache_seqlens, batch, capacity, num_new if cu_seqlens_k_new is None else 0)
+    lengths = _lengths(device, cache_seqlens, batch, capacity, num_new if cu_seqlens_k_new is None else 0)
     append = None
     if k is not None:
         if cache_seqlens is None:
@@ -102,38 +113,31 @@ def kvcache_call(
             rotary_interleaved,
         )  # fmt: skip
     elif lengths is None and block_table is not None:
-        lengths = torch.full((batch,), capacity, dtype=torch.int32, device=q.device)
+        lengths = torch.full((batch,), capacity, dtype=torch.int32, device=device)
+    longest_q = 0 if max_seqlen_q is None else check.max_seqlen_of("max_seqlen_q", max_seqlen_q)
     sequences = Sequences(
-        batch,
-        cu_seqlens_q,
-        None,
-        None,
-        lengths,
-        cache_leftpad,
-        block_table,
-        cache_batch_idx,
-        scheduler_metadata,
-        check.max_seqlen_of("max_seqlen_q", max_seqlen_q),
-        0,
+        cu_seqlens_q, None, None, lengths, cache_leftpad, block_table, cache_batch_idx, scheduler_metadata, longest_q, 0
     )
     more = () if append is None else ("append",) if rotary_cos is None else ("append", "rotary")
-    forward = finish_call(q, k_cache, v_cache, sequences, more_features=more, **options)
+    forward = finish_call(
+        q, k_cache, v_cache, shapes, sequences, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
+        softcap=softcap, alibi_slopes=alibi_slopes, s_aux=s_aux, out=out, return_softmax_lse=return_softmax_lse,
+        num_splits=num_splits, pack_gqa=pack_gqa, more_features=more,
+    )  # fmt: skip
     return KvCacheCall(forward, append, rotary_cos is not None)
 
 
-def _batch(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
-    if cu_seqlens_q is None:
-        return q.shape[0]
-    check.int32_vector("cu_seqlens_q", cu_seqlens_q, q.device, None, "(batch + 1,)")
-    if cu_seqlens_q.shape[0] < 1:
+def _packed_batch(cu_seqlens_q: Tensor, device: torch.device) -> int:
+    size = check.int32_vector("cu_seqlens_q", cu_seqlens_q, device, None, "(batch + 1,)")
+    if size < 1:
         raise ValueError("cu_seqlens_q must have batch + 1 elements, at least one, got none")
-    return cu_seqlens_q.shape[0] - 1
+    return size - 1
 
 
 def _check_places(
     device: torch.device,
     batch: int,
-    k_cache: Tensor,
+    shape_k: torch.Size,
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
@@ -145,20 +149,17 @@ def _check_places(
         check.int32_vector("cache_leftpad", cache_leftpad, device, batch, "(batch,)")
     if block_table is not None:
         # With cache_batch_idx the table may have more rows than the batch: it chooses among them.
-        check.block_table_of(block_table, device, batch if cache_batch_idx is None else None)
-        return block_table.shape[1] * k_cache.shape[1]
-    if cache_batch_idx is None and k_cache.shape[0] != batch:
+        return check.block_table_of(block_table, device, batch if cache_batch_idx is None else None) * shape_k[1]
+    if cache_batch_idx is None and shape_k[0] != batch:
         raise ValueError(
-            f"k_cache must have q's batch size {batch} when cache_batch_idx is not given, "
-            f"got shape {tuple(k_cache.shape)}"
+            f"k_cache must have q's batch size {batch} when cache_batch_idx is not given, got shape {tuple(shape_k)}"
         )
-    return k_cache.shape[1]
+    return shape_k[1]
 
 
 def _check_new(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    shapes: Shapes,
     k: Tensor | None,
     v: Tensor | None,
     batch: int,
@@ -182,7 +183,7 @@ def _check_new(
     row_dim = 0 if packed else 1
     tokens = shape_k[row_dim] if len(shape_k) > row_dim else 0
     leading = (tokens,) if packed else (batch, tokens)
-    cached_k, cached_v = k_cache.shape, v_cache.shape
+    _, cached_k, cached_v = shapes
     right_shapes = shape_k == (*leading, cached_k[2], cached_k[3]) and shape_v == (*leading, cached_v[2], cached_v[3])
     if right_shapes and k.dtype == dtype and v.dtype == dtype and k.device == device and v.device == device:
         return tokens
@@ -217,12 +218,12 @@ def _check_rotary(q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor |
         )
 
 
-def _lengths(q: Tensor, cache_seqlens: Any, batch: int, capacity: int, num_new: int) -> Tensor | None:
+def _lengths(device: torch.device, cache_seqlens: Any, batch: int, capacity: int, num_new: int) -> Tensor | None:
     """cache_seqlens as an int32 tensor; its values are checked only where the host has them."""
     if cache_seqlens is None:
         return None
     if isinstance(cache_seqlens, Tensor):
-        check.int32_vector("cache_seqlens", cache_seqlens, q.device, batch, "(batch,)")
+        check.int32_vector("cache_seqlens", cache_seqlens, device, batch, "(batch,)")
         return cache_seqlens
     length = check.as_int("cache_seqlens", cache_seqlens)
     if not 0 <= length <= capacity - num_new:
@@ -230,7 +231,7 @@ def _lengths(q: Tensor, cache_seqlens: Any, batch: int, capacity: int, num_new: 
             f"cache_seqlens must be at least 0 and leave room for the {num_new} new tokens in a cache of {capacity}, "
             f"got {length}"
         )
-    return torch.full((batch,), length, dtype=torch.int32, device=q.device)
+    return torch.full((batch,), length, dtype=torch.int32, device=device)
 
 
 def _require_no_gradient(*tensors: Tensor | None) -> None:

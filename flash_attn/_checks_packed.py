@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from flash_attn import _arguments as check
-from flash_attn._checks import ForwardCall, dense_call, varlen_call
+from flash_attn._checks import ForwardCall, VarlenNames, dense_call, varlen_call
 
 _QKV_NAMES = ("qkv", "qkv", "qkv")
 _KV_NAMES = ("q", "kv", "kv")
+_VARLEN_QKV_NAMES = VarlenNames(_QKV_NAMES, ("cu_seqlens",) * 2, ("max_seqlen",) * 2)
+_VARLEN_KV_NAMES = VarlenNames(_KV_NAMES)
 
 
 def qkvpacked_call(qkv: Tensor, **options: Any) -> ForwardCall:
@@ -25,8 +27,9 @@ def kvpacked_call(q: Tensor, kv: Tensor, **options: Any) -> ForwardCall:
 
 def varlen_qkvpacked_call(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: Any, **options: Any) -> ForwardCall:
     q, k, v = _unbind("qkv", qkv, 3, "(total, 3, num_heads, head_dim)")
-    names = {"names": _QKV_NAMES, "cu_names": ("cu_seqlens",) * 2, "max_names": ("max_seqlen",) * 2}
-    return varlen_call(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **names, **options)
+    return varlen_call(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, names=_VARLEN_QKV_NAMES, **options
+    )  # fmt: skip
 
 
 def varlen_kvpacked_call(
@@ -39,7 +42,9 @@ def varlen_kvpacked_call(
     **options: Any,
 ) -> ForwardCall:
     k, v = _unbind("kv", kv, 2, "(total_k, 2, num_heads_k, head_dim)")
-    return varlen_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, names=_KV_NAMES, **options)
+    return varlen_call(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, names=_VARLEN_KV_NAMES, **options
+    )
 
 
 def _unbind(name: str, packed: Any, parts: int, layout: str) -> tuple[Tensor, ...]:

@@ -140,8 +140,8 @@ def use_path(name: str) -> Iterator[None]:
         _forced.path = before
 
 
-def choose_path(q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:
-    """The path for a validated call: the forced one, else the first that serves it.
+def choose_path(q: torch.Tensor, head_dims: tuple[int, int], features: frozenset[str]) -> str:
+    """The path for a validated call: the forced one, else the first that serves it. head_dims are q's and v's.
 
     Raises:
         NotImplementedError: if no kernel serves the call; the message gives each path's reasons.
@@ -150,12 +150,12 @@ def choose_path(q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> s
     if forced is None and not q.is_cuda:
         return "cpu"
     if torch.compiler.is_compiling():
-        return _first_that_serves(forced, q, head_dim_v, features)
+        return _first_that_serves(forced, q, head_dims[1], features)
     # Everything that the choice depends on, so that a small call doesn't pay for it each time.
-    key = (forced, q.device, q.dtype, q.size(-1), head_dim_v, features)
+    key = (forced, q.device, q.dtype, head_dims, features)
     path = _chosen.get(key)
     if path is None:
-        path = _chosen[key] = _first_that_serves(forced, q, head_dim_v, features)
+        path = _chosen[key] = _first_that_serves(forced, q, head_dims[1], features)
     return path
 
 

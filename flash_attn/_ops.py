@@ -21,6 +21,12 @@ _Outputs = tuple[Tensor, Tensor]
 _LIB = torch.library.Library("flash_attn", "FRAGMENT")
 _CUDA_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
+# What may watch an op.
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_is_profiling = torch._C._autograd._profiler_enabled
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+
 _LENGTHS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
 _PLACES = "Tensor? leftpad_k, Tensor? block_table, Tensor? cache_batch_idx"
 _SCORE = (
@@ -56,6 +62,7 @@ _SCHEMAS = {
 }
 # The op's inputs that have a gradient come first but for s_aux, which is the fourth: one per op argument.
 _NUM_FORWARD_ARGUMENTS = _FORWARD.count(",") + 1
+_SCORE_ARGUMENTS = slice(_FORWARD[: _FORWARD.index(_SCORE)].count(","), _NUM_FORWARD_ARGUMENTS - 3)
 
 
 # ---- Implementations -------------------------------------------------------------------------------------------
@@ -128,55 +135,82 @@ def _fake_combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dty
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
-    call = inputs[:_NUM_FORWARD_ARGUMENTS]
-    ctx.arch = inputs[_NUM_FORWARD_ARGUMENTS:]  # of the kernels; nothing for the CPU path
+    """Saves what _gradients takes; inputs are the op's, with the kernels' architecture, or nothing for the CPU path."""
     (q, k, v, s_aux, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-     leftpad_k, block_table, cache_batch_idx, _, *score) = call[:-3]  # fmt: skip
+     leftpad_k, block_table, cache_batch_idx, *_) = inputs  # fmt: skip
     ctx.set_materialize_grads(False)
-    places = {"leftpad_k": leftpad_k, "block_table": block_table, "cache_batch_idx": cache_batch_idx}
-    ctx.without_backward = [name for name, value in places.items() if value is not None]
-    if ctx.without_backward:
+    if leftpad_k is not None or block_table is not None or cache_batch_idx is not None:
+        places = {"leftpad_k": leftpad_k, "block_table": block_table, "cache_batch_idx": cache_batch_idx}
+        ctx.without_backward = [name for name, value in places.items() if value is not None]
         return
-    ctx.score, ctx.deterministic = score, call[-1]
+    ctx.without_backward = None
+    ctx.arch = inputs[_NUM_FORWARD_ARGUMENTS:]
+    ctx.options = (*inputs[_SCORE_ARGUMENTS], inputs[_NUM_FORWARD_ARGUMENTS - 1])
     ctx.save_for_backward(
         q, k, v, *output, s_aux, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     )
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of q, k, v and s_aux."""
     if ctx.without_backward:
         raise NotImplementedError(f"there is no backward through {', '.join(ctx.without_backward)}")
-    no_grads = (None,) * (_NUM_FORWARD_ARGUMENTS + len(ctx.arch))
     if dout is None and dlse is None:
-        return no_grads
+        return None, None, None, None
     saved = ctx.saved_tensors
     # A second differentiation has to meet the op, which refuses it.
     direct = not torch.is_grad_enabled() and _is_plain(*saved[:3])
-    arguments = (dout, dlse, *saved, *ctx.score, ctx.deterministic, *ctx.arch)
+    arguments = (dout, dlse, *saved, *ctx.options, *ctx.arch)
     if ctx.arch:
-        grads = _run_kernel("backward", *arguments) if direct else torch.ops.flash_attn.backward(*arguments)
+        grads = _run_kernel("backward", arguments) if direct else torch.ops.flash_attn.backward(*arguments)
     else:
         grads = (cpu.backward if direct else torch.ops.flash_attn.cpu_backward)(*arguments)
-    needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[:4], strict=True))
-    return (*needed, *no_grads[4:])
+    dq, dk, dv, ds_aux = grads
+    needs_q, needs_k, needs_v, needs_s_aux = ctx.needs_input_grad[:4]
+    return dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, ds_aux if needs_s_aux else None
 
 
-def _run_kernel(name: str, *arguments: Any) -> Any:
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The op's: a gradient for each argument."""
+    grads = _gradients(ctx, dout, dlse)
+    arch = () if ctx.without_backward else ctx.arch
+    return (*grads, *(None,) * (_NUM_FORWARD_ARGUMENTS - 4 + len(arch)))
+
+
+def _run_kernel(name: str, arguments: tuple[Any, ...]) -> Any:
     """Straight to the CUDA kernel: what the dispatcher does before it costs more than a small call on a GPU."""
-    return getattr(torch.ops.flash_attn, name).default.redispatch(_CUDA_KEY, *arguments)
+    return _redispatch[name](_CUDA_KEY, *arguments)
+
+
+# Name -> its op's OpOverload.redispatch, found and bound once. The compiled module's ops alone.
+_redispatch: dict[str, Any] = {}
 
 
 class _EagerForward(torch.autograd.Function):
-    """The forward ops and their gradient without the dispatcher's Python kernels for autograd."""
+    """The forward ops and their gradient without the dispatcher's Python kernels for autograd.
+
+    All arguments but the first four, which have a gradient, are one: autograd looks at each.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> _Outputs:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, others: tuple[Any, ...]) -> _Outputs:
+        arguments = (q, k, v, s_aux, *others)
         on_cpu_path = len(arguments) == _NUM_FORWARD_ARGUMENTS
-        output = cpu.forward(*arguments) if on_cpu_path else _run_kernel("forward", *arguments)
+        output = cpu.forward(*arguments) if on_cpu_path else _run_kernel("forward", arguments)
         _setup_backward(ctx, arguments, output)
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, dout, dlse), None
+
+
+# Without what Function.apply does for transforms, of which there are none in a plain call.
+_apply_eager_forward = super(torch.autograd.Function, _EagerForward).apply
+
+
+def _forward_with_gradient(*arguments: Any) -> _Outputs:
+    return _apply_eager_forward(*arguments[:4], arguments[4:])
 
 
 def _refuse_backward(what: str) -> Any:
@@ -244,6 +278,8 @@ def _register_python_ops() -> None:
 
 
 def _register_cuda_ops() -> None:
+    for name in ("forward", "forward_out", "backward", "append_kv", "rotary", "combine"):
+        _redispatch[name] = getattr(torch.ops.flash_attn, name).default._handle.redispatch_boxed
     for name, fake in (
         ("forward", _fake_forward),
         ("forward_out", _fake_forward_out),
@@ -281,17 +317,21 @@ if _extension.is_loaded():
 # ---- Calls -----------------------------------------------------------------------------------------------------
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether nothing but autograd would watch an op with these tensors: no tracer, profiler, mode, subclass or
-    transform."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+def _is_plain(tensor: Tensor, *others: Tensor) -> bool:
+    """Whether nothing but autograd would watch an op with these tensors, which are on one device: no tracer, profiler,
+    mode, subclass or transform."""
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or _num_dispatch_modes()
+        or _innermost_transform() is not None
+        or _is_profiling()
+        or type(tensor) not in _PLAIN_TYPES
+        or tensor.is_meta
+    ):
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if torch._C._autograd._profiler_enabled():
-        return False
-    for tensor in tensors:
-        if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or tensor.is_meta:
+    for other in others:
+        if type(other) not in _PLAIN_TYPES:
             return False
     return True
 
@@ -304,7 +344,7 @@ def _refuse_transforms() -> None:
     """torch drops forward-mode tangents at a custom op, and fails on torch.func.grad in words about itself."""
     if torch.compiler.is_compiling():
         return
-    transform = torch._C._functorch.peek_interpreter_stack()
+    transform = _innermost_transform()
     unsupported = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
     if forward_ad._current_level >= 0 or (transform is not None and transform.key() in unsupported):
         raise NotImplementedError(
@@ -315,25 +355,21 @@ def _refuse_transforms() -> None:
 
 def forward(path: str, call: ForwardCall) -> _Outputs:
     """(out, lse) of a checked call on the path chosen for it."""
+    out = call.out
     arguments = call.op_arguments()
-    ops = torch.ops.flash_attn
-    if _is_plain(call.q, call.k, call.v) and (call.out is None or _is_plain(call.out)):
-        if path != "cpu":
-            arguments = (*arguments, _dispatch.PATHS[path].arch)
-        if call.out is not None:
-            return call.out, _write_forward(path, arguments, call.out)
-        if call.needs_grad:
-            return _EagerForward.apply(*arguments)
-        return cpu.forward(*arguments) if path == "cpu" else _run_kernel("forward", *arguments)
-    _refuse_transforms()
     if path != "cpu":
-        arch = _dispatch.PATHS[path].arch
-        if call.out is None:
-            return ops.forward(*arguments, arch)
-        return call.out, ops.forward_out(*arguments, arch, call.out)
-    if call.out is not None:
-        return call.out, ops.cpu_forward_out(*arguments, call.out)
-    return ops.cpu_forward(*arguments)
+        arguments = (*arguments, _dispatch.PATHS[path].arch)
+    if _is_plain(call.q, call.k, call.v) if out is None else _is_plain(call.q, call.k, call.v, out):
+        if out is not None:
+            return out, _write_forward(path, arguments, out)
+        if call.needs_grad:
+            return _forward_with_gradient(*arguments)
+        return cpu.forward(*arguments) if path == "cpu" else _run_kernel("forward", arguments)
+    _refuse_transforms()
+    ops = torch.ops.flash_attn
+    if out is None:
+        return (ops.cpu_forward if path == "cpu" else ops.forward)(*arguments)
+    return out, (ops.cpu_forward_out if path == "cpu" else ops.forward_out)(*arguments, out)
 
 
 def _write_forward(path: str, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -341,7 +377,7 @@ def _write_forward(path: str, arguments: tuple[Any, ...], out: Tensor) -> Tensor
     if path == "cpu":
         return _forward_out(*arguments, out)
     torch.autograd.graph.increment_version(out)
-    return _run_kernel("forward_out", *arguments, out)
+    return _run_kernel("forward_out", (*arguments, out))
 
 
 def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:
@@ -362,7 +398,7 @@ def append_kv(path: str, arguments: tuple[Any, ...]) -> Tensor:
         return (cpu.append_kv if direct else torch.ops.flash_attn.cpu_append_kv)(*arguments)
     if direct:
         torch.autograd.graph.increment_version(arguments[:2])
-        return _run_kernel("append_kv", *arguments)
+        return _run_kernel("append_kv", arguments)
     return torch.ops.flash_attn.append_kv(*arguments)
 
 
@@ -371,7 +407,7 @@ def rotary(path: str, arguments: tuple[Any, ...]) -> Tensor:
     direct = _is_plain_without_grad(arguments[0])
     if path == "cpu":
         return (cpu.rotary if direct else torch.ops.flash_attn.cpu_rotary)(*arguments)
-    return _run_kernel("rotary", *arguments) if direct else torch.ops.flash_attn.rotary(*arguments)
+    return _run_kernel("rotary", arguments) if direct else torch.ops.flash_attn.rotary(*arguments)
 
 
 def combine(path: str, out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> _Outputs:
@@ -379,4 +415,4 @@ def combine(path: str, out_partial: Tensor, lse_partial: Tensor, out_dtype: torc
     direct = _is_plain_without_grad(out_partial, lse_partial)
     if path == "cpu":
         return (cpu.combine if direct else torch.ops.flash_attn.cpu_combine)(*arguments)
-    return _run_kernel("combine", *arguments) if direct else torch.ops.flash_attn.combine(*arguments)
+    return _run_kernel("combine", arguments) if direct else torch.ops.flash_attn.combine(*arguments)

@@ -131,16 +131,18 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 
 def explain_call(title: str, call: Any) -> Explanation:
-    objections = {name: _dispatch.objections(name, call.q, call.head_dim_v, call.features) for name in _dispatch.PATHS}
+    objections = {
+        name: _dispatch.objections(name, call.q, call.head_dims[1], call.features) for name in _dispatch.PATHS
+    }
     try:
-        path = _dispatch.choose_path(call.q, call.head_dim_v, call.features)
+        path = _dispatch.choose_path(call.q, call.head_dims, call.features)
     except NotImplementedError:
         path = None
     plans = {}
     for spec in _dispatch.PATHS.values():
         if spec.arch is None or not _extension.is_loaded():
             continue
-        if not _dispatch.plan_objections(spec, call.q.dtype, call.q.shape[-1], call.head_dim_v, call.features):
+        if not _dispatch.plan_objections(spec, call.q.dtype, *call.head_dims, call.features):
             plan = json.loads(torch.ops.flash_attn.explain_forward(*call.op_arguments(), spec.arch))
             if call.needs_grad:
                 plan["backward"] = json.loads(torch.ops.flash_attn.explain_backward(*call.op_arguments(), spec.arch))

@@ -14,7 +14,7 @@ Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 def run(call: ForwardCall) -> Result:
     """out, or (out, lse), or (out, lse, S_dmask): what the public functions return."""
-    path = _dispatch.choose_path(call.q, call.head_dim_v, call.features)
+    path = _dispatch.choose_path(call.q, call.head_dims, call.features)
     if call.dropout_p > 0:
         call = call._replace(rng_state=_draw_rng_state(call.q.device))
     out, lse = _ops.forward(path, call)
@@ -27,7 +27,7 @@ def run(call: ForwardCall) -> Result:
 def run_kvcache(call: KvCacheCall) -> Result:
     """Appends, rotates q, attends: one path for all of it."""
     forward = call.forward
-    path = _dispatch.choose_path(forward.q, forward.head_dim_v, forward.features)
+    path = _dispatch.choose_path(forward.q, forward.head_dims, forward.features)
     if call.append is not None:
         forward = forward.with_seqused_k(_ops.append_kv(path, call.append))
     if call.rotate_q:
@@ -37,7 +37,7 @@ def run_kvcache(call: KvCacheCall) -> Result:
 
 
 def run_combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    path = _dispatch.choose_path(out_partial, out_partial.shape[-1], frozenset({"combine"}))
+    path = _dispatch.choose_path(out_partial, (out_partial.shape[-1],) * 2, frozenset({"combine"}))
     return _ops.combine(path, out_partial, lse_partial, out_dtype)
 
 

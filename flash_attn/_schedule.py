@@ -51,7 +51,7 @@ def _plan(step: Step) -> dict[str, Any] | None:
     """The kernel's plan for tensors of these shapes, which take no memory; None if no kernel would run."""
     call = _call(step)
     try:
-        path = _dispatch.choose_path(call.q, call.head_dim_v, call.features)
+        path = _dispatch.choose_path(call.q, call.head_dims, call.features)
     except NotImplementedError:
         return None
     arch = _dispatch.PATHS[path].arch

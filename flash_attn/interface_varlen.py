@@ -90,13 +90,16 @@ def flash_attn_varlen_func(
 
     There is no backward pass through block_table and leftpad_k: it raises NotImplementedError.
     """
-    call = _checks.varlen_call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table=block_table,
-        seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k, scheduler_metadata=scheduler_metadata,
-        dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
-        window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, deterministic=deterministic,
-        return_attn_probs=return_attn_probs, s_aux=s_aux, out=out, return_softmax_lse=return_softmax_lse,
-        num_splits=num_splits, pack_gqa=pack_gqa,
+    # Not through varlen_call, which would put the options into one more dict.
+    shapes, sequences = _checks.varlen_sequences(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_q, seqused_k, leftpad_k,
+        scheduler_metadata,
+    )  # fmt: skip
+    call = _checks.finish_call(
+        q, k, v, shapes, sequences, dropout_p=dropout_p, softmax_scale=softmax_scale,
+        causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+        deterministic=deterministic, return_attn_probs=return_attn_probs, s_aux=s_aux, out=out,
+        return_softmax_lse=return_softmax_lse, num_splits=num_splits, pack_gqa=pack_gqa,
     )  # fmt: skip
     return run(call)
 

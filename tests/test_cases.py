@@ -46,13 +46,13 @@ def test_declared_features_are_what_the_dispatcher_is_told(case, monkeypatch):
     """harness.on_path expects a refusal from the features that a case declares."""
     told = []
 
-    def choose_path(q, head_dim_v, features):
-        told.append((head_dim_v, features))
+    def choose_path(q, head_dims, features):
+        told.append((head_dims, features))
         return "cpu"
 
     monkeypatch.setattr(flash_attn._dispatch, "choose_path", choose_path)
     build(case).call()
-    assert told == [(case.dims[1], case.features)]
+    assert told == [(case.dims, case.features)]
 
 
 @pytest.mark.parametrize("case", SM80_SERVES, ids=lambda case: case.id)

@@ -51,7 +51,7 @@ def test_use_path_ends_with_its_block():
 @pytest.mark.parametrize("feature", [key for key in _dispatch.FEATURES if key not in _dispatch.PATHS["sm80"].features])
 def test_refusal_names_the_missing_feature(feature):
     with flash_attn.use_path("sm80"), pytest.raises(NotImplementedError) as refusal:
-        _dispatch.choose_path(_qkv()[0], 64, frozenset({"dense", feature}))
+        _dispatch.choose_path(_qkv()[0], (64, 64), frozenset({"dense", feature}))
     assert _dispatch.FEATURES[feature] in str(refusal.value)
 
 

@@ -154,7 +154,7 @@ def test_direct_call_equals_the_op(name):
     arguments = requiring_grad(FORWARD[name])
     leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
     results = []
-    for forward in (ops.cpu_forward, _ops._EagerForward.apply):
+    for forward in (ops.cpu_forward, _ops._forward_with_gradient):
         out, lse = forward(*arguments)
         grads = torch.autograd.grad((out, lse), leaves, (torch.ones_like(out), torch.ones_like(lse)))
         results.append((out, lse, *grads))
@@ -196,7 +196,7 @@ def test_gradient_of_the_lse_alone():
 @pytest.mark.parametrize("direct", [True, False])
 def test_second_derivative_raises(direct):
     q = grad(Q)
-    out, _ = (_ops._EagerForward.apply if direct else ops.cpu_forward)(*forward_arguments(q))
+    out, _ = (_ops._forward_with_gradient if direct else ops.cpu_forward)(*forward_arguments(q))
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="attention has no second derivative"):
         dq.sum().backward()
@@ -207,7 +207,7 @@ def test_second_derivative_raises(direct):
 )
 @pytest.mark.parametrize("direct", [True, False])
 def test_backward_that_does_not_exist_raises(name, message, direct):
-    out, _ = (_ops._EagerForward.apply if direct else ops.cpu_forward)(*requiring_grad(FORWARD[name]))
+    out, _ = (_ops._forward_with_gradient if direct else ops.cpu_forward)(*requiring_grad(FORWARD[name]))
     with pytest.raises(NotImplementedError, match=message):
         out.sum().backward()
 
