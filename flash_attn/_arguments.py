@@ -258,7 +258,8 @@ def s_aux_of(s_aux: Any, device: torch.device, num_heads: int) -> None:
 
 def out_of(out: Any, q: torch.Tensor, shape_q: torch.Size, head_dim_v: int, needs_grad: bool) -> None:
     """`out` is written in place, so nothing that it depends on may be waiting for a gradient."""
-    require_tensor("out", out)
+    if not isinstance(out, torch.Tensor):
+        require_tensor("out", out)
     shape = out.shape
     if out.device != q.device or out.dtype != q.dtype or shape != shape_q or head_dim_v != shape_q[-1]:
         require_device("out", out, q.device)

@@ -308,14 +308,14 @@ def finish_call(
         None if out is None else "out",
         "backward" if needs_grad else None,
     )
-    return ForwardCall(
+    return ForwardCall._make((
         q, k, v, s_aux, alibi_slopes,
         None,  # rng_state is drawn when the call runs
         *sequences,
         scale, left, right, softcap, dropout_p, num_splits, pack_gqa,
         deterministic or (needs_grad and torch.are_deterministic_algorithms_enabled()),
         (head_dim, head_dim_v), _feature_set(names), needs_grad, out, return_softmax_lse, return_attn_probs,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 # A set takes longer to make than to look up, and to hash where the path is chosen.
