@@ -48,10 +48,8 @@ struct Shape {
 inline Shape shape_of(const Tensor& tensor) { return {tensor}; }
 
 inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  bool equal = tensor.dim() == static_cast<int64_t>(shape.size());
-  int64_t dim = 0;
-  for (const int64_t size : shape) equal = equal && tensor.size(dim++) == size;
-  if (equal) return;
+  const auto sizes = tensor.sizes();
+  if (std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) return;
   std::ostringstream expected;
   for (const int64_t size : shape) expected << (expected.tellp() > 0 ? ", " : "") << size;
   check(false, name, " must have shape (", expected.str(), "), got ", shape_of(tensor));
@@ -69,11 +67,14 @@ inline Dtype dtype_of(const Tensor& q) {
   return dtype == ScalarType::Half ? Dtype::kFp16 : Dtype::kBf16;
 }
 
+// Sizes and strides are taken as a whole, here and below: each question to a tensor is a call into libtorch.
 inline bool has_vector_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  if (tensor.size(last) % kVectorElements != 0 || tensor.stride(last) != 1) return false;
-  for (int64_t dim = 0; dim < last; ++dim) {
-    if (tensor.size(dim) > 1 && tensor.stride(dim) % kVectorElements != 0) return false;
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const size_t last = sizes.size() - 1;
+  if (sizes[last] % kVectorElements != 0 || strides[last] != 1) return false;
+  for (size_t dim = 0; dim < last; ++dim) {
+    if (sizes[dim] > 1 && strides[dim] % kVectorElements != 0) return false;
   }
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kVectorBytes == 0;
 }
@@ -122,12 +123,13 @@ inline Tensor allocate_like(const Tensor& like, const std::vector<int64_t>& shap
 
 // Dense (batch, row, head, head_dim) or variable-length (row, head, head_dim).
 inline Operand operand_of(const Tensor& tensor) {
-  const bool dense = tensor.dim() == 4;
-  const int64_t row_dim = dense ? 1 : 0;
+  const auto strides = tensor.strides();
+  const bool dense = strides.size() == 4;
+  const size_t row_dim = dense ? 1 : 0;
   return {.ptr = tensor.data_ptr(),
-          .batch_stride = dense ? tensor.stride(0) : 0,
-          .row_stride = tensor.stride(row_dim),
-          .head_stride = tensor.stride(row_dim + 1)};
+          .batch_stride = dense ? strides[0] : 0,
+          .row_stride = strides[row_dim],
+          .head_stride = strides[row_dim + 1]};
 }
 
 }  // namespace flash_attn
