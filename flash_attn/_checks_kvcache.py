@@ -235,11 +235,11 @@ def _lengths(device: torch.device, cache_seqlens: Any, batch: int, capacity: int
 
 
 def _require_no_gradient(*tensors: Tensor | None) -> None:
-    names = ("k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin")
     if not torch.is_grad_enabled():
         return
-    for name, tensor in zip(names, tensors, strict=True):
+    for index, tensor in enumerate(tensors):
         if tensor is not None and tensor.requires_grad:
+            name = ("k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin")[index]
             raise NotImplementedError(
                 f"{name} must not require grad when k is appended (the cache is written in place and no gradient "
                 f"flows through it); call under torch.no_grad(), got requires_grad=True"
