@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import flash_attn
-from flash_attn import _checks, _dispatch, _ops
+from flash_attn import _checks, _dispatch, _ops, _plain
 
 Call = Callable[[], object]
 ON_GPU = torch.cuda.is_available()
@@ -121,7 +121,7 @@ def parts() -> Iterator[tuple[str, Call]]:
     yield "checks of q, k, v", lambda: _checks.dense_shapes(q, k, v)
     yield "checks of the options", lambda: _checks.finish_call(q, k, v, shapes, _checks.DENSE, **options)
     yield "choice of the path", lambda: _dispatch.choose_path(q, call.head_dims, call.features)
-    yield "whether nothing watches", lambda: _ops._is_plain(q, k, v)
+    yield "whether nothing watches", lambda: _plain.is_plain(q, k, v)
     if ON_GPU:
         arguments = (
             *call.op_arguments(),

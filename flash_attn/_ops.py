@@ -10,22 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from flash_attn import _dispatch, _extension
 from flash_attn._checks import ForwardCall
+from flash_attn._plain import is_plain, is_plain_without_grad, refuse_transforms
 from flash_attn.backends import cpu
 
 _Outputs = tuple[Tensor, Tensor]
 
 _LIB = torch.library.Library("flash_attn", "FRAGMENT")
 _CUDA_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-
-# What may watch an op.
-_num_dispatch_modes = torch._C._len_torch_dispatch_stack
-_innermost_transform = torch._C._functorch.peek_interpreter_stack
-_is_profiling = torch._C._autograd._profiler_enabled
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 _LENGTHS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
 _PLACES = "Tensor? leftpad_k, Tensor? block_table, Tensor? cache_batch_idx"
@@ -139,12 +133,12 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None
     (q, k, v, s_aux, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
      leftpad_k, block_table, cache_batch_idx, *_) = inputs  # fmt: skip
     ctx.set_materialize_grads(False)
+    ctx.arch = inputs[_NUM_FORWARD_ARGUMENTS:]
     if leftpad_k is not None or block_table is not None or cache_batch_idx is not None:
         places = {"leftpad_k": leftpad_k, "block_table": block_table, "cache_batch_idx": cache_batch_idx}
         ctx.without_backward = [name for name, value in places.items() if value is not None]
         return
     ctx.without_backward = None
-    ctx.arch = inputs[_NUM_FORWARD_ARGUMENTS:]
     ctx.options = (*inputs[_SCORE_ARGUMENTS], inputs[_NUM_FORWARD_ARGUMENTS - 1])
     ctx.save_for_backward(
         q, k, v, *output, s_aux, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
@@ -159,7 +153,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
         return None, None, None, None
     saved = ctx.saved_tensors
     # A second differentiation has to meet the op, which refuses it.
-    direct = not torch.is_grad_enabled() and _is_plain(*saved[:3])
+    direct = not torch.is_grad_enabled() and is_plain(*saved[:3])
     arguments = (dout, dlse, *saved, *ctx.options, *ctx.arch)
     if ctx.arch:
         grads = _run_kernel("backward", arguments) if direct else torch.ops.flash_attn.backward(*arguments)
@@ -172,9 +166,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """The op's: a gradient for each argument."""
-    grads = _gradients(ctx, dout, dlse)
-    arch = () if ctx.without_backward else ctx.arch
-    return (*grads, *(None,) * (_NUM_FORWARD_ARGUMENTS - 4 + len(arch)))
+    return *_gradients(ctx, dout, dlse), *(None,) * (_NUM_FORWARD_ARGUMENTS - 4 + len(ctx.arch))
 
 
 def _run_kernel(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -317,55 +309,19 @@ if _extension.is_loaded():
 # ---- Calls -----------------------------------------------------------------------------------------------------
 
 
-def _is_plain(tensor: Tensor, *others: Tensor) -> bool:
-    """Whether nothing but autograd would watch an op with these tensors, which are on one device: no tracer, profiler,
-    mode, subclass or transform."""
-    if (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or _num_dispatch_modes()
-        or _innermost_transform() is not None
-        or _is_profiling()
-        or type(tensor) not in _PLAIN_TYPES
-        or tensor.is_meta
-    ):
-        return False
-    for other in others:
-        if type(other) not in _PLAIN_TYPES:
-            return False
-    return True
-
-
-def _is_plain_without_grad(*tensors: Tensor) -> bool:
-    return _is_plain(*tensors) and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-
-
-def _refuse_transforms() -> None:
-    """torch drops forward-mode tangents at a custom op, and fails on torch.func.grad in words about itself."""
-    if torch.compiler.is_compiling():
-        return
-    transform = _innermost_transform()
-    unsupported = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
-    if forward_ad._current_level >= 0 or (transform is not None and transform.key() in unsupported):
-        raise NotImplementedError(
-            "attention has no rule for torch.func.grad, torch.func.jvp and forward-mode differentiation; "
-            "use torch.autograd"
-        )
-
-
 def forward(path: str, call: ForwardCall) -> _Outputs:
     """(out, lse) of a checked call on the path chosen for it."""
     out = call.out
     arguments = call.op_arguments()
     if path != "cpu":
         arguments = (*arguments, _dispatch.PATHS[path].arch)
-    if _is_plain(call.q, call.k, call.v) if out is None else _is_plain(call.q, call.k, call.v, out):
+    if is_plain(call.q, call.k, call.v) if out is None else is_plain(call.q, call.k, call.v, out):
         if out is not None:
             return out, _write_forward(path, arguments, out)
         if call.needs_grad:
             return _forward_with_gradient(*arguments)
         return cpu.forward(*arguments) if path == "cpu" else _run_kernel("forward", arguments)
-    _refuse_transforms()
+    refuse_transforms()
     ops = torch.ops.flash_attn
     if out is None:
         return (ops.cpu_forward if path == "cpu" else ops.forward)(*arguments)
@@ -393,7 +349,7 @@ def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:
 
 def append_kv(path: str, arguments: tuple[Any, ...]) -> Tensor:
     """Writes new keys and values into the caches, and returns how many the entries have then."""
-    direct = _is_plain(*arguments[:4])
+    direct = is_plain(*arguments[:4])
     if path == "cpu":
         return (cpu.append_kv if direct else torch.ops.flash_attn.cpu_append_kv)(*arguments)
     if direct:
@@ -404,7 +360,7 @@ def append_kv(path: str, arguments: tuple[Any, ...]) -> Tensor:
 
 def rotary(path: str, arguments: tuple[Any, ...]) -> Tensor:
     """The rotated queries."""
-    direct = _is_plain_without_grad(arguments[0])
+    direct = is_plain_without_grad(arguments[0])
     if path == "cpu":
         return (cpu.rotary if direct else torch.ops.flash_attn.cpu_rotary)(*arguments)
     return _run_kernel("rotary", arguments) if direct else torch.ops.flash_attn.rotary(*arguments)
@@ -412,7 +368,7 @@ def rotary(path: str, arguments: tuple[Any, ...]) -> Tensor:
 
 def combine(path: str, out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> _Outputs:
     arguments = out_partial, lse_partial, out_dtype
-    direct = _is_plain_without_grad(out_partial, lse_partial)
+    direct = is_plain_without_grad(out_partial, lse_partial)
     if path == "cpu":
         return (cpu.combine if direct else torch.ops.flash_attn.cpu_combine)(*arguments)
     return _run_kernel("combine", arguments) if direct else torch.ops.flash_attn.combine(*arguments)

@@ -1,0 +1,49 @@
+"""Whether a call is plain: nothing but autograd watches its ops, so that it may go straight to what computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# Bound once: a small call asks each of them.
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_is_profiling = torch._C._autograd._profiler_enabled
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+
+
+def is_plain(tensor: Tensor, *others: Tensor) -> bool:
+    """Whether no tracer, profiler, mode, subclass or transform would watch an op with these tensors, which are on one
+    device."""
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or _num_dispatch_modes()
+        or _innermost_transform() is not None
+        or _is_profiling()
+        or type(tensor) not in _PLAIN_TYPES
+        or tensor.is_meta
+    ):
+        return False
+    for other in others:
+        if type(other) not in _PLAIN_TYPES:
+            return False
+    return True
+
+
+def is_plain_without_grad(*tensors: Tensor) -> bool:
+    return is_plain(*tensors) and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def refuse_transforms() -> None:
+    """torch drops forward-mode tangents at a custom op, and fails on torch.func.grad in words about itself."""
+    if torch.compiler.is_compiling():
+        return
+    transform = _innermost_transform()
+    unsupported = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    if forward_ad._current_level >= 0 or (transform is not None and transform.key() in unsupported):
+        raise NotImplementedError(
+            "attention has no rule for torch.func.grad, torch.func.jvp and forward-mode differentiation; "
+            "use torch.autograd"
+        )
