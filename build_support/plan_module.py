@@ -5,6 +5,7 @@ usage: python build_support/plan_module.py
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -48,9 +49,16 @@ def _build() -> None:
     except ImportError:
         raise ImportError("flash_attn_plan can't be built: pybind11 is not installed") from None
     MODULE.parent.mkdir(parents=True, exist_ok=True)
+    with MODULE.with_name("lock").open("w") as lock:
+        # Processes that collect tests at the same time wait for the first one's build.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_fresh():
+            _compile(compiler, [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{python_include}"])
+
+
+def _compile(compiler: list[str], includes: list[str]) -> None:
     fresh = MODULE.with_suffix(f".{os.getpid()}")
     flags = ["-O1", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden"]
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{python_include}"]
     subprocess.run([*compiler, *flags, *includes, *map(str, SOURCES), "-o", str(fresh)], check=True)
     fresh.replace(MODULE)
 
