@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import os
 import signal
+import zlib
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow], prin
 settings.register_profile("ci", max_examples=30, derandomize=True, database=None, **_COMMON)
 settings.register_profile("long", max_examples=500, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_runtest_setup(item):
+    """A test's random numbers are the same whatever ran before it in its process."""
+    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
 
 
 @pytest.fixture(params=("cpu", *GPU_PATHS))
