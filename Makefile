@@ -40,8 +40,9 @@ test:  ## set up, build, and run every test
 		echo "$$part: $$(cat $(TIMES)/$$part 2>/dev/null | awk '{ s += $$1 } END { print s + 0 }') s"; \
 	done; exit $$status
 
+# On workers beside each other (tests/workers.py says how many): whole files, in the order in which they are collected.
 run-tests: $(INSTALLED)/flash_attn $(INSTALLED)/test
-	$(call timed,tests,$(PYTHON) -m pytest $(PYTEST_ARGS))
+	$(call timed,tests,$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS))
 
 install: $(INSTALLED)/build  ## install the package into .venv
 	$(PYTHON) -m pip install --no-build-isolation --no-deps --verbose .

@@ -11,6 +11,7 @@ import torch
 from emulation import IS_EMULATED, can_run
 from harness import GPU_PATHS, met, require_features
 from hypothesis import HealthCheck, settings
+from workers import builds_first, is_on_worker, jobs_of_a_build, num_workers
 
 import flash_attn
 
@@ -23,9 +24,26 @@ settings.register_profile("long", max_examples=500, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What `-n auto` means, where pytest-xdist is installed."""
+    return num_workers(os.environ)
+
+
+def pytest_collection_modifyitems(items):
+    if is_on_worker():
+        items[:] = builds_first(items)
+
+
 def pytest_runtest_setup(item):
     """A test's random numbers are the same whatever ran before it in its process."""
     torch.manual_seed(zlib.crc32(item.nodeid.encode()))
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    """For a test that compiles for minutes. Workers start it first, and each build takes its share of MAX_JOBS."""
+    monkeypatch.setenv("MAX_JOBS", str(jobs_of_a_build(os.environ)))
 
 
 @pytest.fixture(params=("cpu", *GPU_PATHS))

@@ -12,7 +12,7 @@ from build_support.emulator import build_emulator
 MODULES = ("emulated.py", "emulated_merge.py", "emulated_sm90.py")
 
 
-def test_emulated_kernels():
+def test_emulated_kernels(compilers):
     try:
         package = build_emulator()
     except ImportError as reason:
