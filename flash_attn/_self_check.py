@@ -5,38 +5,30 @@ It tells a user whether an installation works; the test suite tells whether the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from flash_attn import _dispatch, _extension
 from flash_attn._dispatch import PATHS, use_path
-from flash_attn.interface import flash_attn_func, flash_attn_varlen_func
+from flash_attn.interface import flash_attn_func
+from flash_attn.interface_kvcache import flash_attn_with_kvcache
+from flash_attn.interface_varlen import flash_attn_varlen_func
 
-
-@dataclass(frozen=True)
-class _Check:
-    title: str
-    seqlen_q: int
-    seqlen_k: int
-    heads: int
-    heads_k: int
-    head_dim: int
-    causal: bool
-    varlen: bool = False
-
-
-_CHECKS = (
-    _Check("full, head dim 64", 300, 300, 4, 4, 64, causal=False),
-    _Check("causal, head dim 128, GQA", 257, 513, 8, 2, 128, causal=True),
-    _Check("full, head dim 40", 65, 129, 2, 2, 40, causal=False),
-    _Check("causal, varlen, head dim 64", 200, 200, 4, 1, 64, causal=True, varlen=True),
-)
 _BATCH = 2
+_PAGE_SIZE = 16
+
+# A tensor of normally distributed numbers of this shape, in the dtype and on the device of the check.
+_Random = Callable[..., Tensor]
+# What a path computed, and the same in float64.
+_Results = list[tuple[Tensor, Tensor]]
 
 
-def _dense_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Attention of (batch, seqlen, heads, head_dim) tensors as its definition reads."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Attention in float64 as its definition reads; all are (batch, seqlen, heads, head_dim)."""
     q, k, v = (tensor.double().transpose(1, 2) for tensor in (q, k, v))
     k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -47,28 +39,105 @@ def _dense_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bo
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-def _error(check: _Check, dtype: torch.dtype, device: str) -> float:
-    """Relative error of one call, ||out - reference|| / ||reference||."""
+def _qkv(random: _Random, lengths: tuple[int, int], heads: tuple[int, int], head_dim: int) -> list[Tensor]:
+    """q, k and v; lengths and heads are those of q and those of k."""
+    shapes = (lengths[0], heads[0]), (lengths[1], heads[1]), (lengths[1], heads[1])
+    return [random(_BATCH, length, count, head_dim) for length, count in shapes]
+
+
+def _forward(
+    random: _Random, lengths: tuple[int, int], heads: tuple[int, int], head_dim: int, causal: bool
+) -> _Results:
+    q, k, v = _qkv(random, lengths, heads, head_dim)
+    return [(flash_attn_func(q, k, v, causal=causal), _attention(q, k, v, causal))]
+
+
+def _varlen(random: _Random, seqlen: int, head_dim: int) -> _Results:
+    q, k, v = _qkv(random, (seqlen, seqlen), (4, 1), head_dim)
+    cu_seqlens = torch.arange(_BATCH + 1, dtype=torch.int32, device=q.device) * seqlen
+    packed = (tensor.flatten(0, 1) for tensor in (q, k, v))
+    out = flash_attn_varlen_func(*packed, cu_seqlens, cu_seqlens, seqlen, seqlen, causal=True)
+    return [(out.view_as(q), _attention(q, k, v, causal=True))]
+
+
+def _backward(random: _Random, head_dim: int, deterministic: bool) -> _Results:
+    inputs = [tensor.requires_grad_() for tensor in _qkv(random, (200, 200), (4, 2), head_dim)]
+    dout = random(*inputs[0].shape)
+    out = flash_attn_func(*inputs, causal=True, deterministic=deterministic)
+    gradients = torch.autograd.grad(out, inputs, dout)
+    expected = torch.autograd.grad(_attention(*inputs, causal=True), inputs, dout.double())
+    return list(zip(gradients, expected, strict=True))
+
+
+def _decode(random: _Random, head_dim: int, num_splits: int) -> _Results:
+    """A token more for each entry of a paged cache, whose pages lie in reverse order."""
+    lengths = (300, 17)
+    num_pages = -(-(max(lengths) + 1) // _PAGE_SIZE)
+    k, v = (random(_BATCH, num_pages * _PAGE_SIZE, 2, head_dim) for _ in range(2))
+    q, new_k, new_v = random(_BATCH, 1, 8, head_dim), *(random(_BATCH, 1, 2, head_dim) for _ in range(2))
+    pages = [tensor.view(_BATCH * num_pages, _PAGE_SIZE, 2, head_dim).flip(0) for tensor in (k, v)]
+    table = torch.arange(_BATCH * num_pages, dtype=torch.int32, device=q.device).flip(0).view(_BATCH, num_pages)
+    cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    out = flash_attn_with_kvcache(
+        q, *pages, new_k, new_v, cache_seqlens=cache_seqlens, block_table=table, causal=True, num_splits=num_splits
+    )
+    expected = []
+    for entry, length in enumerate(lengths):
+        of_entry = slice(entry, entry + 1)
+        keys, values = (
+            torch.cat((old[of_entry, :length], new[of_entry]), dim=1) for old, new in ((k, new_k), (v, new_v))
+        )
+        expected.append(_attention(q[of_entry], keys, values, causal=True))
+    return [(out, torch.cat(expected))]
+
+
+# What a line of the report says, the calls, and what the path must serve for them beside the plain forward.
+_CHECKS: tuple[tuple[str, Callable[[_Random], _Results], set[str]], ...] = (
+    ("full, head dim 64", partial(_forward, lengths=(300, 300), heads=(4, 4), head_dim=64, causal=False), set()),
+    (
+        "causal, head dim 128, GQA",
+        partial(_forward, lengths=(257, 513), heads=(8, 2), head_dim=128, causal=True),
+        set(),
+    ),
+    ("full, head dim 40", partial(_forward, lengths=(65, 129), heads=(2, 2), head_dim=40, causal=False), set()),
+    ("causal, varlen, head dim 64", partial(_varlen, seqlen=200, head_dim=64), set()),
+    ("gradients, head dim 64", partial(_backward, head_dim=64, deterministic=False), {"backward"}),
+    ("gradients, deterministic, head dim 128", partial(_backward, head_dim=128, deterministic=True), {"backward"}),
+    ("paged cache, head dim 128", partial(_decode, head_dim=128, num_splits=0), {"paged", "append"}),
+    (
+        "paged cache, 3 splits, head dim 64",
+        partial(_decode, head_dim=64, num_splits=3),
+        {"paged", "append", "num_splits"},
+    ),
+)
+
+
+def _error(calls: Callable[[_Random], _Results], dtype: torch.dtype, device: str) -> float:
+    """The largest relative error of the results, ||result - reference|| / ||reference||."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def random(seqlen: int, heads: int) -> torch.Tensor:
-        shape = (_BATCH, seqlen, heads, check.head_dim)
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, generator=generator, dtype=torch.float32).to(dtype)
 
-    q, k, v = random(check.seqlen_q, check.heads), *(random(check.seqlen_k, check.heads_k) for _ in range(2))
-    reference = _dense_float64(q, k, v, check.causal)
-    if check.varlen:
-        cu_seqlens_q, cu_seqlens_k = (
-            torch.arange(_BATCH + 1, dtype=torch.int32, device=device) * seqlen
-            for seqlen in (check.seqlen_q, check.seqlen_k)
-        )
-        packed = (tensor.flatten(0, 1) for tensor in (q, k, v))
-        out = flash_attn_varlen_func(
-            *packed, cu_seqlens_q, cu_seqlens_k, check.seqlen_q, check.seqlen_k, causal=check.causal
-        ).view_as(reference)
-    else:
-        out = flash_attn_func(q, k, v, causal=check.causal)
-    return float((out.double() - reference).norm() / reference.norm())
+    errors = [(result.double() - reference).norm() / reference.norm() for result, reference in calls(random)]
+    return float(torch.stack(errors).max())  # NaN if one is
+
+
+def _checked(
+    path: str, calls: Callable[[_Random], _Results], dtype: torch.dtype, device: str, limit: float
+) -> tuple[str, bool]:
+    """What is said about a check, and whether it is no failure."""
+    try:
+        with use_path(path), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "flash_attn: .* no GPU yet")  # which is why this runs
+            error = _error(calls, dtype, device)
+    except NotImplementedError as refusal:
+        return f"not run: {refusal}", True
+    except RuntimeError as failure:
+        return f"FAILED: {failure}", False
+    if error <= limit:
+        return f"relative error {error:.1e} ok", True
+    return f"relative error {error:.1e} WRONG, the limit is {limit:.1e}", False
 
 
 def _paths_here() -> dict[str, str]:
@@ -95,12 +164,10 @@ def run(only: str | None = None) -> int:
         for dtype in (torch.float16, torch.bfloat16):
             # A rounding of P and one of O, each of at most half a unit in the last place.
             limit = 2 * torch.finfo(dtype).eps
-            for check in _CHECKS:
-                with use_path(name):
-                    error = _error(check, dtype, paths[name])
-                ok = error <= limit
-                failures += not ok
-                verdict = "ok" if ok else f"WRONG, the limit is {limit:.1e}"
-                print(f"{name}: {check.title}, {str(dtype)[6:]}: relative error {error:.1e} {verdict}")
+            for title, calls, features in _CHECKS:
+                if features <= PATHS[name].features:
+                    line, ok = _checked(name, calls, dtype, paths[name], limit)
+                    failures += not ok
+                    print(f"{name}: {title}, {str(dtype)[6:]}: {line}")
     print(f"{failures} wrong" if failures else "all right")
     return failures
