@@ -7,6 +7,7 @@ by its tensors' device, dtype and head dims and by the set of features it uses; 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ class PathSpec:
     dtypes: frozenset[str]
     max_head_dim: int
     features: frozenset[str]
+    # Of the features, those whose kernels have run in the emulator (docs/contributing.md) and on no GPU yet.
+    unproven: frozenset[str] = frozenset()
     backward_arch: int | None = None  # of the kernels that compute gradients after these forwards
     combine_dtypes: frozenset[str] = frozenset()  # of flash_attn_combine's parts, which no attention kernel reads
 
@@ -82,20 +85,18 @@ PATHS = {
         capability=((8, 0), None),
         dtypes=frozenset({"fp16", "bf16"}),
         max_head_dim=512,
-        features=frozenset(
+        features=frozenset(FEATURES),
+        unproven=frozenset(
             {
-                "dense",
-                "varlen",
-                "causal",
-                "window",
-                "gqa",
-                "softcap",
-                "alibi",
-                "sinks",
-                "dropout",
-                "seqused_q",
-                "seqused_k",
-                "out",
+                "paged",
+                "leftpad",
+                "cache_batch_idx",
+                "append",
+                "rotary",
+                "num_splits",
+                "combine",
+                "attn_probs",
+                "backward",
             }
         ),
         backward_arch=80,
@@ -143,6 +144,8 @@ def use_path(name: str) -> Iterator[None]:
 def choose_path(q: torch.Tensor, head_dims: tuple[int, int], features: frozenset[str]) -> str:
     """The path for a validated call: the forced one, else the first that serves it. head_dims are q's and v's.
 
+    Warns, once per kind of call and not while compiling, if the kernels are unproven.
+
     Raises:
         NotImplementedError: if no kernel serves the call; the message gives each path's reasons.
     """
@@ -156,7 +159,18 @@ def choose_path(q: torch.Tensor, head_dims: tuple[int, int], features: frozenset
     path = _chosen.get(key)
     if path is None:
         path = _chosen[key] = _first_that_serves(forced, q, head_dims[1], features)
+        _warn_of_unproven(PATHS[path], features)
     return path
+
+
+def _warn_of_unproven(path: PathSpec, features: frozenset[str]) -> None:
+    unproven = [FEATURES[key] for key in FEATURES if key in features & path.unproven]
+    if unproven:
+        warnings.warn(
+            f"flash_attn: the {path.title} for {', '.join(unproven)} have run in an emulator, and on no GPU yet; "
+            "`python -m flash_attn check` compares them with float64 results on this one",
+            stacklevel=5,  # whoever called the public function
+        )
 
 
 def _first_that_serves(forced: str | None, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:
@@ -271,5 +285,11 @@ def support_table() -> str:
         ["head dims (q and v independent)", *(f"1 to {path.max_head_dim}" for path in paths)],
     ]
     for key, title in FEATURES.items():
-        rows.append([title, *("yes" if key in path.features else "–" for path in paths)])
+        rows.append([title, *(_support(path, key) for path in paths)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _support(path: PathSpec, feature: str) -> str:
+    if feature not in path.features:
+        return "–"
+    return "unproven" if feature in path.unproven else "yes"

@@ -8,7 +8,7 @@ import torch
 
 import flash_attn
 from flash_attn import __main__ as cli
-from flash_attn import _dispatch, _extension
+from flash_attn import _dispatch, _extension, _self_check
 
 built = pytest.mark.skipif(not _extension.is_loaded(), reason=f"no extension: {_extension.load_error()}")
 
@@ -48,8 +48,10 @@ def test_use_path_ends_with_its_block():
     flash_attn.flash_attn_func(*_qkv())
 
 
-@pytest.mark.parametrize("feature", [key for key in _dispatch.FEATURES if key not in _dispatch.PATHS["sm80"].features])
-def test_refusal_names_the_missing_feature(feature):
+@pytest.mark.parametrize("feature", _dispatch.FEATURES)
+def test_refusal_names_the_missing_feature(feature, monkeypatch):
+    sm80 = _dispatch.PATHS["sm80"]
+    monkeypatch.setitem(_dispatch.PATHS, "sm80", dataclasses.replace(sm80, features=sm80.features - {feature}))
     with flash_attn.use_path("sm80"), pytest.raises(NotImplementedError) as refusal:
         _dispatch.choose_path(_qkv()[0], (64, 64), frozenset({"dense", feature}))
     assert _dispatch.FEATURES[feature] in str(refusal.value)
@@ -72,7 +74,33 @@ def test_refusal_names_the_shared_memory_that_is_short():
 
 def test_every_path_serves_only_known_features():
     for path in _dispatch.PATHS.values():
-        assert path.features <= set(_dispatch.FEATURES)
+        assert path.unproven <= path.features <= set(_dispatch.FEATURES)
+
+
+@pytest.fixture
+def ampere(monkeypatch):
+    """A GPU that has all that the SM80 kernels need."""
+    monkeypatch.setattr(_extension, "is_loaded", lambda: False)  # whatever this build lacks
+    monkeypatch.setattr(_dispatch, "_device_objections", lambda path, q: [])
+    monkeypatch.setattr(_dispatch, "_chosen", {})
+    with flash_attn.use_path("sm80"):
+        yield _qkv(device="meta")[0]
+
+
+@pytest.mark.parametrize("feature", _dispatch.PATHS["sm80"].unproven)
+def test_kernels_that_no_gpu_has_run_warn_once(ampere, feature):
+    with pytest.warns(UserWarning) as warned:
+        for _ in range(2):
+            _dispatch.choose_path(ampere, (64, 64), frozenset({"dense", feature}))
+    (message,) = (str(warning.message) for warning in warned)
+    assert "SM80 kernels" in message and _dispatch.FEATURES[feature] in message and "no GPU" in message
+
+
+def test_proven_kernels_do_not_warn(ampere, recwarn):
+    _dispatch.choose_path(ampere, (64, 64), _dispatch.PATHS["sm80"].features - _dispatch.PATHS["sm80"].unproven)
+    with flash_attn.use_path("cpu"):
+        _dispatch.choose_path(ampere, (64, 64), frozenset({"dense", "backward"}))
+    assert not recwarn.list
 
 
 @built
@@ -177,6 +205,21 @@ def test_sm90_forwards_need_sm80_backward_kernels(hopper, monkeypatch):
 
 
 @built
+@pytest.mark.parametrize("option", ["none", "paged", "batch_idx", "splits"])
+def test_kernels_that_no_gpu_has_run_serve_what_no_other_does(option):
+    """Those for few rows, which decoding a dense cache would be faster with."""
+    q, k, v = (tensor[:, :16] for tensor in _qkv())
+    options = {"cache_seqlens": torch.tensor([3, 9], dtype=torch.int32), "num_splits": 3 if option == "splits" else 0}
+    if option == "paged":
+        options["block_table"] = torch.tensor([[0], [1]], dtype=torch.int32)
+    if option == "batch_idx":
+        options["cache_batch_idx"] = torch.tensor([1, 0], dtype=torch.int32)
+    call = flash_attn.interface.build_call(flash_attn.flash_attn_with_kvcache, q[:, :1], k, v, **options)
+    plan = json.loads(torch.ops.flash_attn.explain_forward(*call.op_arguments(), 80))
+    assert plan["tile_m"] == (128 if option == "none" else 16)
+
+
+@built
 def test_explain_tells_what_is_copied_first():
     q, k, v = _qkv(heads_k=4)
     rows = k[:, :1].expand(-1, 50, -1, -1)
@@ -200,3 +243,13 @@ def test_command_line(capsys):
     assert "flash_attn_func: " in output and "all right" in output and "| dense batches |" in output
     if not torch.cuda.is_available():
         assert cli.main(["check", "--path", "sm80"]) == 1
+
+
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+def test_check_tells_wrong_results(capsys, monkeypatch, factor):
+    right = _self_check._attention
+    monkeypatch.setattr(_self_check, "_attention", lambda *args, **options: right(*args, **options) * factor)
+    failures = 2 * len(_self_check._CHECKS)  # in either dtype
+    assert cli.main(["check", "--path", "cpu"]) == failures
+    lines = capsys.readouterr().out.splitlines()
+    assert all("WRONG" in line for line in lines[:-1]) and lines[-1] == f"{failures} wrong"

@@ -5,8 +5,8 @@
 
 #include "variant/tiles.h"
 
-// Whether the planner may choose the kernels for few rows. They have run on the CPU, emulated, and on no GPU yet; a
-// build for tests defines it.
+// Whether the planner may choose the kernels for few rows and split keys in any call, as it may in a build for the
+// emulator. No GPU has run them yet: where another kernel that one has run serves a call, that one does.
 #ifndef FLASH_ATTN_FEW_ROWS
 #define FLASH_ATTN_FEW_ROWS false
 #endif
@@ -107,8 +107,11 @@ void check_score(const ForwardArgs& args, int64_t batch, int64_t num_heads) {
 }
 
 void check_num_splits(int64_t num_splits) {
-  check(FLASH_ATTN_FEW_ROWS || num_splits <= 1, "num_splits: no kernel splits keys yet, got ", num_splits);
   check(num_splits >= 0 && num_splits <= kMaxSplits, "num_splits must be in [0, ", kMaxSplits, "], got ", num_splits);
+}
+
+bool allows_few_rows(const ForwardArgs& args) {
+  return FLASH_ATTN_FEW_ROWS || args.block_table || args.leftpad_k || args.cache_batch_idx || args.num_splits > 1;
 }
 
 PackGqa pack_gqa_of(const std::optional<bool>& pack_gqa) {
@@ -169,7 +172,7 @@ Problem make_problem(const ForwardArgs& args) {
           .has_dropout = args.dropout_p > 0.0,
           .num_splits = static_cast<int>(args.num_splits),
           .pack_gqa = pack_gqa_of(args.pack_gqa),
-          .allows_few_rows = FLASH_ATTN_FEW_ROWS};
+          .allows_few_rows = allows_few_rows(args)};
 }
 
 }  // namespace flash_attn
