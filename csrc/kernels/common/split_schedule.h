@@ -3,6 +3,8 @@
 // itself, which takes less time than a kernel that would do so before.
 #pragma once
 
+#include <limits>
+
 #include "kernels/common/kv_range.h"
 #include "kernels/common/params.h"
 #include "kernels/common/row_map.h"
@@ -91,9 +93,9 @@ __device__ EntryWork work_of_entry(const ForwardParams& params, int entry) {
   return {row_tiles, max(end - begin, 0)};
 }
 
-__device__ inline int num_splits_of(const EntryWork& work, int64_t tiles_per_split) {
-  const int64_t splits = (work.key_tiles + tiles_per_split - 1) / tiles_per_split;
-  return static_cast<int>(min(max(splits, int64_t{1}), int64_t{kMaxSplits}));
+__device__ inline int num_splits_of(const EntryWork& work, unsigned tiles_per_split) {
+  const unsigned splits = (work.key_tiles + tiles_per_split - 1) / tiles_per_split;
+  return min(max(splits, 1u), static_cast<unsigned>(kMaxSplits));
 }
 
 // A lane's run of batch entries, each warp walking the batch on its own.
@@ -111,20 +113,32 @@ __device__ inline LaneEntries entries_of_lane(int num_entries, int lane) {
 // How many longer parts are tried for all slots to fit at once.
 inline constexpr int kMaxTries = 3;
 
-// The common length of parts, in tiles, for which about target_slots have some: the shortest for which all fit at once
-// if a few tries find it, since one slot too many may cost as much time as all others; else their mean.
-// flash_attn/_schedule.py has the same in torch.
-template <class SlotsOfLane>
-__device__ int64_t find_part_length(const SplitParams& split, int64_t tiles, const SlotsOfLane& slots_of_lane) {
+// The common length of parts, in tiles, and the slots that the lane's entries have with it.
+struct PartLength {
+  unsigned tiles;
+  int64_t slots_of_lane;
+};
+
+// About target_slots parts have some of all `tiles`: of the shortest length for which all fit at once if a few tries
+// find it, since one slot too many may cost as much time as all others; else of the mean length. A length past all
+// numbers of tiles that an entry can have serves as any such. flash_attn/_schedule.py has the same in torch.
+template <class CountSlots>
+__device__ PartLength find_part_length(const SplitParams& split, int64_t tiles, const CountSlots& count_slots) {
+  constexpr int64_t kLongest = std::numeric_limits<int>::max();
   const int64_t target = split.target_slots;
+  const auto with_slots = [&](int64_t length) {
+    const auto short_length = static_cast<unsigned>(min(length, kLongest));
+    return PartLength{short_length, count_slots(short_length)};
+  };
   const int64_t mean = max((tiles + target - 1) / target, static_cast<int64_t>(split.min_tiles));
   int64_t length = mean;
   for (int i = 0; i <= kMaxTries; ++i) {
-    const int64_t slots = warp_sum(slots_of_lane(length));
-    if (slots <= target) return length;
+    const PartLength tried = with_slots(length);
+    const int64_t slots = warp_sum(tried.slots_of_lane);
+    if (slots <= target) return tried;
     length = (length * slots + target - 1) / target;
   }
-  return mean;
+  return with_slots(mean);
 }
 
 // Each entry's keys are cut into parts of one common length, so that all thread blocks have about as much to do.
@@ -135,14 +149,18 @@ __device__ SlotRun find_run_by_lengths(const ForwardParams& params, int slot) {
   const int num_entries = seq.batch + (seq.cu_seqlens_q == nullptr ? 0 : 1);
   const int lane = threadIdx.x % kLanes;
   const LaneEntries own = entries_of_lane(num_entries, lane);
-  const auto work_of = [&](int entry) { return work_of_entry<kTileM, kTileN>(params, entry); };
+  // A lane seldom has more than one entry, which is then read once.
+  const EntryWork first = own.begin < own.end ? work_of_entry<kTileM, kTileN>(params, own.begin) : EntryWork{};
+  const auto work_of = [&](int entry) {
+    return entry == own.begin ? first : work_of_entry<kTileM, kTileN>(params, entry);
+  };
 
   int64_t tiles = 0;
   for (int entry = own.begin; entry < own.end; ++entry) {
     const EntryWork work = work_of(entry);
     tiles += work.row_tiles * work.key_tiles;
   }
-  const auto slots_of_lane = [&](int64_t tiles_per_split) {
+  const auto count_slots = [&](unsigned tiles_per_split) {
     int64_t slots = 0;
     for (int entry = own.begin; entry < own.end; ++entry) {
       const EntryWork work = work_of(entry);
@@ -150,17 +168,16 @@ __device__ SlotRun find_run_by_lengths(const ForwardParams& params, int slot) {
     }
     return slots;
   };
-  const int64_t tiles_per_split = find_part_length(params.split, warp_sum(tiles), slots_of_lane);
-  const int64_t slots = slots_of_lane(tiles_per_split);
-  int64_t first_slot = warp_sum_before(slots, lane);
-  const bool is_here = slot >= first_slot && slot < first_slot + slots;
+  const PartLength part = find_part_length(params.split, warp_sum(tiles), count_slots);
+  int64_t first_slot = warp_sum_before(part.slots_of_lane, lane);
+  const bool is_here = slot >= first_slot && slot < first_slot + part.slots_of_lane;
   const unsigned holders = __ballot_sync(kWholeWarp, is_here);
   if (holders == 0) return {num_entries, 0, 0};
   SlotRun run{own.begin, first_slot, 0};
   if (is_here) {
     for (int entry = own.begin; entry < own.end; ++entry) {
       const EntryWork work = work_of(entry);
-      const int num_splits = num_splits_of(work, tiles_per_split);
+      const int num_splits = num_splits_of(work, part.tiles);
       run = {entry, first_slot, num_splits};
       first_slot += work.row_tiles * num_splits;
       if (slot < first_slot) break;
