@@ -218,7 +218,8 @@ def _assemble_package(build: Path, chosen: list[Group]) -> None:
     (package / "_C.abi3.so").symlink_to(build / "_C.abi3.so")
     info = {"version": "", "kernels_built": True, "reason": "", "cuda": "emulated", "torch": None}
     info["archs"] = sorted({group.arch for group in chosen})
-    info["head_dims"] = sorted({dim for group in chosen for dim in group.tile_row[:2]})
+    # Kernels for few rows have fewer buckets, which smaller head dims take: they tell nothing of what was asked for.
+    info["head_dims"] = sorted({dim for group in chosen if not group.rows for dim in group.tile_row[:2]})
     info["dtypes"] = sorted({dtype for group in chosen for dtype in group.dtypes})
     (package / "_build_info.json").write_text(json.dumps(info))
 
