@@ -66,6 +66,26 @@ class PathSpec:
     combine_dtypes: frozenset[str] = frozenset()  # of flash_attn_combine's parts, which no attention kernel reads
 
 
+_SM90_FEATURES = frozenset(
+    {
+        "dense",
+        "varlen",
+        "causal",
+        "window",
+        "gqa",
+        "softcap",
+        "alibi",
+        "sinks",
+        "seqused_q",
+        "seqused_k",
+        "leftpad",
+        "cache_batch_idx",
+        "out",
+        "backward",
+    }
+)
+
+# In the order in which they are asked whether they serve a call.
 PATHS = {
     "sm90": PathSpec(
         name="sm90",
@@ -74,7 +94,8 @@ PATHS = {
         capability=((9, 0), (9, 0)),
         dtypes=frozenset({"fp16", "bf16"}),
         max_head_dim=512,
-        features=frozenset(),
+        features=_SM90_FEATURES,
+        unproven=_SM90_FEATURES,
         backward_arch=80,
     ),
     "sm80": PathSpec(
@@ -142,7 +163,7 @@ def use_path(name: str) -> Iterator[None]:
 
 
 def choose_path(q: torch.Tensor, head_dims: tuple[int, int], features: frozenset[str]) -> str:
-    """The path for a validated call: the forced one, else the first that serves it. head_dims are q's and v's.
+    """The path for a validated call: the forced one, else the best that serves it. head_dims are q's and v's.
 
     Warns, once per kind of call and not while compiling, if the kernels are unproven.
 
@@ -153,18 +174,23 @@ def choose_path(q: torch.Tensor, head_dims: tuple[int, int], features: frozenset
     if forced is None and not q.is_cuda:
         return "cpu"
     if torch.compiler.is_compiling():
-        return _first_that_serves(forced, q, head_dims[1], features)
+        return _best_that_serves(forced, q, head_dims[1], features)
     # Everything that the choice depends on, so that a small call doesn't pay for it each time.
     key = (forced, q.device, q.dtype, head_dims, features)
     path = _chosen.get(key)
     if path is None:
-        path = _chosen[key] = _first_that_serves(forced, q, head_dims[1], features)
+        path = _chosen[key] = _best_that_serves(forced, q, head_dims[1], features)
         _warn_of_unproven(PATHS[path], features)
     return path
 
 
+def unproven_features(path: PathSpec, features: frozenset[str]) -> list[str]:
+    """Of a call's features those, in words, whose kernels of this path no GPU has run yet."""
+    return [FEATURES[key] for key in FEATURES if key in features & path.unproven]
+
+
 def _warn_of_unproven(path: PathSpec, features: frozenset[str]) -> None:
-    unproven = [FEATURES[key] for key in FEATURES if key in features & path.unproven]
+    unproven = unproven_features(path, features)
     if unproven:
         warnings.warn(
             f"flash_attn: the {path.title} for {', '.join(unproven)} have run in an emulator, and on no GPU yet; "
@@ -173,11 +199,16 @@ def _warn_of_unproven(path: PathSpec, features: frozenset[str]) -> None:
         )
 
 
-def _first_that_serves(forced: str | None, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:
+def _best_that_serves(forced: str | None, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:
+    """Of the paths that serve a call the first with the fewest unproven features."""
+    best, fewest = None, len(FEATURES) + 1
     for name in (forced,) if forced is not None else ("sm90", "sm80"):
-        if not objections(name, q, head_dim_v, features):
-            return name
-    raise NotImplementedError(_refusal(forced, q, head_dim_v, features))
+        unproven = len(features & PATHS[name].unproven)
+        if unproven < fewest and not objections(name, q, head_dim_v, features):
+            best, fewest = name, unproven
+    if best is None:
+        raise NotImplementedError(_refusal(forced, q, head_dim_v, features))
+    return best
 
 
 def objections(name: str, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> list[str]:
@@ -206,8 +237,6 @@ def plan_objections(
     """Why a path's kernels can't serve a call on a GPU whose thread blocks have `smem_bytes` of shared memory."""
     reasons = []
     dtype_name = _DTYPE_NAMES[dtype]
-    if not path.features:
-        return [f"there are no {path.title} yet"]
     attends = features != {"combine"}
     dtypes = path.dtypes if attends else path.combine_dtypes
     if dtype_name not in dtypes:
@@ -274,7 +303,7 @@ def _refusal(forced: str | None, q: torch.Tensor, head_dim_v: int, features: fro
 
 def support_table() -> str:
     """The table of paths and features that README.md holds, in Markdown."""
-    paths = [path for path in PATHS.values() if path.features]
+    paths = PATHS.values()
     rows = [
         ["", *(path.title for path in paths)],
         ["---", *(":---:" for _ in paths)],

@@ -72,12 +72,16 @@ class Explanation:
     path: str | None  # None: no path serves the call as it stands
     objections: dict[str, list[str]]  # path -> why it does not serve the call; empty if it would
     plans: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unproven: dict[str, list[str]] = field(default_factory=dict)  # path -> what of the call no GPU has run yet on it
 
     def __str__(self) -> str:
         lines = [f"{self.function}: {self.path or 'no path serves this call'}"]
         for name, reasons in self.objections.items():
             chosen = "  <- runs" if name == self.path else ""
-            lines.append(f"  {name}: {'; '.join(reasons) if reasons else 'serves it'}{chosen}")
+            said = "; ".join(reasons) or "serves it"
+            if not reasons and self.unproven.get(name):
+                said += f", with kernels that no GPU has run yet for {', '.join(self.unproven[name])}"
+            lines.append(f"  {name}: {said}{chosen}")
             if name in self.plans:
                 plan = self.plans[name]
                 if plan["arch"] != _dispatch.PATHS[name].arch:
@@ -147,4 +151,5 @@ def explain_call(title: str, call: Any) -> Explanation:
             if call.needs_grad:
                 plan["backward"] = json.loads(torch.ops.flash_attn.explain_backward(*call.op_arguments(), spec.arch))
             plans[spec.name] = plan
-    return Explanation(title, path, objections, plans)
+    unproven = {name: _dispatch.unproven_features(spec, call.features) for name, spec in _dispatch.PATHS.items()}
+    return Explanation(title, path, objections, plans, unproven)

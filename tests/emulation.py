@@ -1,7 +1,6 @@
 """Sends calls to the kernels of the package that build_support/emulator.py builds, which run on the CPU."""
 
 import os
-from dataclasses import replace
 
 import torch
 
@@ -10,12 +9,6 @@ from flash_attn import _dispatch, _extension, _ops
 IS_EMULATED = _extension.build_info.cuda == "emulated"
 # The shared memory of the emulated GPU's thread blocks: that of SM90, SM80 or SM86.
 SMEM_BYTES = int(os.environ.get("FLASH_ATTN_EMULATOR_SMEM_KB", "227")) * 1024
-
-# What the SM90 kernels were made for; SM80's for everything.
-SM90_FEATURES = frozenset(
-    "dense varlen causal window gqa softcap alibi sinks seqused_q seqused_k leftpad cache_batch_idx out".split()
-    + ["backward"]
-)
 
 _OPS = ("forward", "forward_out", "backward", "backward_out", "attn_probs", "append_kv", "rotary", "combine")
 _objections = _dispatch.objections
@@ -27,7 +20,8 @@ def can_run(path):
     spec = _dispatch.PATHS[path]
     if IS_EMULATED:
         return spec.arch in _extension.build_info.archs
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= spec.capability[0]
+    here = torch.cuda.is_available() and torch.cuda.get_device_capability() >= spec.capability[0]
+    return here and spec.arch in _extension.build_info.archs
 
 
 def _objections_of_emulated(name, q, head_dim_v, features):
@@ -39,16 +33,9 @@ def _objections_of_emulated(name, q, head_dim_v, features):
 
 
 def serve_cpu_tensors():
-    """The ops are registered for CUDA tensors, which the dispatchers of torch and of the package tell from others.
-
-    What is right here is switched on for GPUs once it was right there, too, so here it is on.
-    """
+    """The ops are registered for CUDA tensors, which the dispatchers of torch and of the package tell from others."""
     global _library
     _dispatch.objections = _objections_of_emulated
-    for name, spec in _dispatch.PATHS.items():
-        if spec.arch in _extension.build_info.archs:
-            features = SM90_FEATURES if name == "sm90" else frozenset(_dispatch.FEATURES)
-            _dispatch.PATHS[name] = replace(spec, features=features)
     _library = torch.library.Library("flash_attn", "IMPL", "CPU")
     for name in _OPS:
         op = getattr(torch.ops.flash_attn, name).default

@@ -290,7 +290,7 @@ def _watch(tally_of):
 
 
 def _paths_here():
-    found = [path for path in GPU_PATHS if _dispatch.PATHS[path].features and can_run(path)]
+    found = [path for path in GPU_PATHS if can_run(path)]
     return found if IS_EMULATED else [*found, "cpu"]
 
 

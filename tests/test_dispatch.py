@@ -151,42 +151,48 @@ def test_a_kernel_left_out_of_the_build_names_the_variable(monkeypatch):
     assert "FLASH_ATTN_HEAD_DIMS=" in reasons and "bf16 and head_dim 64/64" in reasons
 
 
-# ---- SM90, as it will be once it is switched on
+# ---- SM90
 
-SM90_FEATURES = frozenset(
-    "dense varlen causal window gqa softcap alibi sinks seqused_q seqused_k leftpad cache_batch_idx out".split()
-    + ["backward"]
-)
+SM90_FEATURES = _dispatch.PATHS["sm90"].features
 
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """Both GPU paths with every feature that they have kernels for, on a GPU that has all that they need."""
-    sm90 = dataclasses.replace(_dispatch.PATHS["sm90"], features=SM90_FEATURES)
-    sm80 = dataclasses.replace(_dispatch.PATHS["sm80"], features=frozenset(_dispatch.FEATURES))
-    for path in (sm90, sm80):
-        monkeypatch.setitem(_dispatch.PATHS, path.name, path)
+    """A GPU that has all that the kernels need, and on which both paths are proven."""
+    for name in ("sm90", "sm80"):
+        proven = dataclasses.replace(_dispatch.PATHS[name], unproven=frozenset())
+        monkeypatch.setitem(_dispatch.PATHS, name, proven)
     monkeypatch.setattr(_dispatch, "_device_objections", lambda path, q: [])
     monkeypatch.setattr(_dispatch, "_chosen", {})
     return _qkv(device="meta")[0]
 
 
-def test_sm90_is_off_until_a_gpu_ran_it():
-    assert not _dispatch.PATHS["sm90"].features
-    assert _dispatch.objections("sm90", _qkv()[0], 64, frozenset({"dense"})) != []
+@without_kernels
+@pytest.mark.parametrize("features", [{"dense"}, {"varlen", "causal"}, {"dense", "backward"}, {"dense", "leftpad"}])
+def test_proven_kernels_come_before_unproven_ones(hopper, monkeypatch, features):
+    features = frozenset(features)
+    assert _dispatch._best_that_serves(None, hopper, 64, features) == "sm90"
+    unproven = dataclasses.replace(_dispatch.PATHS["sm90"], unproven=SM90_FEATURES)
+    monkeypatch.setitem(_dispatch.PATHS, "sm90", unproven)
+    assert _dispatch._best_that_serves(None, hopper, 64, features) == "sm80"
+    assert _dispatch._best_that_serves("sm90", hopper, 64, features) == "sm90"
+    # What is as new on either: SM80 has less of it.
+    unproven = dataclasses.replace(_dispatch.PATHS["sm80"], unproven=features - {"dense", "varlen"})
+    monkeypatch.setitem(_dispatch.PATHS, "sm80", unproven)
+    assert _dispatch._best_that_serves(None, hopper, 64, features) == "sm80"
 
 
 @without_kernels
 def test_sm90_comes_first(hopper):
     for features in (SM90_FEATURES - {"backward"}, SM90_FEATURES, frozenset({"dense"})):
-        assert _dispatch._first_that_serves(None, hopper, 64, features) == "sm90"
+        assert _dispatch._best_that_serves(None, hopper, 64, features) == "sm90"
 
 
 @without_kernels
 @pytest.mark.parametrize("feature", sorted(frozenset(_dispatch.FEATURES) - SM90_FEATURES))
 def test_what_sm90_lacks_falls_to_sm80_with_the_reason(hopper, feature):
     features = frozenset({"dense", feature})
-    assert _dispatch._first_that_serves(None, hopper, 64, features) == "sm80"
+    assert _dispatch._best_that_serves(None, hopper, 64, features) == "sm80"
     assert _dispatch.objections("sm90", hopper, 64, features) == [_dispatch.FEATURES[feature]]
 
 

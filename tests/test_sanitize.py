@@ -11,19 +11,18 @@ import pytest
 import torch
 from cases import BF16, FP16, Case
 from checks import check_backward, check_forward, gradients_of_a_loss
+from emulation import can_run
 from fuzz import check
 from harness import GPU_PATHS, build, on_path
 from memory import Memory
 from strategies import Call
 from tolerance import assert_same_bits
 
-from flash_attn import _dispatch
-
 pytestmark = [
     pytest.mark.sanitize,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-PATHS = [path for path in GPU_PATHS if _dispatch.PATHS[path].features]
+PATHS = [path for path in GPU_PATHS if can_run(path)]
 
 _DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512), (1, 1), (33, 7),
          (200, 300), (511, 90))  # fmt: skip
