@@ -87,7 +87,7 @@ def ampere(monkeypatch):
         yield _qkv(device="meta")[0]
 
 
-@pytest.mark.parametrize("feature", _dispatch.PATHS["sm80"].unproven)
+@pytest.mark.parametrize("feature", sorted(_dispatch.PATHS["sm80"].unproven))
 def test_kernels_that_no_gpu_has_run_warn_once(ampere, feature):
     with pytest.warns(UserWarning) as warned:
         for _ in range(2):
