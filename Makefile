@@ -70,13 +70,13 @@ sanitize:  ## run a small selection of the tests under compute-sanitizer, set up
 fuzz: $(INSTALLED)/flash_attn $(INSTALLED)/test  ## draw calls and compare them with the oracle (FUZZ_ARGS=--help)
 	$(PYTHON) tests/fuzz.py $(FUZZ_ARGS)
 
-# From tests/, so that the source tree hides no emulated package.
-emulate: $(INSTALLED)/build $(INSTALLED)/test  ## run every SM80 kernel on the CPU, emulated (40 minutes on two cores)
+# From tests/, so that the source tree hides no emulated package. The tests of one file last long, so workers share it.
+emulate: EMULATED_PYTEST = $(abspath $(PYTHON)) -m pytest -n auto --dist worksteal
+emulate: $(INSTALLED)/build $(INSTALLED)/test  ## run every SM80 kernel on the CPU, emulated (up to 40 minutes on two cores)
 	$(PYTHON) build_support/emulator.py --clusters
-	cd tests && PYTHONPATH=../build/emulator-clusters/package $(abspath $(PYTHON)) -m pytest emulated_sm90_clusters.py \
-		$(PYTEST_ARGS)
+	cd tests && PYTHONPATH=../build/emulator-clusters/package $(EMULATED_PYTEST) emulated_sm90_clusters.py $(PYTEST_ARGS)
 	$(PYTHON) build_support/emulator.py --all
-	cd tests && PYTHONPATH=../build/emulator-all/package $(abspath $(PYTHON)) -m pytest emulated_rows.py $(PYTEST_ARGS)
+	cd tests && PYTHONPATH=../build/emulator-all/package $(EMULATED_PYTEST) emulated_rows.py $(PYTEST_ARGS)
 
 test-abi: wheel  ## try the wheel under three torch versions (slow; downloads each)
 	$(PYTHON) tests/abi/run.py dist
