@@ -27,9 +27,7 @@ def kvpacked_call(q: Tensor, kv: Tensor, **options: Any) -> ForwardCall:
 
 def varlen_qkvpacked_call(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: Any, **options: Any) -> ForwardCall:
     q, k, v = _unbind("qkv", qkv, 3, "(total, 3, num_heads, head_dim)")
-    return varlen_call(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, names=_VARLEN_QKV_NAMES, **options
-    )  # fmt: skip
+    return varlen_call(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, names=_VARLEN_QKV_NAMES, **options)
 
 
 def varlen_kvpacked_call(

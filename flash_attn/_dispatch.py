@@ -85,7 +85,6 @@ _SM90_FEATURES = frozenset(
     }
 )
 
-# In the order in which they are asked whether they serve a call.
 PATHS = {
     "sm90": PathSpec(
         name="sm90",
@@ -134,6 +133,9 @@ PATHS = {
         combine_dtypes=frozenset({"fp16", "bf16", "fp32", "fp64"}),
     ),
 }
+
+# Those with kernels, in the order in which they are asked.
+_GPU_PATHS = tuple(name for name, path in PATHS.items() if path.arch is not None)
 
 _forced = threading.local()
 _chosen: dict[tuple[object, ...], str] = {}
@@ -202,13 +204,17 @@ def _warn_of_unproven(path: PathSpec, features: frozenset[str]) -> None:
 def _best_that_serves(forced: str | None, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:
     """Of the paths that serve a call the first with the fewest unproven features."""
     best, fewest = None, len(FEATURES) + 1
-    for name in (forced,) if forced is not None else ("sm90", "sm80"):
+    for name in _candidates(forced):
         unproven = len(features & PATHS[name].unproven)
         if unproven < fewest and not objections(name, q, head_dim_v, features):
             best, fewest = name, unproven
     if best is None:
         raise NotImplementedError(_refusal(forced, q, head_dim_v, features))
     return best
+
+
+def _candidates(forced: str | None) -> tuple[str, ...]:
+    return _GPU_PATHS if forced is None else (forced,)
 
 
 def objections(name: str, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> list[str]:
@@ -295,8 +301,7 @@ def _device_facts(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 def _refusal(forced: str | None, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:
-    tried = (forced,) if forced is not None else ("sm90", "sm80")
-    lines = [f"{name}: {'; '.join(objections(name, q, head_dim_v, features))}" for name in tried]
+    lines = [f"{name}: {'; '.join(objections(name, q, head_dim_v, features))}" for name in _candidates(forced)]
     hint = "" if forced == "cpu" else ". The CPU path runs it: with flash_attn.use_path('cpu'), or on CPU tensors"
     return f"no kernel serves this call ({' | '.join(lines)}){hint}"
 

@@ -78,13 +78,19 @@ def test_every_path_serves_only_known_features():
 
 
 @pytest.fixture
-def ampere(monkeypatch):
-    """A GPU that has all that the SM80 kernels need."""
-    monkeypatch.setattr(_extension, "is_loaded", lambda: False)  # whatever this build lacks
+def gpu(monkeypatch):
+    """q on a GPU that has all that the kernels need."""
     monkeypatch.setattr(_dispatch, "_device_objections", lambda path, q: [])
     monkeypatch.setattr(_dispatch, "_chosen", {})
+    return _qkv(device="meta")[0]
+
+
+@pytest.fixture
+def ampere(gpu, monkeypatch):
+    """The same, for SM80's kernels."""
+    monkeypatch.setattr(_extension, "is_loaded", lambda: False)  # whatever this build lacks
     with flash_attn.use_path("sm80"):
-        yield _qkv(device="meta")[0]
+        yield gpu
 
 
 @pytest.mark.parametrize("feature", sorted(_dispatch.PATHS["sm80"].unproven))
@@ -157,14 +163,12 @@ SM90_FEATURES = _dispatch.PATHS["sm90"].features
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """A GPU that has all that the kernels need, and on which both paths are proven."""
+def hopper(gpu, monkeypatch):
+    """The same, with both paths proven."""
     for name in ("sm90", "sm80"):
         proven = dataclasses.replace(_dispatch.PATHS[name], unproven=frozenset())
         monkeypatch.setitem(_dispatch.PATHS, name, proven)
-    monkeypatch.setattr(_dispatch, "_device_objections", lambda path, q: [])
-    monkeypatch.setattr(_dispatch, "_chosen", {})
-    return _qkv(device="meta")[0]
+    return gpu
 
 
 @without_kernels
