@@ -41,14 +41,15 @@ __device__ void apply_alibi(Scores&& scores, const Coords& coords, const ScorePa
                             const RowMap& rows, int m_begin, int n_begin) {
   if (score.alibi_slopes == nullptr) return;
   const float* slopes = score.alibi_slopes + seq.batch_idx * score.alibi_batch_stride;
+  const int first_key = n_begin + static_cast<int>(get<1>(coords(0, 0)));
   CUTE_UNROLL
   for (int row = 0; row < size<0>(scores); ++row) {
     const int row_idx = m_begin + static_cast<int>(get<0>(coords(row, 0)));
     const float bias = -slopes[rows.head(row_idx)] / score.softmax_scale;
-    const int diagonal = rows.query(row_idx) + seq.diagonal() - n_begin;
+    const int diagonal = rows.query(row_idx) + seq.diagonal() - first_key;
     CUTE_UNROLL
     for (int col = 0; col < size<1>(scores); ++col) {
-      scores(row, col) += bias * static_cast<float>(abs(diagonal - static_cast<int>(get<1>(coords(row, col)))));
+      scores(row, col) += bias * static_cast<float>(abs(diagonal - static_cast<int>(get<1>(coords.layout()(0, col)))));
     }
   }
 }

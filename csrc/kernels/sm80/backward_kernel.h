@@ -41,8 +41,8 @@ __device__ void load_queries(const BackwardParams& params, const SeqInfo& seq, c
       head_of<Element>(params.dout, seq.batch_idx, seq.row_begin_q, step.head_idx), params.dout.row_stride,
       seq.seqlen_q, params.heads.head_dim_v);
   const int m_begin = step.m_idx * Traits::kTileM;
-  load_q.load(m_begin, make_tensor(make_smem_ptr(smem.q[stage]), typename Traits::SmemLayoutQ{}));
-  load_dout.load(m_begin, make_tensor(make_smem_ptr(smem.dout[stage]), typename Traits::SmemLayoutDout{}));
+  load_q.load(m_begin, smem.q[stage]);
+  load_dout.load(m_begin, smem.dout[stage]);
 }
 
 // Starts the copies of the thread block's K and V.
@@ -57,50 +57,42 @@ __device__ void load_keys(const BackwardParams& params, const KeyTileCoord& tile
   const TileLoader<Traits, Traits::kTileN, Traits::kHeadDimV, RowsBetween> load_v(
       head_of<Element>(params.v, seq.batch_idx, seq.row_begin_k, tile.kv_head_idx), params.v.row_stride, seen,
       params.heads.head_dim_v);
-  load_k.load(tile.n_begin, make_tensor(make_smem_ptr(smem.k), typename Traits::SmemLayoutK{}));
-  load_v.load(tile.n_begin, make_tensor(make_smem_ptr(smem.v), typename Traits::SmemLayoutV{}));
+  load_k.load(tile.n_begin, smem.k);
+  load_v.load(tile.n_begin, smem.v);
 }
 
 // S = Q K', dP = dO V', and from them P and dS, which go to shared memory.
 template <class Traits, class Tile>
 __device__ void compute_scores(const BackwardParams& params, const VisibleKeys<Mask::kGeneral>& keys, const Tile& tile,
                                typename Traits::SharedStorage& smem, int stage) {
-  using Rows = typename Traits::SmemCopyAtom;
-  typename Traits::MmaScores mma;
-  const auto shape_of_scores = Shape<Int<Traits::kTileM>, Int<Traits::kTileN>>{};
-  const Tensor sQ = make_tensor(make_smem_ptr(smem.q[stage]), typename Traits::SmemLayoutQ{});
-  const Tensor sDout = make_tensor(make_smem_ptr(smem.dout[stage]), typename Traits::SmemLayoutDout{});
-  const Tensor sK = make_tensor(make_smem_ptr(smem.k), typename Traits::SmemLayoutK{});
-  const Tensor sV = make_tensor(make_smem_ptr(smem.v), typename Traits::SmemLayoutV{});
-
-  Tensor tSrS = partition_fragment_C(mma, shape_of_scores);  // (MMA, MMA_M, MMA_N)
+  using Mma = typename Traits::MmaScores;
+  Tensor tSrS = Mma::template make_accumulator<Traits::kTileM, Traits::kTileN>();  // (MMA, MMA_M, MMA_N)
   clear(tSrS);
-  gemm_tiles<typename Traits::MmaScores, Rows, Rows>(tSrS, sQ, sK);
-  Tensor tSrDp = partition_fragment_C(mma, shape_of_scores);
+  gemm<Mma>(tSrS, operand_a<Mma, Along::kRows, typename Traits::TileQ>(smem.q[stage]),
+            operand_b<Mma, Along::kRows, typename Traits::TileK>(smem.k));
+  Tensor tSrDp = Mma::template make_accumulator<Traits::kTileM, Traits::kTileN>();
   clear(tSrDp);
-  gemm_tiles<typename Traits::MmaScores, Rows, Rows>(tSrDp, sDout, sV);
+  gemm<Mma>(tSrDp, operand_a<Mma, Along::kRows, typename Traits::TileDout>(smem.dout[stage]),
+            operand_b<Mma, Along::kRows, typename Traits::TileV>(smem.v));
 
   Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
   Tensor grads = make_tensor(tSrDp.data(), as_rows_and_columns(tSrDp.layout()));
   softmax_backward<Traits>(scores, grads, Traits::score_coords(), params, keys, tile);
-  round_to_smem<typename Traits::MmaScores, Traits::kTileM, Traits::kTileN>(smem.p, tSrS);
-  round_to_smem<typename Traits::MmaScores, Traits::kTileM, Traits::kTileN>(smem.ds, tSrDp);
+  round_to_smem<Mma, Traits::kTileM, Traits::kTileN>(smem.p, tSrS);
+  round_to_smem<Mma, Traits::kTileM, Traits::kTileN>(smem.ds, tSrDp);
 }
 
 // dV += P' dO and dK += dS' Q, on this thread block's columns.
 template <class Traits, class AccDk, class AccDv>
 __device__ void accumulate_dkv(typename Traits::SharedStorage& smem, int stage, int column_block, AccDk& tKrDk,
                                AccDv& tVrDv) {
-  using Columns = typename Traits::SmemCopyAtomTransposed;
   using Mma = typename Traits::MmaDkv;
   auto* dout = columns_of<Traits::kTileM, Traits::kColumnsV>(smem.dout[stage], column_block);
   auto* q = columns_of<Traits::kTileM, Traits::kColumns>(smem.q[stage], column_block);
-  const Tensor sPt = make_tensor(make_smem_ptr(smem.p), typename Traits::SmemLayoutScoresT{});
-  const Tensor sDst = make_tensor(make_smem_ptr(smem.ds), typename Traits::SmemLayoutScoresT{});
-  const Tensor sDoutT = make_tensor(make_smem_ptr(dout), typename Traits::SmemLayoutDoutT{});
-  const Tensor sQt = make_tensor(make_smem_ptr(q), typename Traits::SmemLayoutQt{});
-  gemm_tiles<Mma, Columns, Columns>(tVrDv, sPt, sDoutT);
-  gemm_tiles<Mma, Columns, Columns>(tKrDk, sDst, sQt);
+  gemm<Mma>(tVrDv, operand_a<Mma, Along::kCols, typename Traits::TileScores>(smem.p),
+            operand_b<Mma, Along::kCols, typename Traits::ColumnsDout>(dout));
+  gemm<Mma>(tKrDk, operand_a<Mma, Along::kCols, typename Traits::TileScores>(smem.ds),
+            operand_b<Mma, Along::kCols, typename Traits::ColumnsQ>(q));
 }
 
 // dQ += dS K, on this thread block's columns.
@@ -109,11 +101,10 @@ __device__ void accumulate_dq(const BackwardParams& params, const SeqInfo& seq, 
                               typename Traits::SharedStorage& smem, int column_block) {
   using Mma = typename Traits::MmaDq;
   auto* k = columns_of<Traits::kTileN, Traits::kColumns>(smem.k, column_block);
-  const Tensor sDs = make_tensor(make_smem_ptr(smem.ds), typename Traits::SmemLayoutScores{});
-  const Tensor sKt = make_tensor(make_smem_ptr(k), typename Traits::SmemLayoutKt{});
-  Tensor tQrDq = partition_fragment_C(Mma{}, Shape<Int<Traits::kTileM>, Int<Traits::kColumns>>{});
+  Tensor tQrDq = Mma::template make_accumulator<Traits::kTileM, Traits::kColumns>();
   clear(tQrDq);
-  gemm_tiles<Mma, typename Traits::SmemCopyAtom, typename Traits::SmemCopyAtomTransposed>(tQrDq, sDs, sKt);
+  gemm<Mma>(tQrDq, operand_a<Mma, Along::kRows, typename Traits::TileScores>(smem.ds),
+            operand_b<Mma, Along::kCols, typename Traits::ColumnsK>(k));
 
   const int64_t tile_idx = dq_tile_idx<Traits>(params, seq, step.head_idx, step.m_idx);
   float* sums = dq_sums_of<Traits>(params, tile_idx, column_block);
@@ -182,8 +173,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads) backward_kernel(const __g
   if (!tile.has_rows()) return;
 
   using Mma = typename Traits::MmaDkv;
-  Tensor tKrDk = partition_fragment_C(Mma{}, Shape<Int<Traits::kTileN>, Int<Traits::kColumns>>{});   // (MMA, M, N)
-  Tensor tVrDv = partition_fragment_C(Mma{}, Shape<Int<Traits::kTileN>, Int<Traits::kColumnsV>>{});  // (MMA, M, N)
+  Tensor tKrDk = Mma::template make_accumulator<Traits::kTileN, Traits::kColumns>();   // (MMA, MMA_M, MMA_N)
+  Tensor tVrDv = Mma::template make_accumulator<Traits::kTileN, Traits::kColumnsV>();  // (MMA, MMA_M, MMA_N)
   clear(tKrDk);
   clear(tVrDv);
   backward_mainloop<Traits>(params, tile, column_block, smem, tKrDk, tVrDv);

@@ -1,9 +1,8 @@
 // Everything about an SM80 backward kernel that is known when it is compiled, derived once from its tile row.
 #pragma once
 
-#include "kernels/common/fragment_layout.h"
-#include "kernels/sm80/instructions.h"
 #include "kernels/sm80/tile_types.h"
+#include "kernels/sm80/warp_mma.h"
 #include "variant/backward_tiles.h"
 
 namespace flash_attn::sm80 {
@@ -44,19 +43,15 @@ struct BackwardTraits {
                 "dK or dV doesn't divide over the warps");
   static_assert(divides(kTile.dq, kTileM, kColumns), "dQ doesn't divide over the warps");
 
-  using SmemLayoutQ = SmemTile<kTileM, kHeadDim>;
-  using SmemLayoutDout = SmemTile<kTileM, kHeadDimV>;
-  using SmemLayoutK = SmemTile<kTileN, kHeadDim>;
-  using SmemLayoutV = SmemTile<kTileN, kHeadDimV>;
-  using SmemLayoutScores = SmemTile<kTileM, kTileN>;  // P and dS
-  // This thread block's columns, and the transposed views in which the later products read their operands.
-  using SmemLayoutQt = TransposedSmemTile<kTileM, kColumns>;
-  using SmemLayoutDoutT = TransposedSmemTile<kTileM, kColumnsV>;
-  using SmemLayoutKt = TransposedSmemTile<kTileN, kColumns>;
-  using SmemLayoutScoresT = TransposedSmemTile<kTileM, kTileN>;
-  using SmemLayoutDk = SmemTile<kTileN, kColumns>;
-  using SmemLayoutDv = SmemTile<kTileN, kColumnsV>;
-  using SmemLayoutDq = SmemTile<kTileM, kColumns>;
+  using TileQ = SmemTile<kTileM, kHeadDim>;
+  using TileDout = SmemTile<kTileM, kHeadDimV>;
+  using TileK = SmemTile<kTileN, kHeadDim>;
+  using TileV = SmemTile<kTileN, kHeadDimV>;
+  using TileScores = SmemTile<kTileM, kTileN>;  // P and dS
+  // This thread block's columns.
+  using ColumnsQ = SmemTile<kTileM, kColumns>;
+  using ColumnsDout = SmemTile<kTileM, kColumnsV>;
+  using ColumnsK = SmemTile<kTileN, kColumns>;
 
   struct SharedStorage {
     alignas(128) Element q[kStages][kTileM * kHeadDim];
@@ -69,16 +64,13 @@ struct BackwardTraits {
   static_assert(sizeof(SharedStorage) == smem_bytes(kVariant), "the planner and the kernel disagree on shared memory");
   static_assert(sizeof(SharedStorage) <= bytes_of(kVariant.smem), "the tile doesn't fit the GPUs that its row is for");
 
-  using SmemCopyAtom = Copy_Atom<LoadMatrix, Element>;
-  using SmemCopyAtomTransposed = Copy_Atom<LoadMatrixTransposed, Element>;
-
   template <int kCols>
   using Access = RowAccess<Element, kNumThreads, kCols>;
   static_assert(Access<kHeadDim>::takes_whole(kTileM, kTileN) && Access<kHeadDimV>::takes_whole(kTileM, kTileN),
                 "a load would pass its tile's end");
 
   // The (row, column) within the tile of each score that this lane holds.
-  static CUTE_DEVICE auto score_coords() { return accumulator_coords<MmaScores, kTileM, kTileN>(threadIdx.x); }
+  static CUTE_DEVICE auto score_coords() { return MmaScores::template coords<kTileM, kTileN>(threadIdx.x); }
 };
 
 // First element of the column block's part of a tile, whose 64 columns are together in memory.

@@ -4,7 +4,6 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/common/backward_params.h"
-#include "kernels/common/fragment_layout.h"
 #include "kernels/common/instructions.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/sm80/backward_traits.h"
@@ -65,8 +64,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads) store_dq_kernel(const __g
                                                      blockIdx.x / Traits::kColumnBlocks);
   if (!tile.has_rows()) return;
 
-  Tensor acc = partition_fragment_C(typename Traits::MmaDq{},
-                                    Shape<Int<Traits::kTileM>, Int<Traits::kColumns>>{});  // (MMA, M, N)
+  Tensor acc = Traits::MmaDq::template make_accumulator<Traits::kTileM, Traits::kColumns>();  // (MMA, MMA_M, MMA_N)
   const int64_t tile_idx = dq_tile_idx<Traits>(params, tile.seq, tile.head_idx, tile.m_begin / Traits::kTileM);
   const float* sums = dq_sums_of<Traits>(params, tile_idx, column_block);
   CUTE_UNROLL

@@ -88,8 +88,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads) forward_kernel(const __gr
   const TileCoord tile = locate_tile_or_part<Traits>(params);
   if (!tile.has_rows()) return;
 
-  typename Traits::TiledMma mma;
-  Tensor tOrO = partition_fragment_C(mma, Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{});
+  Tensor tOrO = Traits::Mma::template make_accumulator<Traits::kTileM, Traits::kHeadDimV>();
   clear(tOrO);
   OnlineSoftmax<Traits::kRowsPerLane> softmax(params.score.softmax_scale);
   const auto reducer = make_row_reducer<Traits>(smem);
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads) forward_kernel(const __gr
   auto lse = softmax.finish(output, reducer, sink, params.dropout.rescale);
   clear_unused_rows<Traits::kTileM>(tile.m_begin, seq.seqlen_q, coords, output, lse);
   store_lse(params, tile, coords, lse);
-  store_tile<Traits, typename Traits::TiledMma, Traits::kTileM, Traits::kHeadDimV>(
+  store_tile<Traits, typename Traits::Mma, Traits::kTileM, Traits::kHeadDimV>(
       params.o, {seq.batch_idx, seq.row_begin_q, tile.m_begin, seq.rows_q}, tile.head_idx, {0, params.heads.head_dim_v},
       smem.q_or_o, tOrO);
 }

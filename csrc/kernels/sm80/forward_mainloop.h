@@ -4,7 +4,6 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/common/dropout.h"
-#include "kernels/common/fragment_layout.h"
 #include "kernels/common/kv_range.h"
 #include "kernels/common/mask.h"
 #include "kernels/common/online_softmax.h"
@@ -43,33 +42,22 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
   const KvRange& range = tile.range;
   if (range.is_empty()) return;
 
-  Tensor sQ = make_tensor(make_smem_ptr(smem.q_or_o), typename Traits::SmemLayoutQ{});
-  Tensor sK = make_tensor(make_smem_ptr(smem.k), typename Traits::SmemLayoutK{});
-  Tensor sVt = make_tensor(make_smem_ptr(smem.v), typename Traits::SmemLayoutVt{});
-
-  typename Traits::TiledMma mma;
-  const auto thread_mma = mma.get_slice(threadIdx.x);
-  Tensor tSrQ = thread_mma.partition_fragment_A(sQ);   // (MMA, MMA_M, MMA_K)
-  Tensor tSrK = thread_mma.partition_fragment_B(sK);   // (MMA, MMA_N, MMA_K)
-  Tensor tOrV = thread_mma.partition_fragment_B(sVt);  // (MMA, MMA_K over head_dim_v, MMA_N)
-  const auto copy_q = make_tiled_copy_A(typename Traits::SmemCopyAtom{}, mma);
-  const auto copy_k = make_tiled_copy_B(typename Traits::SmemCopyAtom{}, mma);
-  const auto copy_v = make_tiled_copy_B(typename Traits::SmemCopyAtomTransposed{}, mma);
-  const Tensor tSsQ = copy_q.get_slice(threadIdx.x).partition_S(sQ);
-  const Tensor tSsK = copy_k.get_slice(threadIdx.x).partition_S(sK);
-  const Tensor tOsV = copy_v.get_slice(threadIdx.x).partition_S(sVt);
+  using Mma = typename Traits::Mma;
+  const auto q = operand_a<Mma, Along::kRows, typename Traits::TileQ>(smem.q_or_o);
+  const auto k = operand_b<Mma, Along::kRows, typename Traits::TileK>(smem.k);
+  const auto v = operand_b<Mma, Along::kCols, typename Traits::TileV>(smem.v);
   const auto coords = Traits::score_coords();
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
 
   KvPipeline<Traits> kv(params, seq, tile.kv_head_idx, range, smem);
-  tile.load_q.load(tile.m_begin, sQ);
+  tile.load_q.load(tile.m_begin, smem.q_or_o);
   kv.start(range.end - 1);
 
   for (int n = range.end - 1; n >= range.begin; --n) {
     kv.wait_for_k(n);
-    Tensor tSrS = partition_fragment_C(mma, Shape<Int<kTileM>, Int<kTileN>>{});  // (MMA, MMA_M, MMA_N)
+    Tensor tSrS = Mma::template make_accumulator<kTileM, kTileN>();  // (MMA, MMA_M, MMA_N)
     clear(tSrS);
-    gemm_smem_smem(mma, tSrS, tSrQ, tSrK, tSsQ, tSsK, copy_q, copy_k);
+    gemm<Mma>(tSrS, q, k);
 
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
     apply_score<Traits::kScore>(scores, coords, params.score, seq, tile.rows, tile.m_begin, n * kTileN);
@@ -82,10 +70,10 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
             .template apply<(Traits::kWarpsN > 1 ? 1 : 4)>(scores, coords, tile.m_begin, n * kTileN);
       }
     }
-    auto probabilities = Probabilities<Traits>::put(smem, tSrS);
+    const auto p = as_probability_operand<Traits>(smem, tSrS);
 
     kv.wait_for_v(n);
-    Probabilities<Traits>::multiply(tOrO, probabilities, tOrV, tOsV, copy_v);
+    gemm<Mma>(tOrO, p, v);
     kv.on_product(n);
   }
   __syncthreads();  // O leaves through the shared memory of Q

@@ -1,9 +1,8 @@
 // Everything about an SM80 forward kernel that is known when it is compiled, derived once from its tile row.
 #pragma once
 
-#include "kernels/common/fragment_layout.h"
-#include "kernels/sm80/instructions.h"
 #include "kernels/sm80/tile_types.h"
+#include "kernels/sm80/warp_mma.h"
 #include "variant/tiles.h"
 
 namespace flash_attn::sm80 {
@@ -27,16 +26,14 @@ struct ForwardTraits {
 
   using Element = ElementOf<kVariant.dtype>;
 
-  using TiledMma = WarpMma<kVariant.dtype, kWarpsM, kWarpsN>;
+  using Mma = WarpMma<kVariant.dtype, kWarpsM, kWarpsN>;
   static constexpr int kRowsPerLane = 2 * kTileM / (16 * kWarpsM);
   static_assert(kTileM % (16 * kWarpsM) == 0 && kTileN % (16 * kWarpsN) == 0);
 
-  using SmemLayoutQ = SmemTile<kTileM, kHeadDim>;
-  using SmemLayoutK = SmemTile<kTileN, kHeadDim>;
-  using SmemLayoutV = SmemTile<kTileN, kHeadDimV>;
-  using SmemLayoutVt = TransposedSmemTile<kTileN, kHeadDimV>;  // which is how the second product reads V
-  using SmemLayoutO = SmemTile<kTileM, kHeadDimV>;
-  using SmemLayoutP = SmemTile<kTileM, kTileN>;
+  using TileQ = SmemTile<kTileM, kHeadDim>;
+  using TileK = SmemTile<kTileN, kHeadDim>;
+  using TileV = SmemTile<kTileN, kHeadDimV>;
+  using TileP = SmemTile<kTileM, kTileN>;
 
   // Between warps that share rows: P, which each reads whole, and the rows' maxima and sums.
   struct Exchange {
@@ -47,14 +44,11 @@ struct ForwardTraits {
 
   struct SharedStorage : std::conditional_t<(kWarpsN > 1), Exchange, NoExchange> {
     alignas(128) Element q_or_o[kTileM * (kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV)];
-    alignas(128) Element k[cosize_v<SmemLayoutK>];
-    alignas(128) Element v[cosize_v<SmemLayoutV>];
+    alignas(128) Element k[TileK::kSize];
+    alignas(128) Element v[TileV::kSize];
   };
   static_assert(sizeof(SharedStorage) == smem_bytes(kVariant), "the planner and the kernel disagree on shared memory");
   static_assert(sizeof(SharedStorage) <= bytes_of(kVariant.smem), "the tile doesn't fit the GPUs that its row is for");
-
-  using SmemCopyAtom = Copy_Atom<LoadMatrix, Element>;
-  using SmemCopyAtomTransposed = Copy_Atom<LoadMatrixTransposed, Element>;
 
   template <int kCols>
   using Access = RowAccess<Element, kNumThreads, kCols>;
@@ -62,15 +56,15 @@ struct ForwardTraits {
                 "a load would pass its tile's end");
 
   // The (row, column) within the tile of each element that this lane holds of S and of O.
-  static CUTE_DEVICE auto score_coords() { return accumulator_coords<TiledMma, kTileM, kTileN>(threadIdx.x); }
-  static CUTE_DEVICE auto output_coords() { return accumulator_coords<TiledMma, kTileM, kHeadDimV>(threadIdx.x); }
+  static CUTE_DEVICE auto score_coords() { return Mma::template coords<kTileM, kTileN>(threadIdx.x); }
+  static CUTE_DEVICE auto output_coords() { return Mma::template coords<kTileM, kHeadDimV>(threadIdx.x); }
 
   // Those of S for a step that masks. From the thread's index as it always is, nvcc 13.0 works out before the main loop
-  // where each row's window begins and ends, and spills that: 28 bytes at head dim 64, 64 at 128. To be dropped once
-  // `ptxas -v` reports none without it. Few rows leave registers enough.
+  // where each row's window begins and ends, and spills that: 72 bytes for 32 at head dim 64, 24 for 8 at 128. To be
+  // dropped once `ptxas -v` reports none without it. Few rows leave registers enough.
   static CUTE_DEVICE auto mask_coords() {
     if constexpr (kMask == Mask::kGeneral && !kFewRows) {
-      return accumulator_coords<TiledMma, kTileM, kTileN>(thread_idx_anew());
+      return Mma::template coords<kTileM, kTileN>(thread_idx_anew());
     } else {
       return score_coords();
     }

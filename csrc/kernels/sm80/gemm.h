@@ -4,53 +4,138 @@
 
 #include <cute/tensor.hpp>
 
+#include "kernels/sm80/instructions.h"
+#include "kernels/sm80/tile_types.h"
+#include "kernels/sm80/warp_mma.h"
+
 namespace flash_attn::sm80 {
 
 using namespace cute;
 
-// acc += A B, both operands in shared memory.
-template <class TiledMma, class Acc, class FragA, class FragB, class SmemA, class SmemB, class CopyA, class CopyB>
-CUTE_DEVICE void gemm_smem_smem(const TiledMma& mma, Acc& acc, FragA& a, FragB& b, const SmemA& smem_a,
-                                const SmemB& smem_b, const CopyA& copy_a, const CopyB& copy_b) {
-  Tensor a_view = copy_a.get_slice(threadIdx.x).retile_D(a);  // (CPY, MMA_M, MMA_K)
-  Tensor b_view = copy_b.get_slice(threadIdx.x).retile_D(b);  // (CPY, MMA_N, MMA_K)
-  copy(copy_a, smem_a(_, _, _0{}), a_view(_, _, _0{}));
-  copy(copy_b, smem_b(_, _, _0{}), b_view(_, _, _0{}));
-  CUTE_UNROLL
-  for (int k = 0; k < size<2>(a); ++k) {
-    if (k + 1 < size<2>(a)) {
-      copy(copy_a, smem_a(_, _, k + 1), a_view(_, _, k + 1));
-      copy(copy_b, smem_b(_, _, k + 1), b_view(_, _, k + 1));
+// A lane's registers of 16 x 16 blocks of an operand that lie side by side, for one step of the product.
+template <int kNumBlocksValue>
+struct OperandBlocks {
+  static constexpr int kNumBlocks = kNumBlocksValue;
+  uint32_t registers[kNumBlocks][4];
+};
+
+// Which operand of A B', and whether the tile's rows are the operand's, or its columns are.
+enum class Side { kA, kB };
+enum class Along { kRows, kCols };
+
+// A warp's part of an operand in shared memory.
+template <class Mma, Side kSide, Along kAlong, class Element, class Tile>
+class SmemOperand {
+ public:
+  static constexpr int kStep = kSide == Side::kA ? Mma::kRowStep : 2 * Mma::kColStep;  // from block to block
+  static constexpr int kNumBlocks = (kAlong == Along::kRows ? Tile::kRows : Tile::kCols) / kStep;
+  static constexpr int kNumSteps = (kAlong == Along::kRows ? Tile::kCols : Tile::kRows) / kMmaDepth;
+  using Blocks = OperandBlocks<kNumBlocks>;
+
+  __device__ explicit SmemOperand(Element* tile) : place_(first_place(tile)) {}
+
+  __device__ Blocks load(int step) const {
+    Blocks blocks;
+    CUTE_UNROLL
+    for (int i = 0; i < kNumBlocks; ++i) {
+      auto& to = blocks.registers[i];
+      if constexpr (kAlong == Along::kRows) {
+        LoadMatrix::copy(as_vector(place_.at(i * kStep, step * kMmaDepth)), to[0], to[1], to[2], to[3]);
+      } else {
+        LoadMatrixTransposed::copy(as_vector(place_.at(step * kMmaDepth, i * kStep)), to[0], to[1], to[2], to[3]);
+      }
     }
-    gemm(mma, a(_, _, k), b(_, _, k), acc);
+    return blocks;
   }
+
+ private:
+  // ldmatrix takes the addresses of the eight rows of its i-th 8 x 8 matrix from the i-th eight lanes. A's four are the
+  // quarters of a block of 16 x 16, the rows' halves first; B's are two instructions' operands, for each its halves in
+  // depth.
+  static __device__ TilePlace<Element, Tile> first_place(Element* tile) {
+    constexpr bool kIsA = kSide == Side::kA;
+    const int matrix = threadIdx.x % kThreadsPerWarp / 8;
+    const int half = kIsA ? matrix % 2 : matrix / 2;
+    const int depth_half = kIsA ? matrix / 2 : matrix % 2;
+    const int first = kIsA ? Mma::warp_m(threadIdx.x) * kMmaRows + half * 8
+                           : Mma::warp_n(threadIdx.x) * kMmaCols + half * Mma::kColStep;
+    const int row_of_matrix = threadIdx.x % 8;
+    if constexpr (kAlong == Along::kRows) return {tile, first + row_of_matrix, depth_half * 8};
+    return {tile, depth_half * 8 + row_of_matrix, first};
+  }
+
+  TilePlace<Element, Tile> place_;
+};
+
+template <class Mma, Along kAlong, class Tile, class Element>
+CUTE_DEVICE auto operand_a(Element* tile) {
+  return SmemOperand<Mma, Side::kA, kAlong, Element, Tile>(tile);
 }
 
-// acc += A B, A in registers, B in shared memory.
-template <class TiledMma, class Acc, class FragA, class FragB, class SmemB, class CopyB>
-CUTE_DEVICE void gemm_register_smem(const TiledMma& mma, Acc& acc, const FragA& a, FragB& b, const SmemB& smem_b,
-                                    const CopyB& copy_b) {
-  Tensor b_view = copy_b.get_slice(threadIdx.x).retile_D(b);  // (CPY, MMA_N, MMA_K)
-  copy(copy_b, smem_b(_, _, _0{}), b_view(_, _, _0{}));
+template <class Mma, Along kAlong, class Tile, class Element>
+CUTE_DEVICE auto operand_b(Element* tile) {
+  return SmemOperand<Mma, Side::kB, kAlong, Element, Tile>(tile);
+}
+
+// A product's accumulator, rounded, as the A operand of the next: two instructions' columns make one step's depth.
+template <class Rounded>  // (MMA, MMA_M, MMA_N)
+class RegisterOperand {
+ public:
+  static constexpr int kNumBlocks = size<1>(typename Rounded::layout_type{});
+  static constexpr int kNumSteps = size<2>(typename Rounded::layout_type{}) / 2;
+  using Blocks = OperandBlocks<kNumBlocks>;
+
+  __device__ explicit RegisterOperand(const Rounded& rounded) : rounded_(rounded) {}
+
+  __device__ Blocks load(int step) const {
+    const Tensor pairs = recast<const uint32_t>(rounded_);  // (row pair, MMA_M, MMA_N)
+    Blocks blocks;
+    CUTE_UNROLL
+    for (int i = 0; i < kNumBlocks; ++i) {
+      CUTE_UNROLL
+      for (int pair = 0; pair < 4; ++pair) blocks.registers[i][pair] = pairs(pair % 2, i, 2 * step + pair / 2);
+    }
+    return blocks;
+  }
+
+ private:
+  Rounded rounded_;
+};
+
+// acc += A B' of one step. The order goes back and forth along A, whose registers then serve twice in a row.
+template <class Mma, class Acc, class BlocksA, class BlocksB>
+CUTE_DEVICE void multiply_step(Acc& acc, const BlocksA& a, const BlocksB& b) {
+  constexpr int kRows = BlocksA::kNumBlocks;
+  constexpr int kCols = 2 * BlocksB::kNumBlocks;
   CUTE_UNROLL
-  for (int k = 0; k < size<2>(a); ++k) {
-    if (k + 1 < size<2>(a)) copy(copy_b, smem_b(_, _, k + 1), b_view(_, _, k + 1));
-    gemm(mma, a(_, _, k), b(_, _, k), acc);
+  for (int n = 0; n < kCols; ++n) {
+    CUTE_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const int m = n % 2 == 0 ? i : kRows - 1 - i;
+      const auto& rows = a.registers[m];
+      const uint32_t* cols = &b.registers[n / 2][n % 2 * 2];
+      Mma::Instruction::fma(acc(0, m, n), acc(1, m, n), acc(2, m, n), acc(3, m, n), rows[0], rows[1], rows[2], rows[3],
+                            cols[0], cols[1], acc(0, m, n), acc(1, m, n), acc(2, m, n), acc(3, m, n));
+    }
   }
 }
 
-// acc += A B with nothing kept between calls. A is (M, K) and B is (N, K), in shared memory; each copy atom is
-// ldmatrix, transposed where its operand's memory is.
-template <class Mma, class CopyAtomA, class CopyAtomB, class Acc, class SmemA, class SmemB>
-CUTE_DEVICE void gemm_tiles(Acc& acc, const SmemA& sA, const SmemB& sB) {
-  Mma mma;
-  const auto thread_mma = mma.get_slice(threadIdx.x);
-  Tensor a = thread_mma.partition_fragment_A(sA);  // (MMA, MMA_M, MMA_K)
-  Tensor b = thread_mma.partition_fragment_B(sB);  // (MMA, MMA_N, MMA_K)
-  const auto copy_a = make_tiled_copy_A(CopyAtomA{}, mma);
-  const auto copy_b = make_tiled_copy_B(CopyAtomB{}, mma);
-  gemm_smem_smem(mma, acc, a, b, copy_a.get_slice(threadIdx.x).partition_S(sA),
-                 copy_b.get_slice(threadIdx.x).partition_S(sB), copy_a, copy_b);
+// acc += A B'.
+template <class Mma, class Acc, class OperandA, class OperandB>
+CUTE_DEVICE void gemm(Acc& acc, const OperandA& a, const OperandB& b) {
+  static_assert(OperandA::kNumSteps == OperandB::kNumSteps, "A and B differ in depth");
+  typename OperandA::Blocks a_blocks[OperandA::kNumSteps];
+  typename OperandB::Blocks b_blocks[OperandB::kNumSteps];
+  a_blocks[0] = a.load(0);
+  b_blocks[0] = b.load(0);
+  CUTE_UNROLL
+  for (int step = 0; step < OperandA::kNumSteps; ++step) {
+    if (step + 1 < OperandA::kNumSteps) {
+      a_blocks[step + 1] = a.load(step + 1);
+      b_blocks[step + 1] = b.load(step + 1);
+    }
+    multiply_step<Mma>(acc, a_blocks[step], b_blocks[step]);
+  }
 }
 
 }  // namespace flash_attn::sm80

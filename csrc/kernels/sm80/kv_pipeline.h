@@ -29,11 +29,11 @@ class KvTiles {
         last_step_(range.begin) {}
 
   __device__ void look_up(int n) { page_ = load_k_.look_up(n * Traits::kTileN); }
-  __device__ void load_k(int n) const { load(load_k_, n, k_in_smem()); }
-  __device__ void load_v(int n) const { load(load_v_, n, v_in_smem()); }
+  __device__ void load_k(int n) const { load(load_k_, n, smem_.k); }
+  __device__ void load_v(int n) const { load(load_v_, n, smem_.v); }
   // What step n - 1 takes; nothing, where step n is the last.
-  __device__ void load_next_k(int n) const { load_next(load_k_, n, k_in_smem()); }
-  __device__ void load_next_v(int n) const { load_next(load_v_, n, v_in_smem()); }
+  __device__ void load_next_k(int n) const { load_next(load_k_, n, smem_.k); }
+  __device__ void load_next_v(int n) const { load_next(load_v_, n, smem_.v); }
 
  private:
   static __device__ typename KLoader::Bounds bounds_of(const SeqInfo& seq, const KvRange& range) {
@@ -44,22 +44,19 @@ class KvTiles {
     }
   }
 
-  template <class Loader, class Tile>
-  __device__ void load(const Loader& loader, int n, const Tile& tile) const {
+  template <class Loader>
+  __device__ void load(const Loader& loader, int n, Element* tile) const {
     loader.load(n * Traits::kTileN, page_, tile);
     cp_async_fence();
   }
-  template <class Loader, class Tile>
-  __device__ void load_next(const Loader& loader, int n, const Tile& tile) const {
+  template <class Loader>
+  __device__ void load_next(const Loader& loader, int n, Element* tile) const {
     if (n > last_step_) {
       load(loader, n - 1, tile);
     } else {
       cp_async_fence();
     }
   }
-
-  __device__ auto k_in_smem() const { return make_tensor(make_smem_ptr(smem_.k), typename Traits::SmemLayoutK{}); }
-  __device__ auto v_in_smem() const { return make_tensor(make_smem_ptr(smem_.v), typename Traits::SmemLayoutV{}); }
 
   KLoader load_k_;
   VLoader load_v_;

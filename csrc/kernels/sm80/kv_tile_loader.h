@@ -56,8 +56,7 @@ class KvTileLoader {
   }
 
   // Starts the copy of the tile at `row_begin`; the caller fences and waits.
-  template <class SmemTensor>
-  __device__ void load(int row_begin, int page, SmemTensor&& smem) const {
+  __device__ void load(int row_begin, int page, Element* smem) const {
     if constexpr (kIsGeneral) {
       if (rows_.in_pages()) {
         load_from_pages(row_begin, page, smem);
@@ -69,37 +68,34 @@ class KvTileLoader {
   }
 
  private:
-  template <class SmemTensor>
-  __device__ void load_from_pages(int row_begin, int page, SmemTensor&& smem) const {
+  __device__ void load_from_pages(int row_begin, int page, Element* smem) const {
     using WarpRows = WarpRows<Traits, kCols>;
-    using TiledLoad = typename WarpRows::Access::TiledLoad;
-    const auto thread_copy = TiledLoad{}.get_slice(threadIdx.x);
-    Tensor target = thread_copy.partition_D(smem);  // (CPY, CPY_M, CPY_K)
-    const Tensor coords = thread_copy.partition_S(make_identity_tensor(Shape<Int<Traits::kTileN>, Int<kCols>>{}));
-    const auto row_of_pass = [&](int m) { return row_begin + static_cast<int>(get<0>(coords(0, m, 0))); };
+    using Access = typename WarpRows::Access;
+    const auto target = Access::template place_in<Traits::kTileN>(smem);
+    const auto row_of_pass = [&](int pass) { return row_begin + Access::row_of_pass(pass); };
     // All look-ups before the first copy, so that they overlap.
     int64_t offsets[WarpRows::kNumPasses];
     if constexpr (kLooksAhead) {
       const int64_t known = rows_.offset(bounds_.nearest(row_begin + WarpRows::known()), page);
       CUTE_UNROLL
-      for (int m = 0; m < WarpRows::kNumPasses; ++m) {
-        offsets[m] = __shfl_sync(~0u, known, WarpRows::lane_that_knows(m));
+      for (int pass = 0; pass < WarpRows::kNumPasses; ++pass) {
+        offsets[pass] = __shfl_sync(~0u, known, WarpRows::lane_that_knows(pass));
       }
     } else {
       CUTE_UNROLL
-      for (int m = 0; m < WarpRows::kNumPasses; ++m) {
-        const int key = bounds_.nearest(row_of_pass(m));
-        offsets[m] = rows_.offset(key, rows_.page_of(key));
+      for (int pass = 0; pass < WarpRows::kNumPasses; ++pass) {
+        const int key = bounds_.nearest(row_of_pass(pass));
+        offsets[pass] = rows_.offset(key, rows_.page_of(key));
       }
     }
     CUTE_UNROLL
-    for (int m = 0; m < WarpRows::kNumPasses; ++m) {
+    for (int pass = 0; pass < WarpRows::kNumPasses; ++pass) {
+      const Element* source = rows_.head() + offsets[pass] + Access::col_of_part(0);
       CUTE_UNROLL
-      for (int k = 0; k < size<2>(target); ++k) {
-        const int column = get<1>(coords(0, m, k));
-        const Tensor source =
-            make_tensor(make_gmem_ptr(rows_.head() + offsets[m] + column), make_layout(shape(target(_, m, k))));
-        copy(TiledLoad{}.with(bounds_.contains(row_of_pass(m)) && column < num_cols_), source, target(_, m, k));
+      for (int part = 0; part < Access::kNumParts; ++part) {
+        AsyncCopy::copy(as_vector(source + part * Access::kPartCols),
+                        as_vector(target.at(pass * Access::kRowsPerPass, part * Access::kPartCols)),
+                        bounds_.contains(row_of_pass(pass)) && Access::col_of_part(part) < num_cols_);
       }
     }
   }

@@ -5,7 +5,6 @@
 
 #include "kernels/common/backward_params.h"
 #include "kernels/common/dropout.h"
-#include "kernels/common/fragment_layout.h"
 #include "kernels/common/kv_range.h"
 #include "kernels/common/mask.h"
 #include "kernels/common/online_softmax.h"

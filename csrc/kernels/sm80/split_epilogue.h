@@ -38,24 +38,21 @@ template <class Traits, class AccO>
 __device__ void store_packed_output(const ForwardParams& params, const SplitTile& tile,
                                     typename Traits::SharedStorage& smem, const AccO& tOrO) {
   using Element = typename Traits::Element;
-  using TiledStore = typename Traits::template Access<Traits::kHeadDimV>::TiledStore;
-  const Tensor sO = round_to_smem<typename Traits::TiledMma, Traits::kTileM, Traits::kHeadDimV>(smem.q_or_o, tOrO);
+  using Access = typename Traits::template Access<Traits::kHeadDimV>;
+  round_to_smem<typename Traits::Mma, Traits::kTileM, Traits::kHeadDimV>(smem.q_or_o, tOrO);
   __syncthreads();
+  const auto staged = Access::template place_in<Traits::kTileM>(smem.q_or_o);
   const PackedRowAddresses<Element> rows(params.o, tile.seq, tile.rows);
-  const auto thread_store = TiledStore{}.get_slice(threadIdx.x);
-  const Tensor source = thread_store.partition_S(sO);  // (CPY, CPY_M, CPY_K)
-  const Tensor coords =
-      thread_store.partition_D(make_identity_tensor(Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{}));
   CUTE_UNROLL
-  for (int m = 0; m < size<1>(source); ++m) {
-    const int row_idx = tile.m_begin + static_cast<int>(get<0>(coords(0, m, 0)));
+  for (int pass = 0; pass < Traits::kTileM / Access::kRowsPerPass; ++pass) {
+    const int row_idx = tile.m_begin + Access::row_of_pass(pass);
     if (row_idx >= tile.num_rows()) continue;
+    Element* row = rows.row(row_idx) + Access::col_of_part(0);
     CUTE_UNROLL
-    for (int k = 0; k < size<2>(source); ++k) {
-      const int column = get<1>(coords(0, m, k));
-      if (column >= params.heads.head_dim_v) continue;
-      Tensor target = make_tensor(make_gmem_ptr(rows.row(row_idx) + column), make_layout(shape(source(_, m, k))));
-      copy(TiledStore{}, source(_, m, k), target);
+    for (int part = 0; part < Access::kNumParts; ++part) {
+      if (Access::col_of_part(part) >= params.heads.head_dim_v) continue;
+      as_vector(row + part * Access::kPartCols) =
+          as_vector(staged.at(pass * Access::kRowsPerPass, part * Access::kPartCols));
     }
   }
 }

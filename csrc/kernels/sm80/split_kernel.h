@@ -43,8 +43,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid
   const SplitTile tile = locate_split_tile<Traits::kTileM, Traits::kTileN>(params, blockIdx.x);
   if (!tile.has_rows()) return;
 
-  typename Traits::TiledMma mma;
-  Tensor tOrO = partition_fragment_C(mma, Shape<Int<Traits::kTileM>, Int<Traits::kHeadDimV>>{});
+  Tensor tOrO = Traits::Mma::template make_accumulator<Traits::kTileM, Traits::kHeadDimV>();
   clear(tOrO);
   using Softmax = OnlineSoftmax<Traits::kRowsPerLane>;
   Softmax softmax(params.score.softmax_scale);

@@ -19,13 +19,6 @@ CUTE_DEVICE Element* head_of(const Operand& operand, int batch_idx, int64_t row_
          head_idx * operand.head_stride;
 }
 
-// Global tensor of (rows, kCols) over one head of one sequence; `row_begin` may lie anywhere in it.
-template <int kRows, int kCols, class Element>
-CUTE_DEVICE auto gmem_tile(Element* head, int64_t row_begin, int64_t row_stride) {
-  return make_tensor(make_gmem_ptr(head + row_begin * row_stride),
-                     make_layout(Shape<Int<kRows>, Int<kCols>>{}, make_stride(row_stride, _1{})));
-}
-
 // The rows of a sequence.
 class RowsBelow {
  public:
@@ -54,25 +47,25 @@ template <class Traits, int kRows, int kCols, class Bounds = RowsBelow>
 class TileLoader {
  public:
   using Element = typename Traits::Element;
-  using TiledLoad = typename Traits::template Access<kCols>::TiledLoad;
+  using Access = typename Traits::template Access<kCols>;
 
   __device__ TileLoader(const Element* head, int64_t row_stride, const Bounds& bounds, int num_cols)
       : head_(head), row_stride_(row_stride), bounds_(bounds), num_cols_(num_cols) {}
 
   // Starts the copy of rows [row_begin, row_begin + kRows) to `smem`; the caller fences and waits.
-  template <class SmemTensor>
-  __device__ void load(int row_begin, SmemTensor&& smem) const {
-    const auto thread_copy = TiledLoad{}.get_slice(threadIdx.x);
-    const Tensor source = thread_copy.partition_S(gmem_tile<kRows, kCols>(head_, row_begin, row_stride_));
-    Tensor target = thread_copy.partition_D(smem);  // (CPY, CPY_M, CPY_K)
-    const Tensor coords = thread_copy.partition_S(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
+  __device__ void load(int row_begin, Element* smem) const {
+    const auto target = Access::template place_in<kRows>(smem);
+    const Element* first =
+        head_ + static_cast<int64_t>(row_begin + Access::row_of_pass(0)) * row_stride_ + Access::col_of_part(0);
     CUTE_UNROLL
-    for (int m = 0; m < size<1>(target); ++m) {
-      const bool row_in = bounds_.contains(row_begin + static_cast<int>(get<0>(coords(0, m, 0))));
+    for (int pass = 0; pass < kRows / Access::kRowsPerPass; ++pass) {
+      const bool row_in = bounds_.contains(row_begin + Access::row_of_pass(pass));
+      const Element* source = first + pass * Access::kRowsPerPass * row_stride_;
       CUTE_UNROLL
-      for (int k = 0; k < size<2>(target); ++k) {
-        const bool column_in = static_cast<int>(get<1>(coords(0, m, k))) < num_cols_;
-        copy(TiledLoad{}.with(row_in && column_in), source(_, m, k), target(_, m, k));
+      for (int part = 0; part < Access::kNumParts; ++part) {
+        AsyncCopy::copy(as_vector(source + part * Access::kPartCols),
+                        as_vector(target.at(pass * Access::kRowsPerPass, part * Access::kPartCols)),
+                        row_in && Access::col_of_part(part) < num_cols_);
       }
     }
   }
@@ -90,27 +83,23 @@ template <class Traits, int kRows, int kCols, class Rows>
 class ScatteredTileLoader {
  public:
   using Element = typename Traits::Element;
-  using TiledLoad = typename Traits::template Access<kCols>::TiledLoad;
+  using Access = typename Traits::template Access<kCols>;
 
   __device__ ScatteredTileLoader(const Rows& rows, int num_rows, int num_cols)
       : rows_(rows), num_rows_(num_rows), num_cols_(num_cols) {}
 
-  template <class SmemTensor>
-  __device__ void load(int row_begin, SmemTensor&& smem) const {
-    const auto thread_copy = TiledLoad{}.get_slice(threadIdx.x);
-    Tensor target = thread_copy.partition_D(smem);  // (CPY, CPY_M, CPY_K)
-    const Tensor coords = thread_copy.partition_S(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
-    constexpr int kRowsPerThread = decltype(size<1>(target))::value;
+  __device__ void load(int row_begin, Element* smem) const {
+    const auto target = Access::template place_in<kRows>(smem);
     CUTE_UNROLL
-    for (int m = 0; m < kRowsPerThread; ++m) {
-      const int row_idx = row_begin + static_cast<int>(get<0>(coords(0, m, 0)));
+    for (int pass = 0; pass < kRows / Access::kRowsPerPass; ++pass) {
+      const int row_idx = row_begin + Access::row_of_pass(pass);
       const bool row_in = row_idx < num_rows_;
-      const Element* row = rows_.row(min(row_idx, num_rows_ - 1));
+      const Element* source = rows_.row(min(row_idx, num_rows_ - 1)) + Access::col_of_part(0);
       CUTE_UNROLL
-      for (int k = 0; k < size<2>(target); ++k) {
-        const int column = get<1>(coords(0, m, k));
-        const Tensor source = make_tensor(make_gmem_ptr(row + column), make_layout(shape(target(_, m, k))));
-        copy(TiledLoad{}.with(row_in && column < num_cols_), source, target(_, m, k));
+      for (int part = 0; part < Access::kNumParts; ++part) {
+        AsyncCopy::copy(as_vector(source + part * Access::kPartCols),
+                        as_vector(target.at(pass * Access::kRowsPerPass, part * Access::kPartCols)),
+                        row_in && Access::col_of_part(part) < num_cols_);
       }
     }
   }

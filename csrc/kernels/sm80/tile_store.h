@@ -3,10 +3,11 @@
 
 #include <cute/tensor.hpp>
 
-#include "kernels/common/fragment_layout.h"
+#include "kernels/common/convert.h"
 #include "kernels/common/params.h"
 #include "kernels/sm80/tile_loader.h"
 #include "kernels/sm80/tile_types.h"
+#include "kernels/sm80/warp_mma.h"
 
 namespace flash_attn::sm80 {
 
@@ -26,15 +27,24 @@ struct ColumnBlock {
   int count;
 };
 
-// Rounds this lane's part of an accumulator into a tile in shared memory, which it returns.
+// Rounds this lane's part of an accumulator into a tile in shared memory.
 template <class Mma, int kRows, int kCols, class Element, class Acc>
-__device__ auto round_to_smem(Element* smem, const Acc& acc) {
-  Tensor tile = make_tensor(make_smem_ptr(smem), SmemTile<kRows, kCols>{});
-  const auto to_smem = make_tiled_copy_C(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<32>, Element>{}, Mma{});
-  const auto thread_to_smem = to_smem.get_slice(threadIdx.x);
+__device__ void round_to_smem(Element* smem, const Acc& acc) {
+  const TilePlace<Element, SmemTile<kRows, kCols>> place(smem, Mma::first_row(threadIdx.x),
+                                                         Mma::first_col(threadIdx.x));
   const Tensor rounded = convert_to<Element>(acc);
-  copy(to_smem, thread_to_smem.retile_S(rounded), thread_to_smem.partition_D(tile));
-  return tile;
+  const Tensor pairs = recast<const uint32_t>(rounded);  // (row pair, rows, columns)
+  CUTE_UNROLL
+  for (int n = 0; n < size<2>(pairs); ++n) {
+    CUTE_UNROLL
+    for (int m = 0; m < size<1>(pairs); ++m) {
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        Element* target = place.at(m * Mma::kRowStep + half * 8, n * Mma::kColStep);
+        *reinterpret_cast<uint32_t*>(target) = pairs(half, m, n);
+      }
+    }
+  }
 }
 
 // Rounds and stores. `smem` holds a tile and may be in use by others until a barrier before the call.
@@ -42,23 +52,22 @@ template <class Traits, class Mma, int kRows, int kCols, class Acc>
 __device__ void store_tile(const Operand& target, const RowBlock& rows, int head_idx, const ColumnBlock& columns,
                            typename Traits::Element* smem, const Acc& acc) {
   using Element = typename Traits::Element;
-  using TiledStore = typename Traits::template Access<kCols>::TiledStore;
-  const Tensor staged = round_to_smem<Mma, kRows, kCols>(smem, acc);
+  using Access = typename Traits::template Access<kCols>;
+  round_to_smem<Mma, kRows, kCols>(smem, acc);
   __syncthreads();
 
-  const auto thread_store = TiledStore{}.get_slice(threadIdx.x);
+  const auto staged = Access::template place_in<kRows>(smem);
   Element* head = head_of<Element>(target, rows.batch_idx, rows.row_begin, head_idx) + columns.begin;
-  const Tensor source = thread_store.partition_S(staged);  // (CPY, CPY_M, CPY_K)
-  Tensor gmem = thread_store.partition_D(gmem_tile<kRows, kCols>(head, rows.begin, target.row_stride));
-  const Tensor coords = thread_store.partition_D(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
   CUTE_UNROLL
-  for (int m = 0; m < size<1>(source); ++m) {
-    if (rows.begin + static_cast<int>(get<0>(coords(0, m, 0))) >= rows.count) continue;
+  for (int pass = 0; pass < kRows / Access::kRowsPerPass; ++pass) {
+    const int row_idx = rows.begin + Access::row_of_pass(pass);
+    if (row_idx >= rows.count) continue;
+    Element* row = head + row_idx * target.row_stride + Access::col_of_part(0);
     CUTE_UNROLL
-    for (int k = 0; k < size<2>(source); ++k) {
-      if (columns.begin + static_cast<int>(get<1>(coords(0, m, k))) < columns.count) {
-        copy(TiledStore{}, source(_, m, k), gmem(_, m, k));
-      }
+    for (int part = 0; part < Access::kNumParts; ++part) {
+      if (columns.begin + Access::col_of_part(part) >= columns.count) continue;
+      as_vector(row + part * Access::kPartCols) =
+          as_vector(staged.at(pass * Access::kRowsPerPass, part * Access::kPartCols));
     }
   }
 }

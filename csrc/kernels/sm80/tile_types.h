@@ -1,56 +1,85 @@
-// The building blocks of every SM80 kernel's traits: matrix instructions, shared memory layouts, global memory
-// accesses.
+// Tiles in shared memory, and which parts of a tile's rows each thread moves between them and global memory.
 #pragma once
 
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
-
-#include <cute/algorithm/copy.hpp>
-#include <cute/tensor.hpp>
+#include <cute/config.hpp>
+#include <cute/numeric/numeric_types.hpp>
 #include <type_traits>
 
-#include "kernels/sm80/instructions.h"
 #include "variant/tiles.h"
 
 namespace flash_attn::sm80 {
 
 using namespace cute;
 
-template <Dtype kDtype>
-using ElementOf = std::conditional_t<kDtype == Dtype::kFp16, cutlass::half_t, cutlass::bfloat16_t>;
+// A tile of rows in shared memory: blocks of columns one after another, in each of them row after row. The pieces of 16
+// bytes of a block's row are permuted, so that neither rows as a whole nor the eight pieces of ldmatrix meet in a bank.
+template <int kRowsValue, int kColsValue>
+struct SmemTile {
+  static constexpr int kRows = kRowsValue;
+  static constexpr int kCols = kColsValue;
+  static constexpr int kSize = kRows * kCols;
+  static constexpr int kBlockCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kBlockSize = kRows * kBlockCols;
+  static_assert(kCols % kBlockCols == 0 && kRows % 8 == 0);
 
-// Warps as rows x columns of a product: each owns 16 rows of every 16 * kRows, and 16 columns of every 16 * kCols.
-template <Dtype kDtype, int kRows, int kCols>
-using WarpMma = TiledMMA<MMA_Atom<std::conditional_t<kDtype == Dtype::kFp16, MmaFp16, MmaBf16>>,
-                         Layout<Shape<Int<kRows>, Int<kCols>, _1>>,
-                         decltype(make_tile(Int<16 * kRows>{}, Int<16 * kCols>{}, _16{}))>;
+  // What the column within a block is combined with by exclusive or.
+  static __device__ int permutation(int row) { return (kBlockCols == 64 ? row % 8 : row / 2 % 4) * kVectorElements; }
+};
 
-// Swizzled so that both 16-byte stores of a row and ldmatrix's column of rows miss no bank.
-template <int kCols>
-using SmemAtom =
-    std::conditional_t<kCols % 64 == 0,
-                       decltype(composition(Swizzle<3, 3, 3>{}, Layout<Shape<_8, _64>, Stride<_64, _1>>{})),
-                       decltype(composition(Swizzle<2, 3, 3>{}, Layout<Shape<_8, _32>, Stride<_32, _1>>{}))>;
-template <int kRows, int kCols>
-using SmemTile = decltype(tile_to_shape(SmemAtom<kCols>{}, Shape<Int<kRows>, Int<kCols>>{}));
-// The same memory seen as (columns, rows).
-template <int kRows, int kCols>
-using TransposedSmemTile = decltype(composition(
-    SmemTile<kRows, kCols>{}, make_layout(Shape<Int<kCols>, Int<kRows>>{}, Stride<Int<kRows>, _1>{})));
+// One lane's element of a tile, and those at distances known when compiled.
+template <class Element, class Tile>
+class TilePlace {
+ public:
+  __device__ TilePlace(Element* tile, int row, int col) : col_(col % Tile::kBlockCols ^ Tile::permutation(row)) {
+    first_ = tile + col / Tile::kBlockCols * Tile::kBlockSize + row * Tile::kBlockCols + col_;
+  }
 
-// Neighbouring threads take neighbouring 16 bytes of a row.
+  // So many rows further on, a multiple of 8, and columns: a multiple of a power of two that the lane's own column in
+  // its block is below.
+  __device__ Element* at(int rows, int cols) const {
+    constexpr int kBlockCols = Tile::kBlockCols;
+    Element* place = first_ + rows * kBlockCols + cols / kBlockCols * Tile::kBlockSize;
+    // An exclusive or, bit by bit: sums cost fewer registers than the four pointers that it would come to.
+    CUTE_UNROLL
+    for (int bit = kVectorElements; bit < kBlockCols; bit *= 2) {
+      if (cols & bit) place += col_ & bit ? -bit : bit;
+    }
+    return place;
+  }
+
+ private:
+  int col_;  // permuted, in its block
+  Element* first_;
+};
+
+// How a thread block reads and writes rows of kCols elements in global memory: neighbouring threads take neighbouring
+// 16 bytes of a row's part, and go on from row to row, then from part to part.
 template <class Element, int kNumThreads, int kCols>
 struct RowAccess {
-  static constexpr int kThreadsPerRow = (kCols % 64 == 0 ? 64 : 32) / kVectorElements;
+  static constexpr int kPartCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kNumParts = kCols / kPartCols;
+  static constexpr int kThreadsPerRow = kPartCols / kVectorElements;
   static constexpr int kRowsPerPass = kNumThreads / kThreadsPerRow;
   static constexpr bool takes_whole(int tile_m, int tile_n) {
     return tile_m % kRowsPerPass == 0 && tile_n % kRowsPerPass == 0;
   }
-  using ThreadLayout = Layout<Shape<Int<kRowsPerPass>, Int<kThreadsPerRow>>, Stride<Int<kThreadsPerRow>, _1>>;
-  using ValueLayout = Layout<Shape<_1, Int<kVectorElements>>>;
-  using TiledLoad = decltype(make_tiled_copy(Copy_Atom<AsyncCopy, Element>{}, ThreadLayout{}, ValueLayout{}));
-  using TiledStore = decltype(make_tiled_copy(Copy_Atom<AutoVectorizingCopyWithAssumedAlignment<128>, Element>{},
-                                              ThreadLayout{}, ValueLayout{}));
+
+  static __device__ int row_of_pass(int pass) { return threadIdx.x / kThreadsPerRow + pass * kRowsPerPass; }
+  static __device__ int col_of_part(int part) {
+    return threadIdx.x % kThreadsPerRow * kVectorElements + part * kPartCols;
+  }
+  // This thread's place in a tile, its first pass and part.
+  template <int kRows>
+  static __device__ auto place_in(Element* tile) {
+    return TilePlace<Element, SmemTile<kRows, kCols>>(tile, row_of_pass(0), col_of_part(0));
+  }
 };
+
+// The 16 bytes of row and column elements that one thread moves.
+template <class Element>
+CUTE_DEVICE auto& as_vector(Element* element) {
+  using Vector = std::conditional_t<std::is_const_v<Element>, const uint128_t, uint128_t>;
+  return *reinterpret_cast<Vector*>(element);
+}
 
 }  // namespace flash_attn::sm80

@@ -3,7 +3,7 @@
 
 #include <cute/tensor.hpp>
 
-#include "kernels/common/fragment_layout.h"
+#include "kernels/common/convert.h"
 #include "kernels/common/row_results.h"
 #include "kernels/sm90/producer.h"
 #include "kernels/sm90/wgmma.h"

@@ -64,7 +64,7 @@ CUTE_HOST_DEVICE constexpr auto as_rows_and_columns(Layout layout) {
                      make_layout(get<0, 0>(layout), get<0, 2>(layout), get<2>(layout)));
 }
 
-// As the function of this name for mma.m16n8k16, whose accumulators have another layout.
+// The (row, column) within a tile of each element that thread `thread_idx` of a product holds of its accumulator.
 template <class Mma, int kRows, int kCols>
 CUTE_DEVICE auto accumulator_coords(int thread_idx) {
   const Tensor coords = Mma{}.get_slice(thread_idx).partition_C(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
