@@ -37,19 +37,17 @@ def read_options(environ: Mapping[str, str]) -> BuildOptions:
     variants = load_variants()
     return BuildOptions(
         skip_cuda=_switch(environ, "FLASH_ATTN_SKIP_CUDA"),
-        archs=_subset(environ, "FLASH_ATTN_ARCHS", variants.ARCHS, variants.DEFAULT_ARCHS),
+        archs=_subset(environ, "FLASH_ATTN_ARCHS", variants.ARCHS),
         head_dims=_subset(environ, "FLASH_ATTN_HEAD_DIMS", variants.HEAD_DIMS),
         dtypes=_subset(environ, "FLASH_ATTN_DTYPES", variants.DTYPES),
     )
 
 
-def _subset(
-    environ: Mapping[str, str], name: str, allowed: tuple[_Item, ...], default: tuple[_Item, ...] = ()
-) -> tuple[_Item, ...]:
-    """The chosen part of `allowed`, in its order; the default, or all of it, where the variable is unset or empty."""
+def _subset(environ: Mapping[str, str], name: str, allowed: tuple[_Item, ...]) -> tuple[_Item, ...]:
+    """The chosen part of `allowed`, in its order; all of it where the variable is unset or empty."""
     value = environ.get(name, "").strip()
     if not value:
-        return default or allowed
+        return allowed
     chosen = {item.strip() for item in value.replace(";", ",").split(",")}
     if not chosen <= {str(item) for item in allowed}:
         choices = ", ".join(map(str, allowed))

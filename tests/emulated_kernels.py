@@ -29,7 +29,7 @@ def built_kernels():
 def name_of(kernel):
     group, dtype, options = kernel
     short = "-".join(re.sub(r".*::k", "", option) for option in options)
-    return f"{group.file_name.removesuffix('.cu')}-{dtype}-{short}"
+    return f"{group.name}-{dtype}-{short}"
 
 
 def key_of(kernel):

@@ -87,7 +87,7 @@ def summary(tally):
         group, dtype, options = kernel
         count = tally.kernels[key_of(kernel)]
         short = name_of((group, dtype, options)).rsplit(f"-{dtype}-")[1]
-        groups[group.file_name.removesuffix(".cu")].append((f"{dtype} {short}", count))
+        groups[group.name].append((f"{dtype} {short}", count))
     lines.append(f"Kernels, of those for up to {smem} KB of shared memory:")
     for name, counts in groups.items():
         lines.append(f"{sum(count for _, count in counts):8d}  {name}: {', '.join(f'{n} {c}' for n, c in counts)}")

@@ -9,10 +9,11 @@ namespace flash_attn {
 // SM80's kernels serve later GPUs too, after either architecture's forward.
 BackwardPlan make_backward_plan(const Problem& problem, int smem_limit) {
   constexpr Arch arch = Arch::kSm80;
-  const BackwardTileRow* row = find_backward_tile_row(arch, problem.head_dim, problem.head_dim_v, smem_limit);
+  const Score score = score_of(problem);
+  const BackwardTileRow* row = find_backward_tile_row(arch, score, problem.head_dim, problem.head_dim_v, smem_limit);
   if (row == nullptr) refuse_head_dims(problem, arch, "backward kernel", smem_limit);
   const BackwardTile& tile = row->tile;
-  const BackwardVariant variant{arch, problem.dtype, row->head_dim, row->smem, score_of(problem)};
+  const BackwardVariant variant{arch, problem.dtype, row->head_dim, row->smem, score};
   const int64_t key_tiles = count_tiles(problem.layout_k, problem.rows_k, problem.batch, tile.n);
   const int64_t query_tiles = count_tiles(problem.layout, problem.rows_q, problem.batch, tile.m);
   const int64_t key_runs = problem.num_heads_k * (problem.layout_k == Layout::kDense ? problem.batch : 1);

@@ -35,17 +35,27 @@ struct BackwardTile {
   WarpGrid dq;        // m x columns
 };
 
+// The scores that a row is for.
+enum class ScoreSet { kAll, kPlain };
+
+constexpr bool contains(ScoreSet set, Score score) { return set == ScoreSet::kAll || score == Score::kPlain; }
+
 struct BackwardTileRow {
   HeadDimBucket head_dim;
   SmemClass smem;
   BackwardTile tile;
   const char* reason;
+  ScoreSet scores = ScoreSet::kAll;
 };
 
 // Smallest bucket first, then most shared memory: a call takes the first row that holds it and that the GPU can hold.
 inline constexpr BackwardTileRow kBackwardTilesSm80[] = {
     {{32, 32}, SmemClass::k99KB, {64, 128, 2, 1, {2, 4}, {8, 1}, {4, 2}}, "exponentials outweigh the products"},
-    {{64, 64}, SmemClass::k163KB, {128, 128, 2, 1, {4, 2}, {4, 2}, {4, 2}}, "registers: S and dP (64 each) of 255"},
+    {{64, 64},
+     SmemClass::k163KB,
+     {128, 128, 2, 1, {4, 2}, {4, 2}, {4, 2}},
+     "registers: S and dP (64 each) of 255; a general score's spill 448 bytes",
+     ScoreSet::kPlain},
     {{64, 64}, SmemClass::k99KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {4, 2}}, "96 KB: SM86"},
     {{96, 96}, SmemClass::k163KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {4, 2}}, "registers"},
     {{96, 96}, SmemClass::k99KB, {64, 64, 2, 1, {4, 2}, {4, 2}, {4, 2}}, "88 KB: SM86"},
@@ -58,18 +68,22 @@ inline constexpr BackwardTileRow kBackwardTilesSm80[] = {
     {{512, 512}, SmemClass::k163KB, {32, 32, 1, 2, {2, 2}, {2, 2}, {2, 2}}, "132 KB: SM80"},
 };
 
-// Row of the backward tile table for a pair of head dims on a GPU with this much shared memory; nullptr if none fits.
-constexpr const BackwardTileRow* find_backward_tile_row(Arch arch, int head_dim, int head_dim_v, int smem_limit) {
+// Row of the backward tile table for a score and a pair of head dims on a GPU with this much shared memory; nullptr if
+// none fits.
+constexpr const BackwardTileRow* find_backward_tile_row(Arch arch, Score score, int head_dim, int head_dim_v,
+                                                        int smem_limit) {
   if (arch != Arch::kSm80) return nullptr;
   for (const BackwardTileRow& row : kBackwardTilesSm80) {
     const bool holds = head_dim <= row.head_dim.qk && head_dim_v <= row.head_dim.v;
-    if (holds && bytes_of(row.smem) <= smem_limit) return &row;
+    if (holds && contains(row.scores, score) && bytes_of(row.smem) <= smem_limit) return &row;
   }
   return nullptr;
 }
 
 constexpr BackwardTile tile_for(const BackwardVariant& variant) {
-  return find_backward_tile_row(variant.arch, variant.head_dim.qk, variant.head_dim.v, bytes_of(variant.smem))->tile;
+  return find_backward_tile_row(variant.arch, variant.score, variant.head_dim.qk, variant.head_dim.v,
+                                bytes_of(variant.smem))
+      ->tile;
 }
 
 constexpr int num_threads(const BackwardTile& tile) { return tile.scores.num_warps() * kThreadsPerWarp; }

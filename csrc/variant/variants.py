@@ -1,4 +1,4 @@
-"""Which kernels are built: lists them, writes one instantiation file per group, and the table to look them up.
+"""Which kernels are built: lists them, writes the files that instantiate them, and the table to look them up.
 
 A new kernel is a new row of FORWARD_FAMILIES or BACKWARD_FAMILIES (and of the tile table in tiles.h or
 backward_tiles.h, if its bucket is new). Nothing that is
@@ -104,7 +104,6 @@ BACKWARD_FAMILIES = (
         dtypes=("fp16", "bf16"),
         tile_rows=(
             (32, 32, "99KB"),
-            (64, 64, "163KB"),
             (64, 64, "99KB"),
             (96, 96, "163KB"),
             (96, 96, "99KB"),
@@ -118,11 +117,10 @@ BACKWARD_FAMILIES = (
         ),
         options=(("Score::kPlain",), ("Score::kGeneral",)),
     ),
+    Family(arch=80, dtypes=("fp16", "bf16"), tile_rows=((64, 64, "163KB"),), options=(("Score::kPlain",),)),
 )
 
 ARCHS = (80, 90)
-# SM90's kernels have not run on a GPU yet: FLASH_ATTN_ARCHS=80,90 builds them too.
-DEFAULT_ARCHS = (80,)
 HEAD_DIMS = tuple(sorted({d for family in FORWARD_FAMILIES for row in family.tile_rows for d in row[:2]}))
 DTYPES = tuple(_CPP_DTYPE)
 
@@ -141,10 +139,7 @@ KINDS = (Kind("forward", "Variant", FORWARD_FAMILIES), Kind("backward", "Backwar
 
 @dataclass(frozen=True)
 class Group:
-    """The kernels of one generated file: one kind, architecture and tile row, with every dtype and option.
-
-    A file costs some 20 s of one core before its first kernel, which is why dtypes share one.
-    """
+    """The kernels of one kind, architecture and tile row, with every dtype and option."""
 
     kind: Kind
     arch: int
@@ -154,10 +149,15 @@ class Group:
     rows: str
 
     @property
-    def file_name(self) -> str:
+    def name(self) -> str:
         qk, v, smem = self.tile_row
         rows = f"_rows{self.rows}" if self.rows else ""
-        return f"{self.kind.name}{rows}_d{qk}_{v}_{smem}_sm{self.arch}.cu"
+        return f"{self.kind.name}{rows}_d{qk}_{v}_{smem}_sm{self.arch}"
+
+    @property
+    def file_name(self) -> str:
+        """The generated file, which groups of one head dim share: it costs 20 s of a core before its first kernel."""
+        return f"{self.kind.name}_d{self.tile_row[0]}_sm{self.arch}.cu"
 
     @property
     def launches(self) -> Iterator[tuple[str, str]]:
@@ -186,10 +186,12 @@ def _signature(kind: Kind) -> str:
     return f"(const {kind.name.title()}Params&, const {prefix}LaunchConfig&)"
 
 
-def _instantiation(group: Group) -> str:
-    header = f'#include "kernels/sm{group.arch}/{group.kind.name}_launch.h"\n\n'
+def _instantiations(of_file: list[Group]) -> str:
+    first = of_file[0]
+    header = f'#include "kernels/sm{first.arch}/{first.kind.name}_launch.h"\n\n'
     lines = [_HEADER, header, "namespace flash_attn {\n\n"]
-    lines += [f"template cudaError_t {launch}{_signature(group.kind)};\n" for _, launch in group.launches]
+    for group in of_file:
+        lines += [f"template cudaError_t {launch}{_signature(group.kind)};\n" for _, launch in group.launches]
     return "".join([*lines, "\n}  // namespace flash_attn\n"])
 
 
@@ -227,7 +229,10 @@ def write_files(chosen: list[Group], out_dir: Path) -> list[Path]:
 
     A file whose text is unchanged is left alone, so that a rebuild compiles only what differs.
     """
-    texts = {group.file_name: _instantiation(group) for group in chosen}
+    files: dict[str, list[Group]] = {}
+    for group in chosen:
+        files.setdefault(group.file_name, []).append(group)
+    texts = {name: _instantiations(of_file) for name, of_file in files.items()}
     texts["kernel_tables.cpp"] = _table(chosen)
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
