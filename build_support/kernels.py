@@ -24,7 +24,7 @@ EXPORTS = Path(__file__).resolve().with_name("exports.map")
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
 # Machine code for each kernel family, named by the end of its files' names. SM80 kernels also serve Hopper,
-# for what its own kernels lack: the front end, which takes nearly all of the time, runs once and its PTX is assembled
+# for what its own kernels lack: the front end, which takes most of the time, runs once and its PTX is assembled
 # for both, and goes along for the GPUs that come after.
 GENCODES = {
     "_sm80": ("arch=compute_80,code=[compute_80,sm_80,sm_90]",),

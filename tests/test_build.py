@@ -216,7 +216,7 @@ def test_build_of_a_subset(tmp_path, compilers):
     decided = decision.decide(os.environ)
     if isinstance(decided, decision.PurePython):
         pytest.skip(f"no kernels can be built here: {decided.reason}")
-    # nvcc's front end takes nearly all of the time: to optimise less, or for fewer GPUs, saves none of it.
+    # Headers take most of the time: to optimise less, or for fewer GPUs, saves little.
     chosen = {"FLASH_ATTN_ARCHS": "80", "FLASH_ATTN_HEAD_DIMS": "32", "FLASH_ATTN_DTYPES": "bf16"}
     build = subprocess.run(
         [sys.executable, "setup.py", "build", f"--build-base={tmp_path}"],

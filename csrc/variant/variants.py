@@ -156,7 +156,7 @@ class Group:
 
     @property
     def file_name(self) -> str:
-        """The generated file, which groups of one head dim share: it costs 20 s of a core before its first kernel."""
+        """The generated file, which groups of one head dim share: it costs 10 s of a core before its first kernel."""
         return f"{self.kind.name}_d{self.tile_row[0]}_sm{self.arch}.cu"
 
     @property

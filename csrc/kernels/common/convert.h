@@ -3,7 +3,7 @@
 
 #include <cutlass/numeric_conversion.h>
 
-#include <cute/tensor.hpp>
+#include "kernels/common/tensor.h"
 
 namespace flash_attn {
 

@@ -2,9 +2,8 @@
 // every kernel, and the CPU path, draws the same.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/philox.h"
+#include "kernels/common/tensor.h"
 
 namespace flash_attn {
 

@@ -1,9 +1,8 @@
 // Removes the scores of keys that a row may not see.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/kv_range.h"
+#include "kernels/common/tensor.h"
 
 namespace flash_attn {
 

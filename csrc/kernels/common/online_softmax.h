@@ -1,10 +1,9 @@
 // Softmax over tiles of keys as they come: one running maximum and sum per row (Milakov and Gimelshein, 2018).
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/instructions.h"
 #include "kernels/common/logarithm.h"
+#include "kernels/common/tensor.h"
 
 namespace flash_attn {
 

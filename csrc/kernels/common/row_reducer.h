@@ -1,7 +1,7 @@
 // Makes one value per row out of what each lane has of it.
 #pragma once
 
-#include <cute/tensor.hpp>
+#include "kernels/common/tensor.h"
 
 namespace flash_attn {
 

@@ -1,10 +1,9 @@
 // What becomes of a tile's rows once their sums are known, whatever the architecture.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/params.h"
 #include "kernels/common/seq_info.h"
+#include "kernels/common/tensor.h"
 
 namespace flash_attn {
 

@@ -1,10 +1,9 @@
 // What happens to a score between Q K' and the softmax, but for the mask: scale, softcap, ALiBi, in that order.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/params.h"
 #include "kernels/common/seq_info.h"
+#include "kernels/common/tensor.h"
 #include "variant/variant.h"
 
 namespace flash_attn {

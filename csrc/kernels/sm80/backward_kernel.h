@@ -2,12 +2,11 @@
 // that tile's share of dQ (Dao et al. 2022, arXiv:2205.14135, algorithm 4; Dao 2023, arXiv:2307.08691, algorithm 2).
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/backward_params.h"
 #include "kernels/common/instructions.h"
 #include "kernels/common/key_tile.h"
 #include "kernels/common/kv_range.h"
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/backward_traits.h"
 #include "kernels/sm80/dq_sums.h"
 #include "kernels/sm80/gemm.h"

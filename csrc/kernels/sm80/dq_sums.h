@@ -1,11 +1,10 @@
 // dQ is summed in float32 by the thread blocks of all tiles of keys, and rounded once at the end.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/backward_params.h"
 #include "kernels/common/instructions.h"
 #include "kernels/common/seq_info.h"
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/backward_traits.h"
 #include "kernels/sm80/tile_store.h"
 

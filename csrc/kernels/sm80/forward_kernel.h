@@ -1,13 +1,12 @@
 // The SM80 forward kernel: one thread block computes one tile of query rows of one head, or a part of its keys.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/instructions.h"
 #include "kernels/common/params.h"
 #include "kernels/common/row_results.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/common/split_schedule.h"
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/forward_mainloop.h"
 #include "kernels/sm80/forward_traits.h"
 #include "kernels/sm80/split_epilogue.h"

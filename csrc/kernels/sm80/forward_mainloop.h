@@ -1,8 +1,6 @@
 // O over the keys that a tile of rows sees, whatever its rows are.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/dropout.h"
 #include "kernels/common/kv_range.h"
 #include "kernels/common/mask.h"
@@ -11,6 +9,7 @@
 #include "kernels/common/row_map.h"
 #include "kernels/common/row_reducer.h"
 #include "kernels/common/score.h"
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/forward_traits.h"
 #include "kernels/sm80/gemm.h"
 #include "kernels/sm80/kv_pipeline.h"

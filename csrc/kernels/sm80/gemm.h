@@ -2,8 +2,7 @@
 // cores.
 #pragma once
 
-#include <cute/tensor.hpp>
-
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/instructions.h"
 #include "kernels/sm80/tile_types.h"
 #include "kernels/sm80/warp_mma.h"

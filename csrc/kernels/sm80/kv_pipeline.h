@@ -1,9 +1,8 @@
 // When the tiles of K and V set out for shared memory, which holds one of each, and when they are there.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/params.h"
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/kv_tile_loader.h"
 
 namespace flash_attn::sm80 {

@@ -1,10 +1,9 @@
 // Brings tiles of K and V, whose rows lie one after another or in pages.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/kv_range.h"
 #include "kernels/common/kv_rows.h"
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/tile_loader.h"
 
 namespace flash_attn::sm80 {

@@ -1,8 +1,6 @@
 // From scores and dP to P and dS, in registers.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/backward_params.h"
 #include "kernels/common/dropout.h"
 #include "kernels/common/kv_range.h"
@@ -10,6 +8,7 @@
 #include "kernels/common/online_softmax.h"
 #include "kernels/common/row_map.h"
 #include "kernels/common/score.h"
+#include "kernels/common/tensor.h"
 
 namespace flash_attn::sm80 {
 

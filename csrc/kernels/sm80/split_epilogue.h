@@ -1,10 +1,9 @@
 // Stores a tile of packed rows: O and LSE where they belong, or a part's share of them in the workspace.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/params.h"
 #include "kernels/common/split_schedule.h"
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/forward_traits.h"
 #include "kernels/sm80/tile_loader.h"
 #include "kernels/sm80/tile_store.h"

@@ -1,12 +1,11 @@
 // The SM80 forward kernel for few queries: one thread block computes one tile of packed rows over a part of its keys.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/instructions.h"
 #include "kernels/common/params.h"
 #include "kernels/common/row_results.h"
 #include "kernels/common/split_schedule.h"
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/forward_mainloop.h"
 #include "kernels/sm80/forward_traits.h"
 #include "kernels/sm80/split_epilogue.h"

@@ -2,10 +2,9 @@
 // head dim are filled with zeros and not read.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/kv_range.h"
 #include "kernels/common/params.h"
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/tile_types.h"
 
 namespace flash_attn::sm80 {

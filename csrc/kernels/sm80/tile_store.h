@@ -1,10 +1,9 @@
 // Stores an accumulator as rows of a tensor, through shared memory so that they leave in 16-byte pieces.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "kernels/common/convert.h"
 #include "kernels/common/params.h"
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/tile_loader.h"
 #include "kernels/sm80/tile_types.h"
 #include "kernels/sm80/warp_mma.h"

@@ -5,9 +5,9 @@
 #include <cutlass/bfloat16.h>
 #include <cutlass/half.h>
 
-#include <cute/tensor.hpp>
 #include <type_traits>
 
+#include "kernels/common/tensor.h"
 #include "kernels/sm80/instructions.h"
 #include "variant/tiles.h"
 
