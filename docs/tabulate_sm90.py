@@ -2,7 +2,7 @@
 
     CUTLASS_PATH=.../cutlass/include python docs/tabulate_sm90.py [--head-dims 64/64,512/512] [--jobs 2]
 
-Takes nvcc (NVCC) and cuobjdump (CUOBJDUMP), no GPU; some 15 minutes of one core. Rows of head dims that are left out
+Takes nvcc (NVCC) and cuobjdump (CUOBJDUMP), no GPU; some 7 minutes of one core. Rows of head dims that are left out
 stay as they are. The hot loop is the smallest loop of the machine code that has matrix products and exponentials.
 """
 
@@ -36,7 +36,7 @@ REGISTERS = 65536 // 128  # of an SM, for each lane of a warpgroup
 def compile_group(folder: Path, group) -> tuple[str, str]:
     """(what ptxas says, machine code) of the kernels of one tile row, in bf16."""
     source = next(
-        file for file in load_variants().write_files([group], folder / group.file_name) if file.suffix == ".cu"
+        file for file in load_variants().write_files([group], folder / group.name) if file.suffix == ".cu"
     )
     command = [
         os.environ.get("NVCC", "nvcc"), "-std=c++20", "--expt-relaxed-constexpr", "-O3", "-diag-suppress=177",
