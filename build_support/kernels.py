@@ -92,7 +92,7 @@ class BuildKernels(cpp_extension.BuildExtension):
         # A copy: setuptools may run this command twice on the extension that setup() was given.
         extension = copy.copy(self.extensions[0])
         extension.include_dirs = [*extension.include_dirs, str(generated.absolute())]
-        extension.sources = [*extension.sources, *map(str, made)]
+        extension.sources = [*map(str, made), *extension.sources]
         self.extensions = [extension]
         self._choose_parallelism(len(extension.sources))
         super().build_extensions()

@@ -35,9 +35,7 @@ REGISTERS = 65536 // 128  # of an SM, for each lane of a warpgroup
 
 def compile_group(folder: Path, group) -> tuple[str, str]:
     """(what ptxas says, machine code) of the kernels of one tile row, in bf16."""
-    source = next(
-        file for file in load_variants().write_files([group], folder / group.name) if file.suffix == ".cu"
-    )
+    source = next(file for file in load_variants().write_files([group], folder / group.name) if file.suffix == ".cu")
     command = [
         os.environ.get("NVCC", "nvcc"), "-std=c++20", "--expt-relaxed-constexpr", "-O3", "-diag-suppress=177",
         "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-I{os.environ['CUTLASS_PATH']}",

@@ -225,14 +225,15 @@ def generate(out_dir: Path, archs: Iterable[int], head_dims: Iterable[int], dtyp
 
 
 def write_files(chosen: list[Group], out_dir: Path) -> list[Path]:
-    """Writes the groups' files and the table into `out_dir` and returns their paths.
+    """Writes the groups' files and the table into `out_dir` and returns their paths, the most kernels first.
 
     A file whose text is unchanged is left alone, so that a rebuild compiles only what differs.
     """
     files: dict[str, list[Group]] = {}
     for group in chosen:
         files.setdefault(group.file_name, []).append(group)
-    texts = {name: _instantiations(of_file) for name, of_file in files.items()}
+    longest_first = sorted(files, key=lambda name: -sum(len(list(group.launches)) for group in files[name]))
+    texts = {name: _instantiations(files[name]) for name in longest_first}
     texts["kernel_tables.cpp"] = _table(chosen)
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
