@@ -133,7 +133,7 @@ def main() -> None:
     lines = [line for line in table.splitlines() if re.match(r"\| \d", line)]
     for group, (ptxas, sass) in zip(groups, compiled, strict=True):
         if "C75" in ptxas:
-            print(f"{group.file_name}: wgmma instructions are serialized", file=sys.stderr)
+            print(f"{group.name}: wgmma instructions are serialized", file=sys.stderr)
         dims = "| {}/{} |".format(*group.tile_row)
         lines = [line for line in lines if not line.startswith(dims)] + rows_of(group, ptxas, sass)
     lines.sort(key=lambda line: [int(number) for number in re.match(r"\| (\d+)/(\d+)", line).groups()])

@@ -32,16 +32,10 @@ struct BackwardTraits {
   using MmaDkv = Mma<kTile.dkv>;
   using MmaDq = Mma<kTile.dq>;
   static constexpr int kScoreWarpsN = kTile.scores.cols;
-  static constexpr int kRowsPerLane = 2 * kTileM / (16 * kTile.scores.rows);
+  static constexpr int kRowsPerLane = 2 * kTileM / MmaScores::kRowStep;
 
-  static constexpr bool divides(WarpGrid grid, int rows, int cols) {
-    return grid.num_warps() * kThreadsPerWarp == kNumThreads && rows % (16 * grid.rows) == 0 &&
-           cols % (16 * grid.cols) == 0;
-  }
-  static_assert(divides(kTile.scores, kTileM, kTileN), "S doesn't divide over the warps");
-  static_assert(divides(kTile.dkv, kTileN, kColumns) && divides(kTile.dkv, kTileN, kColumnsV),
-                "dK or dV doesn't divide over the warps");
-  static_assert(divides(kTile.dq, kTileM, kColumns), "dQ doesn't divide over the warps");
+  static_assert(kTile.dkv.num_warps() == kTile.scores.num_warps() && kTile.dq.num_warps() == kTile.scores.num_warps(),
+                "every warp has a part of each product");
 
   using TileQ = SmemTile<kTileM, kHeadDim>;
   using TileDout = SmemTile<kTileM, kHeadDimV>;
@@ -52,6 +46,9 @@ struct BackwardTraits {
   using ColumnsQ = SmemTile<kTileM, kColumns>;
   using ColumnsDout = SmemTile<kTileM, kColumnsV>;
   using ColumnsK = SmemTile<kTileN, kColumns>;
+
+  static_assert(TileQ::kBlockCols == ColumnsQ::kBlockCols && TileDout::kBlockCols == ColumnsDout::kBlockCols,
+                "a thread block's columns are no whole blocks of the tile's");
 
   struct SharedStorage {
     alignas(128) Element q[kStages][kTileM * kHeadDim];
@@ -66,8 +63,6 @@ struct BackwardTraits {
 
   template <int kCols>
   using Access = RowAccess<Element, kNumThreads, kCols>;
-  static_assert(Access<kHeadDim>::takes_whole(kTileM, kTileN) && Access<kHeadDimV>::takes_whole(kTileM, kTileN),
-                "a load would pass its tile's end");
 
   // The (row, column) within the tile of each score that this lane holds.
   static CUTE_DEVICE auto score_coords() { return MmaScores::template coords<kTileM, kTileN>(threadIdx.x); }
@@ -76,7 +71,6 @@ struct BackwardTraits {
 // First element of the column block's part of a tile, whose 64 columns are together in memory.
 template <int kRows, int kCols, class Element>
 CUTE_DEVICE Element* columns_of(Element* tile, int column_block) {
-  static_assert(kCols % 64 == 0 || kCols == 32 || kCols == 96);
   return tile + column_block * kRows * kCols;
 }
 

@@ -83,9 +83,8 @@ template <class Traits>
 __device__ auto make_row_reducer(typename Traits::SharedStorage& smem) {
   if constexpr (Traits::kWarpsN > 1) {
     const auto coords = Traits::score_coords();
-    const int warp_idx = threadIdx.x / kThreadsPerWarp;
-    return CrossWarpReducer<Traits::kWarpsN, Traits::kTileM, decltype(coords)>(smem.rows, warp_idx / Traits::kWarpsM,
-                                                                               coords);
+    return CrossWarpReducer<Traits::kWarpsN, Traits::kTileM, decltype(coords)>(
+        smem.rows, Traits::Mma::warp_n(threadIdx.x), coords);
   } else {
     return QuadReducer{};
   }

@@ -27,8 +27,7 @@ struct ForwardTraits {
   using Element = ElementOf<kVariant.dtype>;
 
   using Mma = WarpMma<kVariant.dtype, kWarpsM, kWarpsN>;
-  static constexpr int kRowsPerLane = 2 * kTileM / (16 * kWarpsM);
-  static_assert(kTileM % (16 * kWarpsM) == 0 && kTileN % (16 * kWarpsN) == 0);
+  static constexpr int kRowsPerLane = 2 * kTileM / Mma::kRowStep;
 
   using TileQ = SmemTile<kTileM, kHeadDim>;
   using TileK = SmemTile<kTileN, kHeadDim>;
@@ -52,16 +51,14 @@ struct ForwardTraits {
 
   template <int kCols>
   using Access = RowAccess<Element, kNumThreads, kCols>;
-  static_assert(Access<kHeadDim>::takes_whole(kTileM, kTileN) && Access<kHeadDimV>::takes_whole(kTileM, kTileN),
-                "a load would pass its tile's end");
 
   // The (row, column) within the tile of each element that this lane holds of S and of O.
   static CUTE_DEVICE auto score_coords() { return Mma::template coords<kTileM, kTileN>(threadIdx.x); }
   static CUTE_DEVICE auto output_coords() { return Mma::template coords<kTileM, kHeadDimV>(threadIdx.x); }
 
   // Those of S for a step that masks. From the thread's index as it always is, nvcc 13.0 works out before the main loop
-  // where each row's window begins and ends, and spills that: 72 bytes for 32 at head dim 64, 24 for 8 at 128. To be
-  // dropped once `ptxas -v` reports none without it. Few rows leave registers enough.
+  // where each row's window begins and ends, and spills that: 72 bytes, not 32, at head dim 64, 24, not 8, at 128. Few
+  // rows leave registers enough.
   static CUTE_DEVICE auto mask_coords() {
     if constexpr (kMask == Mask::kGeneral && !kFewRows) {
       return Mma::template coords<kTileM, kTileN>(thread_idx_anew());

@@ -18,17 +18,22 @@ struct OperandBlocks {
   uint32_t registers[kNumBlocks][4];
 };
 
-// Which operand of A B', and whether the tile's rows are the operand's, or its columns are.
+// Which operand of A B'.
 enum class Side { kA, kB };
+// kRows: a row of the tile is a row of the operand. kCols: a column of the tile is one, and ldmatrix transposes.
 enum class Along { kRows, kCols };
 
 // A warp's part of an operand in shared memory.
 template <class Mma, Side kSide, Along kAlong, class Element, class Tile>
 class SmemOperand {
  public:
-  static constexpr int kStep = kSide == Side::kA ? Mma::kRowStep : 2 * Mma::kColStep;  // from block to block
-  static constexpr int kNumBlocks = (kAlong == Along::kRows ? Tile::kRows : Tile::kCols) / kStep;
-  static constexpr int kNumSteps = (kAlong == Along::kRows ? Tile::kCols : Tile::kRows) / kMmaDepth;
+  static constexpr int kExtent = kAlong == Along::kRows ? Tile::kRows : Tile::kCols;
+  static constexpr int kDepth = kAlong == Along::kRows ? Tile::kCols : Tile::kRows;
+  static constexpr int kBlockStride = kSide == Side::kA ? Mma::kRowStep : 2 * Mma::kColStep;
+  static constexpr int kNumBlocks = kExtent / kBlockStride;
+  static constexpr int kNumSteps = kDepth / kMmaDepth;
+  static_assert(kExtent % kBlockStride == 0, "the operand doesn't divide over the warps");
+  static_assert(kDepth % kMmaDepth == 0, "the depth is no whole number of instructions");
   using Blocks = OperandBlocks<kNumBlocks>;
 
   __device__ explicit SmemOperand(Element* tile) : place_(first_place(tile)) {}
@@ -39,25 +44,27 @@ class SmemOperand {
     for (int i = 0; i < kNumBlocks; ++i) {
       auto& to = blocks.registers[i];
       if constexpr (kAlong == Along::kRows) {
-        LoadMatrix::copy(as_vector(place_.at(i * kStep, step * kMmaDepth)), to[0], to[1], to[2], to[3]);
+        LoadMatrix::copy(as_vector(place_.at(i * kBlockStride, step * kMmaDepth)), to[0], to[1], to[2], to[3]);
       } else {
-        LoadMatrixTransposed::copy(as_vector(place_.at(step * kMmaDepth, i * kStep)), to[0], to[1], to[2], to[3]);
+        LoadMatrixTransposed::copy(as_vector(place_.at(step * kMmaDepth, i * kBlockStride)), to[0], to[1], to[2],
+                                   to[3]);
       }
     }
     return blocks;
   }
 
  private:
-  // ldmatrix takes the addresses of the eight rows of its i-th 8 x 8 matrix from the i-th eight lanes. A's four are the
-  // quarters of a block of 16 x 16, the rows' halves first; B's are two instructions' operands, for each its halves in
-  // depth.
+  // ldmatrix takes the addresses of the eight rows of its i-th 8 x 8 matrix from the i-th eight lanes:
+  //   matrix                       0   1   2   3
+  //   A: half of rows, of depth   00  10  01  11
+  //   B: instruction, half        00  01  10  11
   static __device__ TilePlace<Element, Tile> first_place(Element* tile) {
     constexpr bool kIsA = kSide == Side::kA;
     const int matrix = threadIdx.x % kThreadsPerWarp / 8;
-    const int half = kIsA ? matrix % 2 : matrix / 2;
+    const int part = kIsA ? matrix % 2 : matrix / 2;
     const int depth_half = kIsA ? matrix / 2 : matrix % 2;
-    const int first = kIsA ? Mma::warp_m(threadIdx.x) * kMmaRows + half * 8
-                           : Mma::warp_n(threadIdx.x) * kMmaCols + half * Mma::kColStep;
+    const int first = kIsA ? Mma::warp_m(threadIdx.x) * kMmaRows + part * 8
+                           : Mma::warp_n(threadIdx.x) * kMmaCols + part * Mma::kColStep;
     const int row_of_matrix = threadIdx.x % 8;
     if constexpr (kAlong == Along::kRows) return {tile, first + row_of_matrix, depth_half * 8};
     return {tile, depth_half * 8 + row_of_matrix, first};
@@ -76,12 +83,15 @@ CUTE_DEVICE auto operand_b(Element* tile) {
   return SmemOperand<Mma, Side::kB, kAlong, Element, Tile>(tile);
 }
 
-// A product's accumulator, rounded, as the A operand of the next: two instructions' columns make one step's depth.
+// A product's accumulator, rounded, as the A operand of the next: two instructions' columns make one step's depth. (As
+// a class's member, P was once copied by nvcc 13.0, at a tenth of the speed: look for moves in the loop after a
+// change.)
 template <class Rounded>  // (MMA, MMA_M, MMA_N)
 class RegisterOperand {
  public:
   static constexpr int kNumBlocks = size<1>(typename Rounded::layout_type{});
   static constexpr int kNumSteps = size<2>(typename Rounded::layout_type{}) / 2;
+  static_assert(size<2>(typename Rounded::layout_type{}) % 2 == 0, "two instructions' columns make a step");
   using Blocks = OperandBlocks<kNumBlocks>;
 
   __device__ explicit RegisterOperand(const Rounded& rounded) : rounded_(rounded) {}
@@ -123,6 +133,9 @@ CUTE_DEVICE void multiply_step(Acc& acc, const BlocksA& a, const BlocksB& b) {
 template <class Mma, class Acc, class OperandA, class OperandB>
 CUTE_DEVICE void gemm(Acc& acc, const OperandA& a, const OperandB& b) {
   static_assert(OperandA::kNumSteps == OperandB::kNumSteps, "A and B differ in depth");
+  static_assert(size<1>(typename Acc::layout_type{}) == OperandA::kNumBlocks &&
+                    size<2>(typename Acc::layout_type{}) == 2 * OperandB::kNumBlocks,
+                "the operands are another product's");
   typename OperandA::Blocks a_blocks[OperandA::kNumSteps];
   typename OperandB::Blocks b_blocks[OperandB::kNumSteps];
   a_blocks[0] = a.load(0);

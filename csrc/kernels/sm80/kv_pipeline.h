@@ -3,6 +3,7 @@
 
 #include "kernels/common/params.h"
 #include "kernels/common/tensor.h"
+#include "kernels/sm80/instructions.h"
 #include "kernels/sm80/kv_tile_loader.h"
 
 namespace flash_attn::sm80 {

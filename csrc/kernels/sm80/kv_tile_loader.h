@@ -4,6 +4,7 @@
 #include "kernels/common/kv_range.h"
 #include "kernels/common/kv_rows.h"
 #include "kernels/common/tensor.h"
+#include "kernels/sm80/instructions.h"
 #include "kernels/sm80/tile_loader.h"
 
 namespace flash_attn::sm80 {
@@ -16,7 +17,7 @@ template <class Traits, int kCols>
 struct WarpRows {
   using Access = typename Traits::template Access<kCols>;
   static constexpr int kRows = kThreadsPerWarp / Access::kThreadsPerRow;
-  static constexpr int kNumPasses = Traits::kTileN / Access::kRowsPerPass;
+  static constexpr int kNumPasses = Access::template num_passes<Traits::kTileN>();
   static_assert(kRows * kNumPasses <= kThreadsPerWarp, "a lane would have to know more than one page");
 
   // The row within the tile whose page this lane knows.

@@ -43,7 +43,7 @@ __device__ void store_packed_output(const ForwardParams& params, const SplitTile
   const auto staged = Access::template place_in<Traits::kTileM>(smem.q_or_o);
   const PackedRowAddresses<Element> rows(params.o, tile.seq, tile.rows);
   CUTE_UNROLL
-  for (int pass = 0; pass < Traits::kTileM / Access::kRowsPerPass; ++pass) {
+  for (int pass = 0; pass < Access::template num_passes<Traits::kTileM>(); ++pass) {
     const int row_idx = tile.m_begin + Access::row_of_pass(pass);
     if (row_idx >= tile.num_rows()) continue;
     Element* row = rows.row(row_idx) + Access::col_of_part(0);

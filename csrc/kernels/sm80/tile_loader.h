@@ -5,6 +5,7 @@
 #include "kernels/common/kv_range.h"
 #include "kernels/common/params.h"
 #include "kernels/common/tensor.h"
+#include "kernels/sm80/instructions.h"
 #include "kernels/sm80/tile_types.h"
 
 namespace flash_attn::sm80 {
@@ -57,7 +58,7 @@ class TileLoader {
     const Element* first =
         head_ + static_cast<int64_t>(row_begin + Access::row_of_pass(0)) * row_stride_ + Access::col_of_part(0);
     CUTE_UNROLL
-    for (int pass = 0; pass < kRows / Access::kRowsPerPass; ++pass) {
+    for (int pass = 0; pass < Access::template num_passes<kRows>(); ++pass) {
       const bool row_in = bounds_.contains(row_begin + Access::row_of_pass(pass));
       const Element* source = first + pass * Access::kRowsPerPass * row_stride_;
       CUTE_UNROLL
@@ -90,7 +91,7 @@ class ScatteredTileLoader {
   __device__ void load(int row_begin, Element* smem) const {
     const auto target = Access::template place_in<kRows>(smem);
     CUTE_UNROLL
-    for (int pass = 0; pass < kRows / Access::kRowsPerPass; ++pass) {
+    for (int pass = 0; pass < Access::template num_passes<kRows>(); ++pass) {
       const int row_idx = row_begin + Access::row_of_pass(pass);
       const bool row_in = row_idx < num_rows_;
       const Element* source = rows_.row(min(row_idx, num_rows_ - 1)) + Access::col_of_part(0);

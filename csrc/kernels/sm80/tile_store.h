@@ -38,9 +38,9 @@ __device__ void round_to_smem(Element* smem, const Acc& acc) {
     CUTE_UNROLL
     for (int m = 0; m < size<1>(pairs); ++m) {
       CUTE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        Element* target = place.at(m * Mma::kRowStep + half * 8, n * Mma::kColStep);
-        *reinterpret_cast<uint32_t*>(target) = pairs(half, m, n);
+      for (int row_half = 0; row_half < 2; ++row_half) {
+        Element* target = place.at(m * Mma::kRowStep + row_half * 8, n * Mma::kColStep);
+        *reinterpret_cast<uint32_t*>(target) = pairs(row_half, m, n);
       }
     }
   }
@@ -58,7 +58,7 @@ __device__ void store_tile(const Operand& target, const RowBlock& rows, int head
   const auto staged = Access::template place_in<kRows>(smem);
   Element* head = head_of<Element>(target, rows.batch_idx, rows.row_begin, head_idx) + columns.begin;
   CUTE_UNROLL
-  for (int pass = 0; pass < kRows / Access::kRowsPerPass; ++pass) {
+  for (int pass = 0; pass < Access::template num_passes<kRows>(); ++pass) {
     const int row_idx = rows.begin + Access::row_of_pass(pass);
     if (row_idx >= rows.count) continue;
     Element* row = head + row_idx * target.row_stride + Access::col_of_part(0);

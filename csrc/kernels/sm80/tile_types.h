@@ -30,26 +30,28 @@ struct SmemTile {
 template <class Element, class Tile>
 class TilePlace {
  public:
-  __device__ TilePlace(Element* tile, int row, int col) : col_(col % Tile::kBlockCols ^ Tile::permutation(row)) {
-    first_ = tile + col / Tile::kBlockCols * Tile::kBlockSize + row * Tile::kBlockCols + col_;
-  }
+  static_assert(sizeof(Element) == kElementBytes);
 
-  // So many rows further on, a multiple of 8, and columns: a multiple of a power of two that the lane's own column in
-  // its block is below.
+  __device__ TilePlace(Element* tile, int row, int col)
+      : permuted_col_((col % Tile::kBlockCols) ^ Tile::permutation(row)),
+        place_(tile + col / Tile::kBlockCols * Tile::kBlockSize + row * Tile::kBlockCols + permuted_col_) {}
+
+  // So many rows further on, a multiple of 8, and so many columns: a multiple of 8 and of a power of two above the
+  // lane's own column in its block, so that the two share no bit.
   __device__ Element* at(int rows, int cols) const {
     constexpr int kBlockCols = Tile::kBlockCols;
-    Element* place = first_ + rows * kBlockCols + cols / kBlockCols * Tile::kBlockSize;
+    Element* place = place_ + rows * kBlockCols + cols / kBlockCols * Tile::kBlockSize;
     // An exclusive or, bit by bit: sums cost fewer registers than the four pointers that it would come to.
     CUTE_UNROLL
     for (int bit = kVectorElements; bit < kBlockCols; bit *= 2) {
-      if (cols & bit) place += col_ & bit ? -bit : bit;
+      if (cols & bit) place += (permuted_col_ & bit) ? -bit : bit;
     }
     return place;
   }
 
  private:
-  int col_;  // permuted, in its block
-  Element* first_;
+  int permuted_col_;  // in its block
+  Element* place_;
 };
 
 // How a thread block reads and writes rows of kCols elements in global memory: neighbouring threads take neighbouring
@@ -60,8 +62,12 @@ struct RowAccess {
   static constexpr int kNumParts = kCols / kPartCols;
   static constexpr int kThreadsPerRow = kPartCols / kVectorElements;
   static constexpr int kRowsPerPass = kNumThreads / kThreadsPerRow;
-  static constexpr bool takes_whole(int tile_m, int tile_n) {
-    return tile_m % kRowsPerPass == 0 && tile_n % kRowsPerPass == 0;
+  static_assert(kNumThreads % kThreadsPerRow == 0 && kRowsPerPass % 8 == 0, "TilePlace::at takes multiples of 8 rows");
+
+  template <int kRows>
+  static constexpr int num_passes() {
+    static_assert(kRows % kRowsPerPass == 0, "a pass would go beyond the tile's end");
+    return kRows / kRowsPerPass;
   }
 
   static __device__ int row_of_pass(int pass) { return threadIdx.x / kThreadsPerRow + pass * kRowsPerPass; }
@@ -75,7 +81,7 @@ struct RowAccess {
   }
 };
 
-// The 16 bytes of row and column elements that one thread moves.
+// The 16 bytes that begin at an element.
 template <class Element>
 CUTE_DEVICE auto& as_vector(Element* element) {
   using Vector = std::conditional_t<std::is_const_v<Element>, const uint128_t, uint128_t>;

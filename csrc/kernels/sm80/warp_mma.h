@@ -1,10 +1,11 @@
 // How the warps of a thread block share a matrix product, and what each lane holds of its result. Written down, not
-// derived by CuTe's tiled products and copies, whose layout algebra took two thirds of a build's time.
+// derived by CuTe's tiled products and copies, whose layout algebra took most of a build's time.
 #pragma once
 
 #include <cutlass/bfloat16.h>
 #include <cutlass/half.h>
 
+#include <bit>
 #include <type_traits>
 
 #include "kernels/common/tensor.h"
@@ -31,6 +32,8 @@ struct WarpMma {
   static constexpr int kWarpsN = kWarpsNValue;
   static constexpr int kRowStep = kMmaRows * kWarpsM;  // from one of a warp's instructions to its next
   static constexpr int kColStep = kMmaCols * kWarpsN;
+  static_assert(std::has_single_bit(unsigned{kWarpsM}) && std::has_single_bit(unsigned{kWarpsN}),
+                "TilePlace::at takes multiples of a power of two");
 
   static __device__ int warp_m(int thread_idx) { return thread_idx / kThreadsPerWarp % kWarpsM; }
   static __device__ int warp_n(int thread_idx) { return thread_idx / kThreadsPerWarp / kWarpsM; }

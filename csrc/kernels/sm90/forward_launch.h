@@ -1,4 +1,4 @@
-// Starts an SM90 forward kernel. Each variant is instantiated in a file of its own, which variants.py generates.
+// Starts an SM90 forward kernel. Each variant is instantiated in a file that variants.py generates.
 #pragma once
 
 #include <algorithm>
