@@ -38,9 +38,6 @@ class KvTileLoader {
  public:
   using Element = typename Traits::Element;
   static constexpr bool kIsGeneral = Traits::kMask == Mask::kGeneral;
-  // Kernels for many rows have no registers for it (a hundred bytes of spills at head dims 64 and 128), and other work
-  // while a look-up takes its time.
-  static constexpr bool kLooksAhead = Traits::kFewRows;
   using Bounds = std::conditional_t<kIsGeneral, RowsBetween, RowsBelow>;
 
   __device__ KvTileLoader(const KvRows<Element>& rows, const Bounds& bounds, int num_cols)
@@ -49,7 +46,7 @@ class KvTileLoader {
   // What load() has to be told about the same tile: the page that this lane knows, if there are any. Nothing waits for
   // it before load() does.
   __device__ int look_up(int row_begin) const {
-    if constexpr (kLooksAhead) {
+    if constexpr (kIsGeneral) {
       if (rows_.in_pages()) return rows_.page_of(bounds_.nearest(row_begin + WarpRows<Traits, kCols>::known()));
     }
     return 0;
@@ -73,20 +70,11 @@ class KvTileLoader {
     using Access = typename WarpRows::Access;
     const auto target = Access::template place_in<Traits::kTileN>(smem);
     const auto row_of_pass = [&](int pass) { return row_begin + Access::row_of_pass(pass); };
-    // All look-ups before the first copy, so that they overlap.
+    const int64_t known = rows_.offset(bounds_.nearest(row_begin + WarpRows::known()), page);
     int64_t offsets[WarpRows::kNumPasses];
-    if constexpr (kLooksAhead) {
-      const int64_t known = rows_.offset(bounds_.nearest(row_begin + WarpRows::known()), page);
-      CUTE_UNROLL
-      for (int pass = 0; pass < WarpRows::kNumPasses; ++pass) {
-        offsets[pass] = __shfl_sync(~0u, known, WarpRows::lane_that_knows(pass));
-      }
-    } else {
-      CUTE_UNROLL
-      for (int pass = 0; pass < WarpRows::kNumPasses; ++pass) {
-        const int key = bounds_.nearest(row_of_pass(pass));
-        offsets[pass] = rows_.offset(key, rows_.page_of(key));
-      }
+    CUTE_UNROLL
+    for (int pass = 0; pass < WarpRows::kNumPasses; ++pass) {
+      offsets[pass] = __shfl_sync(~0u, known, WarpRows::lane_that_knows(pass));
     }
     CUTE_UNROLL
     for (int pass = 0; pass < WarpRows::kNumPasses; ++pass) {
