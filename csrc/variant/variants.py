@@ -156,8 +156,9 @@ class Group:
 
     @property
     def file_name(self) -> str:
-        """The generated file, which groups of one head dim share: it costs 10 s of a core before its first kernel."""
-        return f"{self.kind.name}_d{self.tile_row[0]}_sm{self.arch}.cu"
+        """The generated file, which groups of the same head dims share: it costs 10 s before its first kernel."""
+        qk, v, _ = self.tile_row
+        return f"{self.kind.name}_d{qk}_{v}_sm{self.arch}.cu"
 
     @property
     def launches(self) -> Iterator[tuple[str, str]]:
