@@ -46,13 +46,7 @@ __device__ void store_packed_output(const ForwardParams& params, const SplitTile
   for (int pass = 0; pass < Access::template num_passes<Traits::kTileM>(); ++pass) {
     const int row_idx = tile.m_begin + Access::row_of_pass(pass);
     if (row_idx >= tile.num_rows()) continue;
-    Element* row = rows.row(row_idx) + Access::col_of_part(0);
-    CUTE_UNROLL
-    for (int part = 0; part < Access::kNumParts; ++part) {
-      if (Access::col_of_part(part) >= params.heads.head_dim_v) continue;
-      as_vector(row + part * Access::kPartCols) =
-          as_vector(staged.at(pass * Access::kRowsPerPass, part * Access::kPartCols));
-    }
+    store_parts<Access>(rows.row(row_idx) + Access::col_of_part(0), staged, pass, params.heads.head_dim_v);
   }
 }
 

@@ -46,6 +46,17 @@ __device__ void round_to_smem(Element* smem, const Acc& acc) {
   }
 }
 
+// Stores this thread's parts of one row, from its first column of it on.
+template <class Access, class Element, class Place>
+CUTE_DEVICE void store_parts(Element* target, const Place& source, int pass, int num_cols) {
+  CUTE_UNROLL
+  for (int part = 0; part < Access::kNumParts; ++part) {
+    if (Access::col_of_part(part) >= num_cols) continue;
+    as_vector(target + part * Access::kPartCols) =
+        as_vector(source.at(pass * Access::kRowsPerPass, part * Access::kPartCols));
+  }
+}
+
 // Rounds and stores. `smem` holds a tile and may be in use by others until a barrier before the call.
 template <class Traits, class Mma, int kRows, int kCols, class Acc>
 __device__ void store_tile(const Operand& target, const RowBlock& rows, int head_idx, const ColumnBlock& columns,
@@ -62,12 +73,7 @@ __device__ void store_tile(const Operand& target, const RowBlock& rows, int head
     const int row_idx = rows.begin + Access::row_of_pass(pass);
     if (row_idx >= rows.count) continue;
     Element* row = head + row_idx * target.row_stride + Access::col_of_part(0);
-    CUTE_UNROLL
-    for (int part = 0; part < Access::kNumParts; ++part) {
-      if (columns.begin + Access::col_of_part(part) >= columns.count) continue;
-      as_vector(row + part * Access::kPartCols) =
-          as_vector(staged.at(pass * Access::kRowsPerPass, part * Access::kPartCols));
-    }
+    store_parts<Access>(row, staged, pass, columns.count - columns.begin);
   }
 }
 
