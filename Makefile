@@ -72,7 +72,7 @@ fuzz: $(INSTALLED)/flash_attn $(INSTALLED)/test  ## draw calls and compare them 
 
 # From tests/, so that the source tree hides no emulated package. The tests of one file last long, so workers share it.
 emulate: EMULATED_PYTEST = $(abspath $(PYTHON)) -m pytest -n auto --dist worksteal
-emulate: $(INSTALLED)/build $(INSTALLED)/test  ## run every SM80 kernel on the CPU, emulated (up to 40 minutes on two cores)
+emulate: $(INSTALLED)/build $(INSTALLED)/test  ## run every kernel on the CPU, emulated (up to an hour on two cores)
 	$(PYTHON) build_support/emulator.py --clusters
 	cd tests && PYTHONPATH=../build/emulator-clusters/package $(EMULATED_PYTEST) emulated_sm90_clusters.py $(PYTEST_ARGS)
 	$(PYTHON) build_support/emulator.py --all

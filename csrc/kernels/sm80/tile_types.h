@@ -11,6 +11,9 @@ namespace flash_attn::sm80 {
 
 using namespace cute;
 
+// Columns of a row that are together in shared memory, and that neighbouring threads take from global memory.
+constexpr int block_cols(int cols) { return cols % 64 == 0 ? 64 : 32; }
+
 // A tile of rows in shared memory: blocks of columns one after another, in each of them row after row. The pieces of 16
 // bytes of a block's row are permuted, so that neither rows as a whole nor the eight pieces of ldmatrix meet in a bank.
 template <int kRowsValue, int kColsValue>
@@ -18,7 +21,7 @@ struct SmemTile {
   static constexpr int kRows = kRowsValue;
   static constexpr int kCols = kColsValue;
   static constexpr int kSize = kRows * kCols;
-  static constexpr int kBlockCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kBlockCols = block_cols(kCols);
   static constexpr int kBlockSize = kRows * kBlockCols;
   static_assert(kCols % kBlockCols == 0 && kRows % 8 == 0);
 
@@ -58,7 +61,7 @@ class TilePlace {
 // 16 bytes of a row's part, and go on from row to row, then from part to part.
 template <class Element, int kNumThreads, int kCols>
 struct RowAccess {
-  static constexpr int kPartCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kPartCols = block_cols(kCols);
   static constexpr int kNumParts = kCols / kPartCols;
   static constexpr int kThreadsPerRow = kPartCols / kVectorElements;
   static constexpr int kRowsPerPass = kNumThreads / kThreadsPerRow;
