@@ -7,7 +7,7 @@ free, it is skipped.
 import pytest
 import reference
 import torch
-from harness import require_memory
+from harness import require_features, require_memory
 from tolerance import assert_close, assert_same_bits, lse_allowance
 
 import flash_attn
@@ -92,8 +92,9 @@ def test_04_every_row_of_a_long_causal_mask(length):
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
-def test_dropout_keep_rate_of_a_large_call(dropout_p):
+def test_dropout_keep_rate_of_a_large_call(gpu_path, dropout_p):
     """With q = 0 and v = 1 each output is the mean of a row of the mask, times 1 / (1 - p)."""
+    require_features(gpu_path, "dropout")
     require_memory(2)
     batch, length, heads = 8, 2048, 16
     k = _normal(batch, length, heads, 64, dtype=torch.float16)

@@ -8,21 +8,20 @@ from dataclasses import replace
 
 import cases
 import pytest
-import torch
 from cases import BF16, FP16, Case
 from checks import check_backward, check_forward, gradients_of_a_loss
 from emulation import can_run
 from fuzz import check
-from harness import GPU_PATHS, build, on_path
+from harness import GPU_PATHS, build, device_of, on_path
 from memory import Memory
 from strategies import Call
 from tolerance import assert_same_bits
 
+PATHS = [path for path in GPU_PATHS if can_run(path)]
 pytestmark = [
     pytest.mark.sanitize,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not PATHS, reason="no device here runs the kernels, and none are emulated"),
 ]
-PATHS = [path for path in GPU_PATHS if can_run(path)]
 
 _DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512), (1, 1), (33, 7),
          (200, 300), (511, 90))  # fmt: skip
@@ -59,13 +58,15 @@ DECODE = [
 ]  # fmt: skip
 PLAIN_ORDER, HEADS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
 STRIDED = Case("", "strides", "dense", (70,) * 2, (90,) * 2, heads=(2, 1), dims=(64, 64), causal=True)
+ALL_HEADS_FIRST, ALL_MISALIGNED = (dict.fromkeys("qkv", memory)
+                                   for memory in (Memory(HEADS_FIRST), Memory(PLAIN_ORDER, offset=1)))  # fmt: skip
 CALLS = {
-    "heads-first": Call(STRIDED, *[Memory(HEADS_FIRST)] * 3, passes_out=True, out=Memory(HEADS_FIRST)),
-    "misaligned": Call(STRIDED, *[Memory(PLAIN_ORDER, offset=1)] * 3, passes_out=True,
+    "heads-first": Call(STRIDED, **ALL_HEADS_FIRST, passes_out=True, out=Memory(HEADS_FIRST)),
+    "misaligned": Call(STRIDED, **ALL_MISALIGNED, passes_out=True,
                        out=Memory(PLAIN_ORDER, (2, 2), offset=5)),
     "expanded": Call(STRIDED, k=Memory(PLAIN_ORDER, expanded=0), v=Memory(PLAIN_ORDER, expanded=1)),
-    "backward-heads-first": Call(STRIDED, *[Memory(HEADS_FIRST)] * 3, backward=True, dout=Memory(HEADS_FIRST)),
-    "backward-misaligned": Call(STRIDED, *[Memory(PLAIN_ORDER, offset=1)] * 3, backward=True,
+    "backward-heads-first": Call(STRIDED, **ALL_HEADS_FIRST, backward=True, dout=Memory(HEADS_FIRST)),
+    "backward-misaligned": Call(STRIDED, **ALL_MISALIGNED, backward=True,
                                 dout=Memory(PLAIN_ORDER, (3, 2), offset=5), deterministic=True),
     "backward-expanded": Call(STRIDED, k=Memory(PLAIN_ORDER, expanded=0), v=Memory(PLAIN_ORDER, expanded=1),
                               backward=True, dout=Memory(PLAIN_ORDER, expanded=2)),
@@ -112,7 +113,7 @@ def test_strides(path, call):
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("case", RACES, ids=lambda case: case.id)
 def test_races_in_the_backward_pass(path, case, deterministic):
-    inputs = build(case, "cuda")
+    inputs = build(case, device_of(path))
 
     def run():
         first, second = (gradients_of_a_loss(inputs, deterministic=deterministic) for _ in range(2))
@@ -127,7 +128,7 @@ def test_races_in_the_backward_pass(path, case, deterministic):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("case", DECODE, ids=lambda case: case.id)
 def test_races_in_decoding(path, case):
-    inputs = build(case, "cuda")
+    inputs = build(case, device_of(path))
     for num_splits in (0, 3):
         features = case.features | ({"num_splits"} if num_splits else set())
         on_path(path, features, inputs, lambda n=num_splits: inputs.call(num_splits=n))
