@@ -233,6 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     setup = TINY if options.tiny else Setup()
     setup = replace(setup, steps=options.steps or setup.steps)
+    if options.device == "cuda":  # no kernel takes float32
+        setup = replace(setup, dtype="bfloat16")
     text = batches(setup)
     result: dict[str, Any] = {"environment": environment(options.device), "settings": asdict(setup), "runs": []}
     print(heading(result["environment"]), flush=True)

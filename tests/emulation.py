@@ -20,8 +20,10 @@ def can_run(path):
     spec = _dispatch.PATHS[path]
     if IS_EMULATED:
         return spec.arch in _extension.build_info.archs
-    here = torch.cuda.is_available() and torch.cuda.get_device_capability() >= spec.capability[0]
-    return here and spec.arch in _extension.build_info.archs
+    if not torch.cuda.is_available() or spec.arch not in _extension.build_info.archs:
+        return False
+    first, last = spec.capability
+    return first <= torch.cuda.get_device_capability() and (last is None or torch.cuda.get_device_capability() <= last)
 
 
 def _objections_of_emulated(name, q, head_dim_v, features):
