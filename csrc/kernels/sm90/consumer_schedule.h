@@ -3,10 +3,10 @@
 
 #include <cute/tensor.hpp>
 
-#include "kernels/common/kv_range.h"
 #include "kernels/common/online_softmax.h"
 #include "kernels/common/row_reducer.h"
 #include "kernels/sm90/forward_traits.h"
+#include "kernels/sm90/tile_order.h"
 #include "kernels/sm90/wgmma.h"
 
 namespace flash_attn::sm90 {
@@ -25,11 +25,12 @@ class OverlappedSchedule {
     if (group == Traits::kNumConsumerGroups - 1) GroupTurns::pass(group);
   }
 
-  // Accumulates O of this warpgroup's rows. `range` isn't empty, and Q is there. `score(scores, n_idx)` makes scores of
+  // Accumulates O of this warpgroup's rows. They see some keys, and Q is there. `score(scores, n_idx)` makes scores of
   // Q K'; `meanwhile()` is called beside the first product, which nothing else overlaps.
   template <class Score, class Meanwhile, class Softmax, class AccO>
-  __device__ void accumulate(const KvRange& range, int q_stage, const Score& score, const Meanwhile& meanwhile,
+  __device__ void accumulate(const GroupKeys& seen, int q_stage, const Score& score, const Meanwhile& meanwhile,
                              Softmax& softmax, AccO& tOrO) {
+    const KvRange& range = seen.range;
     Tensor sQ = make_tensor(make_smem_ptr(&smem_.q_or_o[0][0]), typename Traits::SmemLayoutQ{});
     Tensor sK = make_tensor(make_smem_ptr(&smem_.k[0][0]), typename Traits::SmemLayoutK{});
     Tensor sVt = make_tensor(make_smem_ptr(&smem_.v[0][0]), typename Traits::SmemLayoutVt{});
@@ -45,6 +46,7 @@ class OverlappedSchedule {
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
     Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
 
+    skip(seen.num_before);
     wait_full(smem_.barriers.k, k_);
     start_gemm(mma_qk, tSrQ, tSrK(_, _, _, k_.idx), tSrS, GMMA::ScaleOut::Zero);
     meanwhile();
@@ -79,6 +81,19 @@ class OverlappedSchedule {
     start_gemm(mma_pv, tOrP, tOrV(_, _, _, v_.idx), tOrO, GMMA::ScaleOut::One);
     wait_for_gemms<0>(tOrO);
     release(smem_.barriers.v[0], v_);
+    skip(seen.num_after);
+  }
+
+  // The same for rows that see no keys, though others of the tile may.
+  __device__ void skip_all(const GroupKeys& seen) {
+    if (seen.num_skipped() == 0) return;
+    if constexpr (Traits::kTile.turn == Turn::kProducts) {
+      // A tile takes one turn less than it has steps: its first products need none.
+      skip(seen.num_skipped() - 1);
+      give_back();
+    } else {
+      skip(seen.num_skipped());
+    }
   }
 
   template <class Softmax, class Output>
@@ -90,6 +105,25 @@ class OverlappedSchedule {
 
  private:
   using GroupTurns = Turns<Traits::kNumConsumerGroups>;
+
+  // Steps that others' rows alone see: they take their turn and give back what they don't read.
+  __device__ void skip(int num_steps) {
+    for (int i = 0; i < num_steps; ++i) {
+      GroupTurns::wait(group_);
+      GroupTurns::pass(group_);
+      give_back();
+    }
+  }
+  // Only what has come can be given back, and what a warp has given back may come again twice over before a lane that
+  // lags behind has seen it: where products follow, they bring the lanes together.
+  __device__ void give_back() {
+    wait_full(smem_.barriers.k, k_);
+    __syncwarp();
+    release(smem_.barriers.k, k_);
+    wait_full(smem_.barriers.v[0], v_);
+    __syncwarp();
+    release(smem_.barriers.v[0], v_);
+  }
 
   template <class Softmax, class Scores>
   __device__ auto exponentiate(Softmax& softmax, Scores& scores) const {

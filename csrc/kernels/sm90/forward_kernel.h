@@ -34,22 +34,24 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
   const auto output_coords = accumulator_coords<typename Traits::TiledMmaPV, Traits::kTileM, Traits::kGroupCols>(lane);
 
   for_each_tile<Traits>(params, order, [&](const PackedTile& cluster_tile) {
-    const KvRange range = visited_keys<Traits>(params, cluster_tile);
     const PackedTile tile = tile_of_block<Traits>(cluster_tile);
+    const GroupKeys seen = keys_of_group<Traits>(params, tile, row_group_of<Traits>(group) * Traits::kGroupRows,
+                                                 visited_keys<Traits>(params, cluster_tile));
     const PackedKeys<Traits::kMask> keys{{tile.seq, params.window}, tile.rows};
     const auto score = [&](auto& scores, int n_idx) {
       const int n_begin = n_idx * Traits::kTileN;
       apply_score<Traits::kScore>(scores, score_coords, params.score, tile.seq, tile.rows, tile.m_begin, n_begin);
-      if (range.needs_mask(n_idx)) apply_mask(scores, score_coords, keys, tile.m_begin, n_begin);
+      if (seen.range.needs_mask(n_idx)) apply_mask(scores, score_coords, keys, tile.m_begin, n_begin);
     };
     clear(tOrO);
     Softmax softmax(params.score.softmax_scale);
     wait_full(smem.barriers.q, q);
     const auto release_last = [&] { leaving.release_stage(); };
-    if (range.is_empty()) {
+    if (seen.range.is_empty()) {
       release_last();
+      schedule.skip_all(seen);
     } else {
-      schedule.accumulate(range, q.idx, score, release_last, softmax, tOrO);
+      schedule.accumulate(seen, q.idx, score, release_last, softmax, tOrO);
     }
 
     const auto sinks = sinks_of_rows<Softmax>(params, tile, output_coords);

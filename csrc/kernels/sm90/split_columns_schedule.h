@@ -4,10 +4,10 @@
 
 #include <cute/tensor.hpp>
 
-#include "kernels/common/kv_range.h"
 #include "kernels/common/online_softmax.h"
 #include "kernels/common/row_reducer.h"
 #include "kernels/sm90/forward_traits.h"
+#include "kernels/sm90/tile_order.h"
 #include "kernels/sm90/wgmma.h"
 
 namespace flash_attn::sm90 {
@@ -32,18 +32,21 @@ class SplitColumnsSchedule {
 
   __device__ bool owns_lse() const { return group_ == 0; }
 
-  // Accumulates this group's columns of O. `range` isn't empty, and Q is there. `score(scores, n_idx)` makes scores of
-  // Q K'; `meanwhile()` is called beside the first product.
+  // Accumulates this group's columns of O. The rows see some keys, and Q is there. `score(scores, n_idx)` makes scores
+  // of Q K'; `meanwhile()` is called beside the first product.
   template <class Score, class Meanwhile, class AccO>
-  __device__ void accumulate(const KvRange& range, int q_stage, const Score& score, const Meanwhile& meanwhile,
+  __device__ void accumulate(const GroupKeys& seen, int q_stage, const Score& score, const Meanwhile& meanwhile,
                              Softmax& softmax, AccO& tOrO) {
     if (owns_lse()) {
-      lead(range, q_stage, score, meanwhile, softmax, tOrO);
+      lead(seen.range, q_stage, score, meanwhile, softmax, tOrO);
     } else {
       meanwhile();
-      follow(range, tOrO);
+      follow(seen.range, tOrO);
     }
   }
+
+  // Groups share their rows: what one sees none of, none is brought for.
+  __device__ void skip_all(const GroupKeys&) {}
 
   // Group 0 alone has the rows' sums, and tells group 1 what they make of O.
   template <class Output>

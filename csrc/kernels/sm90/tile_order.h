@@ -65,9 +65,32 @@ __device__ KvRange visited_keys(const ForwardParams& params, const PackedTile& t
   return kv_range_of_rows<Traits::kClusterM, Traits::kTileN>(keys, tile.m_begin, tile.num_used_rows());
 }
 
-// How clusters of thread blocks go through their tiles: of n clusters each takes every nth unit. Where a mask makes
-// tiles of unequal length a unit is a pair of them, the run's last tile and its first, the last but one and the second,
-// all equally long together.
+// What a consumer group does with the tiles of keys that its cluster's tile visits.
+struct GroupKeys {
+  KvRange range;   // those that its own rows see
+  int num_before;  // and how many it meets before, and after those
+  int num_after;
+
+  __device__ int num_skipped() const { return num_before + num_after; }
+};
+
+// Of the rows of `tile` from `group_row` on, a group's. A group without rows in use sees nothing, and one in the upper
+// part of a tile less than the others where a mask has edges.
+template <class Traits>
+__device__ GroupKeys keys_of_group(const ForwardParams& params, const PackedTile& tile, int group_row,
+                                   const KvRange& visited) {
+  if constexpr (Traits::kRowGroups == 1) return {visited, 0, 0};
+  const int m_begin = tile.m_begin + group_row;
+  const PackedKeys<Traits::kMask> keys{{tile.seq, params.window}, tile.rows};
+  const KvRange own = kv_range_of_rows<Traits::kGroupRows, Traits::kTileN>(keys, m_begin, tile.num_used_rows());
+  if (m_begin >= tile.num_used_rows() || own.is_empty()) return {{}, max(visited.end - visited.begin, 0), 0};
+  return {own, visited.end - own.end, own.begin - visited.begin};
+}
+
+// How clusters of thread blocks go through their tiles: n clusters take n units a round, each the one after its last
+// one's place in the round, since a run's short units, those of an entry's end or without a partner, would else fall to
+// the same clusters every time. Where a mask makes tiles of unequal length a unit is a pair of them, the run's last
+// tile and its first, the last but one and the second, all about equally long together.
 struct TileOrder {
   int num_units;
   int units_per_run;
@@ -78,8 +101,11 @@ struct TileOrder {
 template <class Traits, class Work>
 __device__ void for_each_tile(const ForwardParams& params, const TileOrder& order, const Work& work) {
   const int tiles_per_run = params.tiles_per_head;
-  constexpr int kBlocks = Traits::kClusterBlocks;
-  for (int unit = blockIdx.x / kBlocks; unit < order.num_units; unit += gridDim.x / kBlocks) {
+  const int num_clusters = gridDim.x / Traits::kClusterBlocks;
+  int place = blockIdx.x / Traits::kClusterBlocks;
+  for (int round = 0; round + place < order.num_units; round += num_clusters) {
+    const int unit = round + place;
+    place = place + 1 < num_clusters ? place + 1 : 0;
     const int run_begin = unit / order.units_per_run * tiles_per_run;
     const int first = unit % order.units_per_run;
     const int partner = tiles_per_run - 1 - first;
