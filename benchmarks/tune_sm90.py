@@ -4,7 +4,7 @@
 
 Each tile is compiled into a program of its own, all of them at once, and they take turns for several rounds. Figures
 are bf16 TFLOP/s, the median of the rounds; causal counts half. A tile whose sum of outputs differs from the first's
-is marked. The winner belongs into csrc/variant/tiles.h, with the limit that it hits as the row's reason.
+is marked, one that fails or hangs left out: the tests say which are right. The winner belongs into csrc/variant/tiles.h, with the limit that it hits as the row's reason.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = Path(__file__).resolve().with_name("tune_sm90.cu")
 NUM_TOKENS = 16384
 ROUNDS = 5
+SECONDS_OF_A_HANG = 20
 
 # (rows, keys, warps along rows, warps along columns, stages of K and V, stages of Q, exponentials of 16 by polynomial,
 # powers of two before O is rescaled, what groups take turns in, blocks of a cluster): tiles.h says more
@@ -92,12 +93,17 @@ def compile_program(folder: Path, head_dims: tuple[int, int], tile: tuple[int | 
     return program if done.returncode == 0 else None
 
 
-def run(program: Path, batch: int, heads: int, length: int) -> tuple[float, float]:
-    """(milliseconds, sum of the outputs' sizes)"""
+def run(program: Path, batch: int, heads: int, length: int) -> tuple[float, float] | None:
+    """(milliseconds, sum of the outputs' sizes); None, with the reason printed, where the kernel fails or hangs."""
     arguments = [str(program), str(batch), str(heads), str(length)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60)
-    if done.returncode != 0:
-        raise RuntimeError(f"{program.name}: {done.stdout}{done.stderr}")
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=SECONDS_OF_A_HANG)
+    except subprocess.CalledProcessError as error:
+        print(f"{program.name}: {error.stdout}{error.stderr}", file=sys.stderr)
+        return None
+    except subprocess.TimeoutExpired:
+        print(f"{program.name}: no end after {SECONDS_OF_A_HANG} s", file=sys.stderr)
+        return None
     milliseconds, total = done.stdout.split()
     return float(milliseconds), float(total)
 
@@ -112,11 +118,15 @@ def tune(
         times: dict[tuple[int | str, ...], list[float]] = {tile: [] for tile in programs}
         totals = {}
         for _ in range(ROUNDS):
-            for tile, program in programs.items():
-                milliseconds, totals[tile] = run(program, batch, heads, length)
-                times[tile].append(milliseconds)
-        first = next(iter(totals.values()))
-        for tile in sorted(programs, key=lambda tile: statistics.median(times[tile])):
+            for tile in list(times):
+                result = run(programs[tile], batch, heads, length)
+                if result is None:
+                    del times[tile]
+                else:
+                    times[tile].append(result[0])
+                    totals[tile] = result[1]
+        first = next(iter(totals.values()), None)
+        for tile in sorted(times, key=lambda tile: statistics.median(times[tile])):
             wrong = "" if abs(totals[tile] - first) < 1e-3 * first else "  ! another sum of outputs"
             figure = flops / statistics.median(times[tile]) / 1e9
             print(f"{qk}/{v} {mask:6} {length:6}  {figure:5.0f}  {tile}{wrong}", flush=True)

@@ -107,7 +107,8 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
                              .dropout = dropout_params_of(args),
                              .split = workspace.params};
   if (plan.num_blocks > 0) {
-    const cudaError_t error = launch(params, {static_cast<int>(plan.num_blocks), current_stream(args.q)});
+    const cudaError_t error =
+        launch(params, {static_cast<int>(plan.num_blocks), plan.tile.cluster, current_stream(args.q)});
     check(error == cudaSuccess, "launching ", plan, " failed: ", cudaGetErrorString(error));
   }
   output.finish();

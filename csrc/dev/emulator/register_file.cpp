@@ -43,8 +43,8 @@ bool acts() { return lane() == 0; }
 void begin_register_files() {
   const int at_start = std::min(kNumRegisters / static_cast<int>(block_dim.x), kMaxPerThread) / kUnit * kUnit;
   std::fill(std::begin(num_of_warp), std::end(num_of_warp), at_start);
-  for (RegisterFile& file : files)
-    file = {.num_free = kNumRegisters - at_start * num_warps() * kWarpSize, .waiting = {}};
+  // What the launch did not give out nobody can take.
+  for (RegisterFile& file : files) file = {.num_free = 0, .waiting = {}};
 }
 
 void give_up_registers_to(int num_registers) {

@@ -9,7 +9,7 @@ namespace flash_attn {
 // The thread block's dynamic shared memory, from its start.
 template <class T>
 __device__ T& dynamic_smem() {
-  extern __shared__ __align__(128) unsigned char dynamic_smem_bytes[];
+  extern __shared__ __align__(1024) unsigned char dynamic_smem_bytes[];
   return *reinterpret_cast<T*>(dynamic_smem_bytes);
 }
 

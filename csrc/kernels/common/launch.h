@@ -14,6 +14,7 @@ namespace flash_attn {
 
 struct LaunchConfig {
   int num_blocks;
+  int cluster_blocks;  // that the planner counted with
   cudaStream_t stream;
 };
 

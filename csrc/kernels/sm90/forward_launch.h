@@ -82,6 +82,8 @@ template <class Traits>
 cudaError_t launch_forward_kernel(const ForwardParams& params, const LaunchConfig& config) {
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   const auto kernel = &forward_kernel<Traits>;
+  // Compiled with another FLASH_ATTN_SM90_CLUSTER than the planner.
+  if (config.cluster_blocks != Traits::kClusterBlocks) return cudaErrorInvalidConfiguration;
   ForwardTensorMaps maps;
   cudaError_t error = make_tensor_maps<Traits>(params, maps);
   if (error != cudaSuccess) return error;

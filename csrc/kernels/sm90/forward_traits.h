@@ -44,11 +44,14 @@ struct ForwardTraits {
   static_assert(kGroupRows == 64, "a warpgroup's matrix product has 64 rows");
   static_assert(kRowGroups == 1 || kColumnGroups == 1, "no schedule shares rows among some groups only");
 
-  // Of the SM's 64 K registers, those that the producer gives up go to the consumers, in the hardware's steps of eight.
-  // Two groups could not use what 24 leave over 32, which the producer of a cluster needs: with 24 it spills.
-  static constexpr int kProducerRegisters = kNumConsumerGroups == 2 && kClusterBlocks == 1 ? 24 : 32;
-  static constexpr int kRegistersPerLane = 65536 / kThreadsPerWarpgroup;
-  static constexpr int kConsumerRegisters = (kRegistersPerLane - kProducerRegisters) / kNumConsumerGroups / 8 * 8;
+  // A launch gives each of its threads as many of the SM's 64 K registers, in the hardware's steps of eight; what the
+  // producer gives up of its share goes to the consumers, and nothing else can: they would wait for more for ever. The
+  // producer of a cluster spills with 24.
+  static constexpr int kNumGroups = kNumConsumerGroups + 1;
+  static constexpr int kRegistersPerLane = 65536 / kNumThreads / 8 * 8 * kNumGroups;
+  static constexpr int kProducerNeeds = kClusterBlocks == 1 ? 24 : 32;
+  static constexpr int kConsumerRegisters = (kRegistersPerLane - kProducerNeeds) / kNumConsumerGroups / 8 * 8;
+  static constexpr int kProducerRegisters = kRegistersPerLane - kNumConsumerGroups * kConsumerRegisters;
   static_assert(kTileN / 2 + kTileN / 4 + kGroupCols / 2 < kConsumerRegisters, "S, P and O don't fit a lane");
 
   // ---- matrix products: S = Q K' from shared memory, O += P V with P in registers, or, where another group computed
@@ -82,6 +85,8 @@ struct ForwardTraits {
   using SmemLayoutO = decltype(tile_to_shape(AtomK<kGroupCols>{}, Shape<Int<kTileM>, Int<kGroupCols>>{}));
   static_assert(kColumnGroups == 1 || kKvStages == 1,
                 "a group's columns of several stages of V don't lie side by side");
+  static_assert(kColumnGroups == 1 || kQStages == 1,
+                "the last factors are written again only after Q's one stage has come back");
   static_assert(kHeadDimV <= kHeadDim && kBoxCols<kHeadDim> == kBoxCols<kGroupCols>,
                 "a group's part of O must lie within its part of Q, which other groups may still read");
 
