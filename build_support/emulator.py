@@ -91,11 +91,16 @@ FEW = Build(ROOT / "build" / "emulator", VARIANTS)
 ALL = Build(ROOT / "build" / "emulator-all", ())
 CLUSTERS = Build(ROOT / "build" / "emulator-clusters", CLUSTER_VARIANTS, ("-DFLASH_ATTN_SM90_CLUSTER=2",))
 
+CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
 COMMON_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w", "-Wno-psabi"]
 KERNEL_FLAGS = [
     # Headers of the emulator stand in for those of the same name.
     f"-I{EMULATOR}",
     f"-I{CSRC}",
+    # As nvcc does: a * b + c is rounded once.
+    "-ffp-contract=fast",
+    "-fexpensive-optimizations",  # without which it doesn't
+    *(["-mfma"] if "fma" in CPU_FLAGS else []),
     # Every access calls the emulator's memory check, which is linked instead of ThreadSanitizer.
     "-fsanitize=thread",
     "--param tsan-instrument-func-entry-exit=0",

@@ -8,8 +8,11 @@ from typing import NamedTuple
 import pytest
 import reference
 import torch
+from cases import Case
 from harness import build, device_of, generator_for, on_path
 from tolerance import assert_close, assert_same_bits, lse_allowance
+
+import flash_attn
 
 
 def needs(path, case):
@@ -237,3 +240,29 @@ def gradients_of_a_loss(inputs, deterministic=True, **options):
     loss = leafy.call(deterministic=deterministic, **options)[0].float().square().sum()
     found = torch.autograd.grad(loss, list(wanted.values()))
     return dict(zip((f"d{name}" for name in wanted), found, strict=True))
+
+
+def check_equal_scores(path):
+    """All keys of a row have the same loud score, in dozens of tiles: a maximum that stays must not rescale.
+
+    LSE is the score and the logarithm of the number of keys, whatever its size; O is the mean of V.
+    """
+    rows, keys, dim, k_value = 130, 4096, 64, 7.03125
+    case = Case("equal-scores", "one score a row", "dense", (rows,), (keys,), heads=(1, 1), causal=True)
+    inputs = build(case, device_of(path))
+    q_values = 6 + torch.arange(rows, device=inputs.q.device) % 64 / 32  # each a bfloat16
+    inputs.q.copy_(q_values.view(1, rows, 1, 1).expand_as(inputs.q))
+    inputs.k.fill_(k_value)
+    options = {"causal": True, "return_softmax_lse": True}
+    result = on_path(
+        path, case.features, inputs, lambda: flash_attn.flash_attn_func(inputs.q, inputs.k, inputs.v, **options)
+    )
+    if result is None:
+        return
+    out, lse = result
+    counts = torch.arange(keys - rows + 1, keys + 1, device=inputs.q.device, dtype=torch.float64)
+    scores = q_values.double() * k_value * dim**0.5
+    units = (lse[0, 0].double() - scores - counts.log()).abs() / (torch.finfo(torch.float32).eps * scores)
+    assert units.max() <= 2, f"LSE is wrong by {units.max():.1f} units of its last place"
+    means = inputs.v.double().cumsum(1)[:, keys - rows :] / counts.view(1, rows, 1, 1)
+    assert (out.double() - means).abs().max() < torch.finfo(torch.bfloat16).eps

@@ -114,6 +114,11 @@ def test_dense(case, ran):
     assert ran == {90}
 
 
+def test_equal_scores(ran):
+    checks.check_equal_scores("sm90")
+    assert ran == {90}
+
+
 @pytest.mark.parametrize("name", VARLEN)
 def test_varlen(name, ran):
     checks.check_forward("sm90", CASES[name], num_splits=1)

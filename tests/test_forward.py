@@ -4,7 +4,7 @@ import cases
 import pytest
 import torch
 from cases import Case
-from checks import check_forward
+from checks import check_equal_scores, check_forward
 from harness import build, device_of, on_path
 from tolerance import assert_same_bits
 
@@ -18,6 +18,10 @@ MULTIHEAD = Case("multihead", "equal heads, for packed forms", "dense", (33, 33)
 @pytest.mark.parametrize("case", cases.FORWARD, ids=lambda case: case.id)
 def test_forward(path, case):
     check_forward(path, case)
+
+
+def test_equal_scores(path):
+    check_equal_scores(path)
 
 
 @pytest.mark.parametrize(

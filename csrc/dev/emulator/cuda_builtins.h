@@ -106,9 +106,14 @@ T __ldg(const T* from) {
 }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return std::exp(x); }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
+// These round, whatever the compiler would fuse them with.
+inline float rounded(float x) {
+  const volatile float result = x;
+  return result;
+}
+inline float __fmul_rn(float a, float b) { return rounded(a * b); }
+inline float __fadd_rn(float a, float b) { return rounded(a + b); }
+inline float __fsub_rn(float a, float b) { return rounded(a - b); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 using std::isinf;
