@@ -93,6 +93,22 @@ def test_forward(name):
     checks.check_forward("sm80", CASES[name])
 
 
+def test_equal_scores():
+    checks.check_equal_scores("sm80")
+
+
+def test_output_must_not_overlap_keys():
+    """What only interleaves with them, as in a fused projection, shares no element."""
+    q, k, v = torch.randn(3, 1, 80, 2, 64).bfloat16()
+    memory = torch.randn(200, 2, 64).bfloat16()
+    fused = torch.randn(1, 80, 2, 4, 64).bfloat16().unbind(3)
+    with flash_attn.use_path("sm80"):
+        for keys, values, out in ((k, v, k), (k, v, v), (memory[None, :80], v, memory[None, 40:120])):
+            with pytest.raises(RuntimeError, match="out must not overlap k or v"):
+                flash_attn.flash_attn_func(q, keys, values, causal=True, out=out)
+        flash_attn.flash_attn_func(*fused[:3], causal=True, out=fused[3])
+
+
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name):
     checks.check_backward("sm80", CASES[name])

@@ -346,13 +346,19 @@ def test_05_more_sequences_than_a_grid_dimension_holds():
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize(
-    "cu_seqlens", [[0, -5, 7], [0, 900, 901], [5, 3, 1], [-(2**31), 2**31 - 1, 0], [0, 0, 0], [900, 950, 1000]], ids=str
-)
+    "cu_seqlens",
+    [
+        [0, -5, 7], [0, 900, 901], [5, 3, 1], [-(2**31), 2**31 - 1, 0], [0, 0, 0], [900, 950, 1000],
+        [0, 0, 900, 100, 1000], [0, 700, 100, 800],  # turns of tiles that belong to no entry, or to two
+    ],
+    ids=str,
+)  # fmt: skip
 def test_lying_metadata_touches_no_foreign_memory(cu_seqlens):
     """The values are on the device, where no host check sees them; compute-sanitizer must find this clean."""
     q, k, v, dout = (_random(1000, 2, 64) for _ in range(4))
-    good, bad = cumulative([500, 500], "cuda"), int32(cu_seqlens, "cuda")
-    for cu_q, cu_k, deterministic in ((bad, good, False), (good, bad, True), (bad, bad, False), (bad, bad, True)):
+    count = len(cu_seqlens) - 1
+    good, bad = cumulative([1000 // count] * count, "cuda"), int32(cu_seqlens, "cuda")
+    for (cu_q, cu_k), deterministic in itertools.product(((bad, good), (good, bad), (bad, bad)), (False, True)):
         leaves = _leaves(q, k, v)
         out = flash_attn.flash_attn_varlen_func(
             *leaves, cu_q, cu_k, None, None, causal=True, deterministic=deterministic

@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "api/cuda_error.h"
 #include "api/cuda_stream.h"
 #include "api/params_of.h"
 #include "api/problem_of.h"
@@ -85,7 +86,7 @@ Tensor attn_probs(const AttnProbsArgs& args) {
                                .num_rows = static_cast<int>(probs.size(2)),
                                .num_columns = static_cast<int>(probs.size(3))};
   const cudaError_t error = launch_attn_probs(params, problem.dtype, current_stream(forward.q));
-  check(error == cudaSuccess, "launching the kernel of return_attn_probs failed: ", cudaGetErrorString(error));
+  check_cuda(error, "launching the kernel of return_attn_probs");
   return probs;
 }
 

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "api/cuda_error.h"
 #include "api/cuda_stream.h"
 #include "api/params_of.h"
 #include "api/problem_of.h"
@@ -61,7 +62,7 @@ class Workspace {
  public:
   Workspace(const BackwardArgs& args, const BackwardPlan& plan)
       : num_sums_(plan.num_dq_sums),
-        num_turns_(args.forward.deterministic ? plan.num_dq_counters : 0),
+        num_turns_(args.forward.deterministic ? plan.num_dq_counters + 1 : 0),
         num_rows_(args.lse.numel()),
         memory_(allocate(args.lse, {num_sums_ + num_turns_ + 2 * num_rows_}, ScalarType::Float)) {}
 
@@ -71,13 +72,17 @@ class Workspace {
     return bytes == 0 ? cudaSuccess : cudaMemsetAsync(dq_sums(), 0, bytes, stream);
   }
   float* dq_sums() const { return floats_of(memory_); }
-  int* turns() const { return num_turns_ == 0 ? nullptr : reinterpret_cast<int*>(dq_sums() + num_sums_); }
+  TurnParams turns() const {
+    if (num_turns_ == 0) return {nullptr, nullptr};
+    int* counters = reinterpret_cast<int*>(dq_sums() + num_sums_);
+    return {counters, counters + num_turns_ - 1};
+  }
   float* lse_log2() const { return dq_sums() + num_sums_ + num_turns_; }
   float* delta() const { return lse_log2() + num_rows_; }
 
  private:
   int64_t num_sums_;
-  int64_t num_turns_;
+  int64_t num_turns_;  // and the word that says whether they are lost
   int64_t num_rows_;
   Tensor memory_;
 };
@@ -129,7 +134,7 @@ BackwardResult run_backward(const BackwardArgs& args, const std::optional<Gradie
                               .dv = operand_of(dv.written),
                               .rows = row_statistics_of(lse, dlse, workspace),
                               .dq_sums = {workspace.dq_sums(), static_cast<int>(plan.query_tiles_per_head)},
-                              .turns = {workspace.turns()},
+                              .turns = workspace.turns(),
                               .heads = head_params_of(problem),
                               .seq = seq_params_of(forward, problem),
                               .key_tiles_per_head = static_cast<int>(plan.key_tiles_per_head),
@@ -145,7 +150,7 @@ BackwardResult run_backward(const BackwardArgs& args, const std::optional<Gradie
   if (error == cudaSuccess) {
     error = launch(params, {static_cast<int>(plan.num_key_blocks), static_cast<int>(plan.num_query_blocks), stream});
   }
-  check(error == cudaSuccess, "launching ", plan, " failed: ", cudaGetErrorString(error));
+  check_cuda(error, "launching ", plan);
   dq.finish();
   dk.finish();
   dv.finish();

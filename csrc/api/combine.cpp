@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "api/cuda_error.h"
 #include "api/cuda_stream.h"
 #include "kernels/misc/combine.h"
 
@@ -99,7 +100,7 @@ std::tuple<Tensor, Tensor> combine(const Tensor& out_partial, const Tensor& lse_
   const CombineAccess access =
       has_vector_columns(parts) && has_vector_columns(out) ? CombineAccess::kVector : CombineAccess::kScalar;
   const cudaError_t error = launch_combine(params, access, current_stream(out_partial));
-  check(error == cudaSuccess, "launching flash_attn_combine failed: ", cudaGetErrorString(error));
+  check_cuda(error, "launching flash_attn_combine");
   return {returned_dtype == written_dtype ? out : torch::stable::to(out, returned_dtype), lse};
 }
 

@@ -5,6 +5,7 @@
 #include <sstream>
 #include <vector>
 
+#include "api/cuda_error.h"
 #include "api/cuda_stream.h"
 #include "api/params_of.h"
 #include "api/problem_of.h"
@@ -25,6 +26,9 @@ OutputTarget make_output(const ForwardArgs& args, const std::optional<Tensor>& o
     bool equal = out->dim() == static_cast<int64_t>(shape.size());
     for (size_t dim = 0; equal && dim < shape.size(); ++dim) equal = out->size(dim) == shape[dim];
     check(equal, "out must have q's shape with v's head_dim, got ", shape_of(*out));
+    // Where q was, each tile is read before it is written; K and V are read by all.
+    check(!surely_overlap(*out, args.k) && !surely_overlap(*out, args.v),
+          "out must not overlap k or v, which are read while it is written");
   }
   return output_target_of(returned);
 }
@@ -109,7 +113,7 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
   if (plan.num_blocks > 0) {
     const cudaError_t error =
         launch(params, {static_cast<int>(plan.num_blocks), plan.tile.cluster, current_stream(args.q)});
-    check(error == cudaSuccess, "launching ", plan, " failed: ", cudaGetErrorString(error));
+    check_cuda(error, "launching ", plan);
   }
   output.finish();
   return {output.returned, lse};

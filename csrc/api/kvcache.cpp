@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "api/cuda_error.h"
 #include "api/cuda_stream.h"
 #include "kernels/misc/append_kv.h"
 #include "kernels/misc/rotary.h"
@@ -163,7 +164,7 @@ Tensor append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, 
                             .head_dim_v = static_cast<int>(v_cache.size(3))};
   const TokenAccess access = token_access_of({&k, &v, &k_cache, &v_cache});
   const cudaError_t error = launch_append_kv(params, dtype, access, current_stream(k_cache));
-  check(error == cudaSuccess, "launching the append of k and v failed: ", cudaGetErrorString(error));
+  check_cuda(error, "launching the append of k and v");
   return lengths;
 }
 
@@ -189,7 +190,7 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
                             .num_heads = static_cast<int>(x.size(rank - 2)),
                             .head_dim = static_cast<int>(x.size(rank - 1))};
   const cudaError_t error = launch_rotary(params, dtype, token_access_of({&x, &out}), current_stream(x));
-  check(error == cudaSuccess, "launching the rotary embedding failed: ", cudaGetErrorString(error));
+  check_cuda(error, "launching the rotary embedding");
   return out;
 }
 

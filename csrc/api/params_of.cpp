@@ -6,6 +6,8 @@
 #include <cmath>
 #include <vector>
 
+#include "api/cuda_error.h"
+
 namespace flash_attn {
 
 int64_t round_up_to_vector(int64_t head_dim) {
@@ -129,7 +131,7 @@ namespace {
 int attribute_of(const Tensor& tensor, cudaDeviceAttr attribute) {
   int value = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, tensor.get_device_index());
-  check(error == cudaSuccess, "reading an attribute of q's device failed: ", cudaGetErrorString(error));
+  check_cuda(error, "reading an attribute of q's device");
   return value;
 }
 

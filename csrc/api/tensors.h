@@ -79,6 +79,31 @@ inline bool has_vector_rows(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kVectorBytes == 0;
 }
 
+// Elements from a tensor's first to behind its last one.
+inline int64_t span_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  int64_t span = 1;
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    if (sizes[dim] == 0) return 0;
+    span += (sizes[dim] - 1) * strides[dim];
+  }
+  return span;
+}
+
+// Whether tensors of 16-bit elements share memory for certain: they begin at the same element, or neither leaves any
+// out between its first and its last one. Views that interleave may share nothing.
+inline bool surely_overlap(const Tensor& a, const Tensor& b) {
+  const int64_t span_a = span_of(a);
+  const int64_t span_b = span_of(b);
+  if (span_a == 0 || span_b == 0) return false;
+  const auto begin_a = reinterpret_cast<uintptr_t>(a.data_ptr());
+  const auto begin_b = reinterpret_cast<uintptr_t>(b.data_ptr());
+  if (begin_a == begin_b) return true;
+  const bool ranges_meet = begin_a < begin_b + span_b * kElementBytes && begin_b < begin_a + span_a * kElementBytes;
+  return ranges_meet && span_a == a.numel() && span_b == b.numel();
+}
+
 enum class OperandRole { kQueries, kKeys };
 
 // What the forward kernels of an architecture ask of an operand beside rows of whole vectors: TMA's descriptors have
@@ -122,13 +147,15 @@ inline Tensor allocate_like(const Tensor& like, const std::vector<int64_t>& shap
 }
 
 // Dense (batch, row, head, head_dim) or variable-length (row, head, head_dim).
+// A single row's stride may be anything, and rows past the end have addresses, which nothing is read from.
 inline Operand operand_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
   const bool dense = strides.size() == 4;
   const size_t row_dim = dense ? 1 : 0;
   return {.ptr = tensor.data_ptr(),
           .batch_stride = dense ? strides[0] : 0,
-          .row_stride = strides[row_dim],
+          .row_stride = sizes[row_dim] > 1 ? strides[row_dim] : 0,
           .head_stride = strides[row_dim + 1]};
 }
 

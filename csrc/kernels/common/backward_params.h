@@ -14,8 +14,10 @@ struct DqSums {
 };
 
 // With a turn counter for each tile of dQ, thread blocks add to it in the order of their keys. Null: in any order.
+// Offsets that decrease may leave a turn to nobody, or to two: `are_lost` says that nobody is to wait.
 struct TurnParams {
   int* counters;
+  int* are_lost;
 };
 
 // Of the forward's rows, float32, (batch, head, row) or (head, row) of a variable-length batch, all with these strides.

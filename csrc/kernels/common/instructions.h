@@ -36,6 +36,9 @@ __device__ inline int load_acquire(const int* from) {
   return value;
 }
 
+// Leaves the machine to others for a moment: 32 nanoseconds, more or less.
+__device__ inline void pause() { __nanosleep(32); }
+
 // Adds without a result. (nvcc 13.0 makes of atomicAdd, whose result nobody reads, an ATOMG that returns one.)
 __device__ inline void add_to_global(float* to, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");

@@ -22,8 +22,9 @@ struct LaunchConfig {
 // device, not once per launch: on an H200's machine that takes as long as a tenth of a small call.
 class SmemOptIn {
  public:
+  static constexpr int kWithoutOptIn = 48 * 1024;
+
   cudaError_t apply(const void* kernel, int bytes) {
-    constexpr int kWithoutOptIn = 48 * 1024;
     if (bytes <= kWithoutOptIn) return cudaSuccess;
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;

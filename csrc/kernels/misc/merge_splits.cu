@@ -147,7 +147,7 @@ void with_lanes(int head_dim_v, const Start& start) {
 cudaError_t launch_merge_splits(const ForwardParams& params, Dtype dtype, int tile_m, cudaStream_t stream) {
   const int64_t num_queries = int64_t{params.seq.rows_q} * (params.seq.cu_seqlens_q == nullptr ? params.seq.batch : 1);
   const int64_t num_rows = num_queries * params.heads.num_heads;
-  if (num_rows == 0) return cudaSuccess;
+  if (num_rows == 0) return cudaGetLastError();
   const auto start = [&](auto element, auto lanes, auto pieces) {
     start_merge<decltype(element), decltype(lanes), pieces>(params, num_rows, tile_m, stream);
   };

@@ -23,15 +23,27 @@ __device__ const Element* row_of(const Operand& operand, int batch_idx, int64_t 
   return static_cast<const Element*>(operand.ptr) + offset;
 }
 
+__device__ bool decreases(const int* offsets, int batch) {
+  if (offsets == nullptr) return false;
+  bool found = false;
+  for (int i = threadIdx.x; i < batch; i += kNumThreads) found |= offsets[i + 1] < offsets[i];
+  return found;
+}
+
 // Eight lanes share a row, so that a row of 64 columns is read in whole sectors.
 template <class Element>
 __global__ void __launch_bounds__(kNumThreads) row_statistics_kernel(const __grid_constant__ BackwardParams params) {
-  const int blocks_per_head = (params.seq.rows_q + kRowsPerBlock - 1) / kRowsPerBlock;
+  const SeqParams& seq = params.seq;
+  if (blockIdx.x == 0 && params.turns.counters != nullptr &&
+      (decreases(seq.cu_seqlens_q, seq.batch) || decreases(seq.cu_seqlens_k, seq.batch))) {
+    *params.turns.are_lost = 1;
+  }
+  const int blocks_per_head = (seq.rows_q + kRowsPerBlock - 1) / kRowsPerBlock;
   const int run = blockIdx.x / blocks_per_head;
   const int head_idx = run % params.heads.num_heads;
   const int batch_idx = run / params.heads.num_heads;
   const int row = blockIdx.x % blocks_per_head * kRowsPerBlock + threadIdx.x / kLanesPerRow;
-  if (row >= params.seq.rows_q) return;  // all lanes of a row, or none
+  if (row >= seq.rows_q) return;  // all lanes of a row, or none
 
   const RowStatistics& rows = params.rows;
   const int64_t idx = batch_idx * rows.batch_stride + head_idx * rows.head_stride + row;

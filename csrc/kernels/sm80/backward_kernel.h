@@ -111,7 +111,7 @@ __device__ void accumulate_dq(const BackwardParams& params, const SeqInfo& seq, 
     add_to_dq<Traits>(sums, tQrDq);
   } else {
     int* counter = params.turns.counters + tile_idx * Traits::kColumnBlocks + column_block;
-    add_to_dq_in_turn<Traits>(sums, tQrDq, counter, turn);
+    add_to_dq_in_turn<Traits>(sums, tQrDq, counter, turn, params.turns.are_lost);
   }
 }
 

@@ -12,6 +12,7 @@ cudaError_t launch_backward(const BackwardParams& params, const BackwardLaunchCo
   using Traits = BackwardTraits<kVariant>;
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   constexpr int kStoreSmemBytes = Traits::kTileM * Traits::kColumns * sizeof(typename Traits::Element);
+  static_assert(kStoreSmemBytes <= SmemOptIn::kWithoutOptIn);
   const auto kernel = &backward_kernel<Traits>;
   static SmemOptIn smem_opt_in;
   const cudaError_t error = smem_opt_in.apply(reinterpret_cast<const void*>(kernel), kSmemBytes);

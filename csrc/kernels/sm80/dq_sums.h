@@ -41,14 +41,13 @@ __device__ void add_to_dq(float* sums, const Acc& acc) {
 
 // Adds in the order of turns: `counter` is the turn that may add now.
 template <class Traits, class Acc>
-__device__ void add_to_dq_in_turn(float* sums, const Acc& acc, int* counter, int turn) {
+__device__ void add_to_dq_in_turn(float* sums, const Acc& acc, int* counter, int turn, const int* are_lost) {
   if (threadIdx.x == 0) {
-    while (detail::load_acquire(counter) != turn) {
-    }
+    while (detail::load_acquire(counter) != turn && *are_lost == 0) detail::pause();
   }
   __syncthreads();
   add_to_dq<Traits>(sums, acc);
-  __threadfence();
+  // What the barrier lets this thread see, its store_release lets the next block see.
   __syncthreads();
   if (threadIdx.x == 0) detail::store_release(counter, turn + 1);
 }
