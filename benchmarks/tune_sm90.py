@@ -4,7 +4,8 @@
 
 Each tile is compiled into a program of its own, all of them at once, and they take turns for several rounds. Figures
 are bf16 TFLOP/s, the median of the rounds; causal counts half. A tile whose sum of outputs differs from the first's
-is marked, one that fails or hangs left out: the tests say which are right. The winner belongs into csrc/variant/tiles.h, with the limit that it hits as the row's reason.
+is marked, one that fails or hangs is left out; which are right the tests say. The winner belongs into
+csrc/variant/tiles.h, with the limit that it hits as the row's reason.
 """
 
 from __future__ import annotations
