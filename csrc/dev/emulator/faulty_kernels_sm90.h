@@ -31,7 +31,7 @@ struct Operands {
   SharedMma mma;
   decltype(mma.get_slice(0).partition_fragment_A(make_tensor(make_smem_ptr<Element>(nullptr), SmemLayout{}))) a;
   decltype(mma.get_slice(0).partition_fragment_B(make_tensor(make_smem_ptr<Element>(nullptr), SmemLayout{}))) b;
-  decltype(partition_fragment_C(mma, Shape<_64, _64>{})) acc;
+  decltype(sm90::make_accumulator<64>()) acc;
 };
 
 // Of both tiles with each other.
@@ -40,7 +40,7 @@ inline Operands operands_of(Storage& smem) {
   return {.mma = {},
           .a = thread.partition_fragment_A(make_tensor(make_smem_ptr(smem.a), SmemLayout{})),
           .b = thread.partition_fragment_B(make_tensor(make_smem_ptr(smem.b), SmemLayout{})),
-          .acc = partition_fragment_C(SharedMma{}, Shape<_64, _64>{})};
+          .acc = sm90::make_accumulator<64>()};
 }
 
 inline void start(Operands& x) { sm90::start_gemm(x.mma, x.a, x.b, x.acc, GMMA::ScaleOut::Zero); }

@@ -1,7 +1,7 @@
 // Everything about an SM80 forward kernel that is known when it is compiled, derived once from its tile row.
 #pragma once
 
-#include "kernels/sm80/tile_types.h"
+#include "kernels/sm80/row_access.h"
 #include "kernels/sm80/warp_mma.h"
 #include "variant/tiles.h"
 

@@ -4,7 +4,7 @@
 
 #include "kernels/common/tensor.h"
 #include "kernels/sm80/instructions.h"
-#include "kernels/sm80/tile_types.h"
+#include "kernels/sm80/row_access.h"
 #include "kernels/sm80/warp_mma.h"
 
 namespace flash_attn::sm80 {

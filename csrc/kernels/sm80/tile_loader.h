@@ -6,7 +6,7 @@
 #include "kernels/common/params.h"
 #include "kernels/common/tensor.h"
 #include "kernels/sm80/instructions.h"
-#include "kernels/sm80/tile_types.h"
+#include "kernels/sm80/row_access.h"
 
 namespace flash_attn::sm80 {
 

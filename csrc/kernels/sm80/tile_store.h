@@ -4,8 +4,8 @@
 #include "kernels/common/convert.h"
 #include "kernels/common/params.h"
 #include "kernels/common/tensor.h"
+#include "kernels/sm80/row_access.h"
 #include "kernels/sm80/tile_loader.h"
-#include "kernels/sm80/tile_types.h"
 #include "kernels/sm80/warp_mma.h"
 
 namespace flash_attn::sm80 {

@@ -41,7 +41,7 @@ class OverlappedSchedule {
     Tensor tSrQ = group_qk.partition_fragment_A(sQ)(_, _, _, q_stage);  // (MMA, MMA_M, MMA_K)
     const Tensor tSrK = group_qk.partition_fragment_B(sK);              // (MMA, MMA_N, MMA_K, stage)
     const Tensor tOrV = group_pv.partition_fragment_B(sVt);             // (MMA, MMA_N over head_dim_v, MMA_K, stage)
-    Tensor tSrS = partition_fragment_C(mma_qk, Shape<Int<Traits::kTileM>, Int<Traits::kTileN>>{});
+    Tensor tSrS = make_accumulator<Traits::kTileN>();
     Tensor tOrP = make_tensor<Element>(as_a_operand(tSrS.layout()));  // (MMA, MMA_M, MMA_K)
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
     Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));

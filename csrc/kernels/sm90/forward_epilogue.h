@@ -18,20 +18,16 @@ __device__ void store_output(const ForwardParams& params, const ForwardTensorMap
                              typename Traits::Element* smem, int group, const AccO& tOrO) {
   using Element = typename Traits::Element;
   constexpr int kBoxCols = Traits::template kBoxCols<Traits::kGroupCols>;
-  const int row_group = row_group_of<Traits>(group);
   const int first_col = column_group_of<Traits>(group) * Traits::kGroupCols;
   Element* columns = smem + first_col * Traits::kTileM;
-  Tensor sO = make_tensor(make_smem_ptr(columns), typename Traits::SmemLayoutO{});
-  const auto to_smem = make_tiled_copy_C(Copy_Atom<StoreMatrix, Element>{}, typename Traits::TiledMmaPV{});
-  const auto thread_to_smem = to_smem.get_slice(lane_of_rows(row_group));
-  Tensor rounded = convert_to<Element>(tOrO);
+  const int first_row = row_group_of<Traits>(group) * Traits::kGroupRows;
+  const Tensor rounded = convert_to<Element>(tOrO);
   // A warp's wait for its matrix products says nothing about those of its neighbours, which may read these rows of Q.
   wait_at(NamedBarrier::kOutput, group, kThreadsPerWarpgroup);
-  copy(to_smem, thread_to_smem.retile_S(rounded), thread_to_smem.partition_D(sO));
+  store_accumulator<Traits::kTileM, Traits::kGroupCols>(columns, first_row, rounded);
   fence_smem_writes();
   wait_at(NamedBarrier::kOutput, group, kThreadsPerWarpgroup);
 
-  const int first_row = row_group * Traits::kGroupRows;
   if (threadIdx.x % kThreadsPerWarpgroup == 0 && tile.m_begin + first_row < tile.num_rows()) {
     const auto box = RowBox<Traits::kGroupRows, kBoxCols>::of_packed_rows(params.o, tile, first_row);
     box.template store<Traits::kGroupCols>(maps.o, columns + first_row * kBoxCols, Traits::kTileM * kBoxCols,

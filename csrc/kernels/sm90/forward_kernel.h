@@ -26,17 +26,15 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
   ScheduleOf<Traits> schedule(smem, group);
   StageCursor<Traits::kQStages> q;
   LeavingOutput<Traits> leaving(smem);
-  typename Traits::TiledMmaPV mma_pv;
-  Tensor tOrO = partition_fragment_C(mma_pv, Shape<Int<Traits::kTileM>, Int<Traits::kGroupCols>>{});
+  Tensor tOrO = make_accumulator<Traits::kGroupCols>();
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
-  const int lane = lane_of_rows(row_group_of<Traits>(group));
-  const auto score_coords = accumulator_coords<typename Traits::TiledMmaQK, Traits::kTileM, Traits::kTileN>(lane);
-  const auto output_coords = accumulator_coords<typename Traits::TiledMmaPV, Traits::kTileM, Traits::kGroupCols>(lane);
+  const int first_row = row_group_of<Traits>(group) * Traits::kGroupRows;
+  const auto score_coords = accumulator_coords<Traits::kTileN>(first_row);
+  const auto output_coords = accumulator_coords<Traits::kGroupCols>(first_row);
 
   for_each_tile<Traits>(params, order, [&](const PackedTile& cluster_tile) {
     const PackedTile tile = tile_of_block<Traits>(cluster_tile);
-    const GroupKeys seen = keys_of_group<Traits>(params, tile, row_group_of<Traits>(group) * Traits::kGroupRows,
-                                                 visited_keys<Traits>(params, cluster_tile));
+    const GroupKeys seen = keys_of_group<Traits>(params, tile, first_row, visited_keys<Traits>(params, cluster_tile));
     const PackedKeys<Traits::kMask> keys{{tile.seq, params.window}, tile.rows};
     const auto score = [&](auto& scores, int n_idx) {
       const int n_begin = n_idx * Traits::kTileN;

@@ -7,6 +7,7 @@
 #include <cute/tensor.hpp>
 #include <type_traits>
 
+#include "kernels/common/smem_tile.h"
 #include "kernels/sm90/barriers.h"
 #include "kernels/sm90/wgmma_shapes.h"
 #include "variant/tiles.h"
@@ -67,7 +68,7 @@ struct ForwardTraits {
 
   // ---- shared memory: a tile is a row of boxes, each as wide as the swizzle's 64 or 128 bytes
   template <int kCols>
-  static constexpr int kBoxCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kBoxCols = block_cols(kCols);
   template <int kCols>
   using AtomK =
       std::conditional_t<kBoxCols<kCols> == 64, GMMA::Layout_K_SW128_Atom<Element>, GMMA::Layout_K_SW64_Atom<Element>>;
@@ -82,7 +83,6 @@ struct ForwardTraits {
   // A group's columns of V, seen as (columns, keys), which is how the second product reads them.
   using SmemLayoutVt = decltype(tile_to_shape(
       AtomMN<kGroupCols>{}, Shape<Int<kGroupCols>, Int<kTileN>, Int<kKvStages>>{}, Step<_2, _1, _3>{}));
-  using SmemLayoutO = decltype(tile_to_shape(AtomK<kGroupCols>{}, Shape<Int<kTileM>, Int<kGroupCols>>{}));
   static_assert(kColumnGroups == 1 || kKvStages == 1,
                 "a group's columns of several stages of V don't lie side by side");
   static_assert(kColumnGroups == 1 || kQStages == 1,

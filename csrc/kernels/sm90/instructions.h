@@ -140,7 +140,11 @@ __device__ inline void wait_for_stores() { tma_store_wait<0>(); }
 // What this thread wrote to shared memory can be read by the copy engine and the tensor cores.
 __device__ inline void fence_smem_writes() { tma_store_fence(); }
 
-using StoreMatrix = SM90_U32x4_STSM_N;
+// Four matrices of 8 x 8 elements, of which each lane has two neighbours of a row; lane l has the address of row l % 8
+// of matrix l / 8.
+__device__ inline void store_matrices(uint32_t a, uint32_t b, uint32_t c, uint32_t d, void* row) {
+  SM90_U32x4_STSM_N::copy(a, b, c, d, *static_cast<uint128_t*>(row));
+}
 
 // ---- matrix products of a warpgroup. Between the fence before they start and the wait their registers are the tensor
 // cores'.

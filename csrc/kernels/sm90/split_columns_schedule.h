@@ -74,8 +74,7 @@ class SplitColumnsSchedule {
     typename Traits::TiledMmaPV mma_pv;
     const auto group_pv = mma_pv.get_slice(0);
     const Tensor tOrV = group_pv.partition_fragment_B(sVt)(_, _, _, _0{});  // (MMA, MMA_N over columns, MMA_K)
-    Tensor tSrS =
-        partition_fragment_C(typename Traits::TiledMmaQK{}, Shape<Int<Traits::kTileM>, Int<Traits::kTileN>>{});
+    Tensor tSrS = make_accumulator<Traits::kTileN>();
     Tensor tOrP = make_tensor<Element>(as_a_operand(tSrS.layout()));  // (MMA, MMA_M, MMA_K)
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
     Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
@@ -175,12 +174,9 @@ class SplitColumnsSchedule {
   // P and the rows' factors to shared memory; returns the stage.
   template <class Probs, class Factors>
   __device__ int hand_over(const Probs& tSrP, const Factors& factors) {
-    Tensor sP = make_tensor(make_smem_ptr(&smem_.p[0][0]), SmemLayoutP{});
-    const auto to_smem = make_tiled_copy_C(Copy_Atom<StoreMatrix, Element>{}, typename Traits::TiledMmaQK{});
-    const auto thread_to_smem = to_smem.get_slice(lane_of_rows(0));
     const int stage = p_.idx;
     wait_at(NamedBarrier::kProbsEmpty, stage, kNumThreads);
-    copy(to_smem, thread_to_smem.retile_S(tSrP), thread_to_smem.partition_D(sP(_, _, stage)));
+    store_accumulator<Traits::kTileM, Traits::kTileN>(smem_.p[stage], 0, tSrP);
     write_rows(smem_.barriers.rows.factors[stage], factors);
     fence_smem_writes();
     arrive_at(NamedBarrier::kProbsFull, stage, kNumThreads);

@@ -6,6 +6,7 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/common/row_reducer.h"
+#include "kernels/common/smem_tile.h"
 #include "kernels/sm90/forward_traits.h"
 
 namespace flash_attn::sm90 {
@@ -21,11 +22,6 @@ template <class Traits>
 CUTE_DEVICE int column_group_of(int group) {
   return Traits::kColumnGroups == 1 ? 0 : group;
 }
-// This thread's place among those that own a tile's rows.
-CUTE_DEVICE int lane_of_rows(int row_group) {
-  return row_group * kThreadsPerWarpgroup + threadIdx.x % kThreadsPerWarpgroup;
-}
-
 // Starts acc = A B, or acc += A B, over kNumSteps of the steps from `first_step` on; B is in shared memory, A there or
 // in registers. Until wait_for_gemms() the registers belong to the tensor cores.
 template <int kNumSteps, class TiledMma, class FragA, class FragB, class Acc>
@@ -56,19 +52,53 @@ CUTE_DEVICE void wait_for_gemms(Acc& acc) {
   fence_fragment(acc);
 }
 
-// Accumulator ((2, 2, N / 8), MMA_M, MMA_N) -> (rows, columns): a lane holds two rows, two columns of every eight.
+// ---- accumulators: of a warp's 16 rows and of every eight columns a thread has two neighbouring columns of one row
+// and of the eighth one after it
+
+inline constexpr int kRowsPerWarp = 16;
+
+// Of kCols columns: ((column pair, row pair, N / 8), 1, 1).
+template <int kCols>
+CUTE_DEVICE auto make_accumulator() {
+  static_assert(kCols % 8 == 0);
+  return make_tensor<float>(Shape<Shape<_2, _2, Int<kCols / 8>>, _1, _1>{});
+}
+
+// Accumulator ((2, 2, N / 8), 1, 1) -> (rows, columns).
 template <class Layout>
 CUTE_HOST_DEVICE constexpr auto as_rows_and_columns(Layout layout) {
   static_assert(decltype(rank(layout))::value == 3 && decltype(rank<0>(layout))::value == 3);
-  return make_layout(make_layout(get<0, 1>(layout), get<1>(layout)),
-                     make_layout(get<0, 0>(layout), get<0, 2>(layout), get<2>(layout)));
+  return make_layout(get<0, 1>(layout), make_layout(get<0, 0>(layout), get<0, 2>(layout)));
 }
 
-// The (row, column) within a tile of each element that thread `thread_idx` of a product holds of its accumulator.
-template <class Mma, int kRows, int kCols>
-CUTE_DEVICE auto accumulator_coords(int thread_idx) {
-  const Tensor coords = Mma{}.get_slice(thread_idx).partition_C(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
-  return make_tensor(coords.data(), as_rows_and_columns(coords.layout()));
+// A warp's first row among those of a tile, whose 64 rows from `first_row` on are the warpgroup's.
+CUTE_DEVICE int first_row_of_warp(int first_row) {
+  return first_row + threadIdx.x % kThreadsPerWarpgroup / kThreadsPerWarp * kRowsPerWarp;
+}
+
+// The (row, column) within the tile of each element that this thread holds, in the view of as_rows_and_columns.
+template <int kCols>
+CUTE_DEVICE auto accumulator_coords(int first_row) {
+  using Rows = Layout<_2, ScaledBasis<_8, 0>>;
+  using Cols = Layout<Shape<_2, Int<kCols / 8>>, Stride<ScaledBasis<_1, 1>, ScaledBasis<_8, 1>>>;
+  const int lane = threadIdx.x % kThreadsPerWarp;
+  return make_tensor(make_inttuple_iter(make_coord(first_row_of_warp(first_row) + lane / 4, lane % 4 * 2)),
+                     make_layout(Rows{}, Cols{}));
+}
+
+// Stores a rounded accumulator as rows of a tile in shared memory, 16 columns of a warp's rows at a time: each lane has
+// the address of eight columns of one row.
+template <int kTileRows, int kCols, class Element, class Rounded>
+CUTE_DEVICE void store_accumulator(Element* tile, int first_row, const Rounded& rounded) {
+  static_assert(kCols % 16 == 0);
+  const int lane = threadIdx.x % kThreadsPerWarp;
+  const TilePlace<Element, SmemTile<kTileRows, kCols>> place(tile, first_row_of_warp(first_row) + lane % kRowsPerWarp,
+                                                             lane / kRowsPerWarp * 8);
+  const Tensor pairs = recast<const uint32_t>(rounded);  // two rows of every eight columns
+  CUTE_UNROLL
+  for (int n = 0; n < kCols / 16; ++n) {
+    store_matrices(pairs(4 * n), pairs(4 * n + 1), pairs(4 * n + 2), pairs(4 * n + 3), place.at(0, 16 * n));
+  }
 }
 
 // Accumulator ((2, 2, N / 8), MMA_M, MMA_N) -> A operand ((2, 2, 2), MMA_M, (N / 16, MMA_N)): two blocks of eight

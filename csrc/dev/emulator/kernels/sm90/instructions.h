@@ -87,14 +87,9 @@ inline void commit_stores() { emulator::commit_box_stores(); }
 inline void wait_for_stores() { emulator::wait_for_box_stores(); }
 inline void fence_smem_writes() { emulator::ordering::fence(); }
 
-struct StoreMatrix {
-  using SRegisters = uint32_t[4];
-  using DRegisters = uint128_t[1];
-
-  static void copy(const uint32_t& s0, const uint32_t& s1, const uint32_t& s2, const uint32_t& s3, uint128_t& row) {
-    emulator::store_matrices({s0, s1, s2, s3}, &row);
-  }
-};
+inline void store_matrices(uint32_t a, uint32_t b, uint32_t c, uint32_t d, void* row) {
+  emulator::store_matrices({a, b, c, d}, static_cast<uint128_t*>(row));
+}
 
 template <class Fragment>
 void fence_fragment(Fragment&) {}
@@ -135,11 +130,3 @@ void wait_for_products() {
 }
 
 }  // namespace flash_attn::sm90
-
-namespace cute {
-
-// Which lane holds what is the hardware's.
-template <>
-struct Copy_Traits<flash_attn::sm90::StoreMatrix> : Copy_Traits<SM90_U32x4_STSM_N> {};
-
-}  // namespace cute
