@@ -1,11 +1,14 @@
 """Times tile shapes of the SM90 forward kernels on this machine's GPU, beside those that the tile table holds.
 
     CUTLASS_PATH=.../cutlass/include python benchmarks/tune_sm90.py 128/128 [64/64 ...] [--mask full] [--length 1024]
+        [--folder FOLDER [--compile-only]]
 
-Each tile is compiled into a program of its own, all of them at once, and they take turns for several rounds. Figures
-are bf16 TFLOP/s, the median of the rounds; causal counts half. A tile whose sum of outputs differs from the first's
-is marked, one that fails or hangs is left out; which are right the tests say. The winner belongs into
-csrc/variant/tiles.h, with the limit that it hits as the row's reason.
+Each tile is compiled into a program of its own, as many at once as there are cores: about 40 s of one. Those of the
+same head dims and mask take turns for several rounds as soon as they are there. --folder keeps the programs, so that
+--compile-only can make them while the GPU is busy with something else. Figures are bf16 TFLOP/s, the median of the
+rounds; causal counts half. A tile whose sum of outputs differs from the first's is marked, one that fails or hangs is
+left out; which are right the tests say. The winner belongs into csrc/variant/tiles.h, with the limit that it hits as
+the row's reason.
 """
 
 from __future__ import annotations
@@ -74,8 +77,10 @@ TILES = {
 def compile_program(folder: Path, head_dims: tuple[int, int], tile: tuple[int | str, ...], mask: str) -> Path | None:
     """The program for one tile; None, with the reason printed, where the compiler refuses it."""
     program = folder / "-".join(map(str, (*head_dims, mask, *tile))).replace("::", "_")
+    if program.exists():
+        return program
     # nvcc takes a comma in -D for the end of a definition.
-    source = program.with_suffix(".cu")
+    source, unfinished = program.with_suffix(".cu"), program.with_suffix(".unfinished")
     source.write_text(
         f"#define HEAD_DIMS {head_dims[0]}, {head_dims[1]}\n"
         f"#define TILE {', '.join(map(str, tile))}\n"
@@ -85,13 +90,13 @@ def compile_program(folder: Path, head_dims: tuple[int, int], tile: tuple[int | 
     command = [
         os.environ.get("NVCC", "nvcc"), "-std=c++20", "--expt-relaxed-constexpr", "-O3", "-diag-suppress=177",
         f"-I{ROOT / 'csrc'}", f"-I{os.environ['CUTLASS_PATH']}", "-gencode=arch=compute_90a,code=sm_90a",
-        str(source), str(ROOT / "csrc" / "kernels" / "sm90" / "tensor_map.cpp"), "-o", str(program),
+        str(source), str(ROOT / "csrc" / "kernels" / "sm90" / "tensor_map.cpp"), "-o", str(unfinished),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     for line in (done.stdout + done.stderr).splitlines():
         if "error" in line or "serialized" in line:
             print(f"{program.name}: {line[:200]}", file=sys.stderr)
-    return program if done.returncode == 0 else None
+    return unfinished.rename(program) if done.returncode == 0 else None
 
 
 def run(program: Path, batch: int, heads: int, length: int) -> tuple[float, float] | None:
@@ -100,7 +105,7 @@ def run(program: Path, batch: int, heads: int, length: int) -> tuple[float, floa
     try:
         done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=SECONDS_OF_A_HANG)
     except subprocess.CalledProcessError as error:
-        print(f"{program.name}: {error.stdout}{error.stderr}", file=sys.stderr)
+        print(f"{program.name}: status {error.returncode}, {error.stdout}{error.stderr}", file=sys.stderr)
         return None
     except subprocess.TimeoutExpired:
         print(f"{program.name}: no end after {SECONDS_OF_A_HANG} s", file=sys.stderr)
@@ -112,6 +117,7 @@ def run(program: Path, batch: int, heads: int, length: int) -> tuple[float, floa
 def tune(
     head_dims: tuple[int, int], mask: str, lengths: list[int], programs: dict[tuple[int | str, ...], Path]
 ) -> None:
+    """Times the programs of all tiles. One that fails is not run again: a hang costs SECONDS_OF_A_HANG each time."""
     qk, v = head_dims
     for length in lengths:
         batch, heads = max(1, NUM_TOKENS // length), max(4, 2048 // qk)
@@ -122,7 +128,7 @@ def tune(
             for tile in list(times):
                 result = run(programs[tile], batch, heads, length)
                 if result is None:
-                    del times[tile]
+                    del times[tile], programs[tile]
                 else:
                     times[tile].append(result[0])
                     totals[tile] = result[1]
@@ -138,24 +144,32 @@ def main() -> None:
     parser.add_argument("head_dims", nargs="+", help="head_dim/head_dim_v, as in 192/128")
     parser.add_argument("--mask", action="append", choices=("full", "causal"))
     parser.add_argument("--length", action="append", type=int)
+    parser.add_argument("--folder", type=Path, help="keep programs here, and take those that are here")
+    parser.add_argument("--compile-only", action="store_true", help="time nothing; needs --folder")
     args = parser.parse_args()
+    if "CUTLASS_PATH" not in os.environ:
+        parser.error("CUTLASS_PATH must be the folder of CUTLASS's headers")
+    if args.compile_only and args.folder is None:
+        parser.error("--compile-only needs --folder")
     chosen = [tuple(int(d) for d in pair.split("/")) for pair in args.head_dims]
-    masks = args.mask or ["full", "causal"]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+    for head_dims in chosen:
+        if head_dims not in TILES:
+            known = ", ".join("/".join(map(str, pair)) for pair in TILES)
+            parser.error(f"head_dims must be of {known}, got {'/'.join(map(str, head_dims))}")
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+        folder = (args.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         jobs = {
-            (head_dims, mask, tile): pool.submit(compile_program, Path(folder), head_dims, tile, mask)
+            (head_dims, mask): {
+                tile: pool.submit(compile_program, folder, head_dims, tile, mask) for tile in TILES[head_dims]
+            }
             for head_dims in chosen
-            for mask in masks
-            for tile in TILES[head_dims]
+            for mask in args.mask or ["full", "causal"]
         }
-        built = {key: job.result() for key, job in jobs.items()}
-        for head_dims in chosen:
-            for mask in masks:
-                programs = {
-                    tile: built[head_dims, mask, tile]
-                    for tile in TILES[head_dims]
-                    if built[head_dims, mask, tile] is not None
-                }
+        for (head_dims, mask), of_tiles in jobs.items():
+            built = {tile: job.result() for tile, job in of_tiles.items()}
+            programs = {tile: program for tile, program in built.items() if program is not None}
+            if not args.compile_only:
                 tune(head_dims, mask, args.length or [1024, 16384], programs)
 
 
