@@ -36,6 +36,14 @@ __device__ inline int load_acquire(const int* from) {
   return value;
 }
 
+// The same address, of which the compiler does not know how it came about: what lies at constant distances from it is
+// reached by immediates, not by sums of its own for each.
+template <class T>
+__device__ T* as_base(T* address) {
+  asm("" : "+l"(address));
+  return address;
+}
+
 // Leaves the machine to others for a moment: 32 nanoseconds, more or less.
 __device__ inline void pause() { __nanosleep(32); }
 

@@ -28,6 +28,11 @@ inline int load_acquire(const int* from) {
   return emulator::memory::load_from_global(from);
 }
 
+template <class T>
+T* as_base(T* address) {
+  return address;
+}
+
 inline void pause() {}  // load_acquire counts
 
 inline void add_to_global(float* to, float value) { emulator::memory::add_to_global(to, value); }
