@@ -4,11 +4,11 @@
         [--folder FOLDER [--compile-only]]
 
 Each tile is compiled into a program of its own, as many at once as there are cores: about 40 s of one. Those of the
-same head dims and mask take turns for several rounds as soon as they are there. --folder keeps the programs, so that
---compile-only can make them while the GPU is busy with something else. Figures are bf16 TFLOP/s, the median of the
-rounds; causal counts half. A tile whose sum of outputs differs from the first's is marked, one that fails or hangs is
-left out; which are right the tests say. The winner belongs into csrc/variant/tiles.h, with the limit that it hits as
-the row's reason.
+same head dims and mask take turns for several rounds as soon as they are there. --folder keeps the programs until a
+header changes, so that --compile-only can make them while the GPU is busy with something else. Figures are bf16
+TFLOP/s, the median of the rounds; causal counts half. A tile whose sum of outputs differs from the first's is marked,
+one that fails or hangs is left out; which are right the tests say. The winner belongs into csrc/variant/tiles.h, with
+the limit that it hits as the row's reason.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ TILES = {
 def compile_program(folder: Path, head_dims: tuple[int, int], tile: tuple[int | str, ...], mask: str) -> Path | None:
     """The program for one tile; None, with the reason printed, where the compiler refuses it."""
     program = folder / "-".join(map(str, (*head_dims, mask, *tile))).replace("::", "_")
-    if program.exists():
+    newest = max(path.stat().st_mtime for path in (PROGRAM, *(ROOT / "csrc").rglob("*.h")))
+    if program.exists() and program.stat().st_mtime > newest:
         return program
     # nvcc takes a comma in -D for the end of a definition.
     source, unfinished = program.with_suffix(".cu"), program.with_suffix(".unfinished")

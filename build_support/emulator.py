@@ -91,7 +91,8 @@ FEW = Build(ROOT / "build" / "emulator", VARIANTS)
 ALL = Build(ROOT / "build" / "emulator-all", ())
 CLUSTERS = Build(ROOT / "build" / "emulator-clusters", CLUSTER_VARIANTS, ("-DFLASH_ATTN_SM90_CLUSTER=2",))
 
-CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
+_CPU_INFO = Path("/proc/cpuinfo")
+CPU_FLAGS = _CPU_INFO.read_text().split() if _CPU_INFO.exists() else []
 COMMON_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w", "-Wno-psabi"]
 KERNEL_FLAGS = [
     # Headers of the emulator stand in for those of the same name.

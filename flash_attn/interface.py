@@ -91,7 +91,8 @@ def flash_attn_func(
         Attention sinks: a score per head that takes part in the softmax's denominator and has no value. It
         has a gradient.
     out : Tensor, (batch, seqlen_q, num_heads, head_dim_v), q's dtype, optional
-        Receives the result; stride 1 in its last dimension. Not when a gradient is needed. It must not overlap k or v.
+        Receives the result; stride 1 in its last dimension. It must not overlap q, k or v, nor be given when a
+        gradient is needed.
     return_softmax_lse : bool
         Return (out, lse). lse has a gradient.
     num_splits : int

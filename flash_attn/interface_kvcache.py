@@ -80,7 +80,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse : bool
         Return (out, lse).
     out : Tensor, q's shape with head_dim_v, optional
-        As in `flash_attn_func`.
+        As in `flash_attn_func`; it must not overlap the cache either.
     cu_seqlens_q, cu_seqlens_k_new : Tensor, (batch + 1,), int32, optional
         Where each entry starts in a packed q, and in packed k and v.
     max_seqlen_q : int, integer Tensor of one element or None

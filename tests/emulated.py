@@ -104,7 +104,7 @@ def test_output_must_not_overlap_keys():
     fused = torch.randn(1, 80, 2, 4, 64).bfloat16().unbind(3)
     with flash_attn.use_path("sm80"):
         for keys, values, out in ((k, v, k), (k, v, v), (memory[None, :80], v, memory[None, 40:120])):
-            with pytest.raises(RuntimeError, match="out must not overlap k or v"):
+            with pytest.raises(RuntimeError, match="out must not overlap the keys or values"):
                 flash_attn.flash_attn_func(q, keys, values, causal=True, out=out)
         flash_attn.flash_attn_func(*fused[:3], causal=True, out=fused[3])
 

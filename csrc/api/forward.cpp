@@ -28,7 +28,7 @@ OutputTarget make_output(const ForwardArgs& args, const std::optional<Tensor>& o
     check(equal, "out must have q's shape with v's head_dim, got ", shape_of(*out));
     // Where q was, each tile is read before it is written; K and V are read by all.
     check(!surely_overlap(*out, args.k) && !surely_overlap(*out, args.v),
-          "out must not overlap k or v, which are read while it is written");
+          "out must not overlap the keys or values, which are read while it is written");
   }
   return output_target_of(returned);
 }

@@ -79,29 +79,33 @@ inline bool has_vector_rows(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kVectorBytes == 0;
 }
 
-// Elements from a tensor's first to behind its last one.
-inline int64_t span_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
+// From a tensor's first element to behind its last one, and how many there are in between, each counted once.
+struct Extent {
   int64_t span = 1;
-  for (size_t dim = 0; dim < sizes.size(); ++dim) {
-    if (sizes[dim] == 0) return 0;
-    span += (sizes[dim] - 1) * strides[dim];
+  int64_t count = 1;
+
+  explicit Extent(const Tensor& tensor) {
+    const auto sizes = tensor.sizes();
+    const auto strides = tensor.strides();
+    for (size_t dim = 0; dim < sizes.size(); ++dim) {
+      span += (sizes[dim] - 1) * strides[dim];
+      if (strides[dim] != 0 || sizes[dim] == 0) count *= sizes[dim];
+    }
   }
-  return span;
-}
+};
 
 // Whether tensors of 16-bit elements share memory for certain: they begin at the same element, or neither leaves any
 // out between its first and its last one. Views that interleave may share nothing.
 inline bool surely_overlap(const Tensor& a, const Tensor& b) {
-  const int64_t span_a = span_of(a);
-  const int64_t span_b = span_of(b);
-  if (span_a == 0 || span_b == 0) return false;
+  const Extent extent_a(a);
+  const Extent extent_b(b);
+  if (extent_a.count == 0 || extent_b.count == 0) return false;
   const auto begin_a = reinterpret_cast<uintptr_t>(a.data_ptr());
   const auto begin_b = reinterpret_cast<uintptr_t>(b.data_ptr());
   if (begin_a == begin_b) return true;
-  const bool ranges_meet = begin_a < begin_b + span_b * kElementBytes && begin_b < begin_a + span_a * kElementBytes;
-  return ranges_meet && span_a == a.numel() && span_b == b.numel();
+  const bool ranges_meet =
+      begin_a < begin_b + extent_b.span * kElementBytes && begin_b < begin_a + extent_a.span * kElementBytes;
+  return ranges_meet && extent_a.span == extent_a.count && extent_b.span == extent_b.count;
 }
 
 enum class OperandRole { kQueries, kKeys };

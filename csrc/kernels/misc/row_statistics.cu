@@ -23,6 +23,7 @@ __device__ const Element* row_of(const Operand& operand, int batch_idx, int64_t 
   return static_cast<const Element*>(operand.ptr) + offset;
 }
 
+// Whether one of this thread's share of the offsets is below the one before it.
 __device__ bool decreases(const int* offsets, int batch) {
   if (offsets == nullptr) return false;
   bool found = false;

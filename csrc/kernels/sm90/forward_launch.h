@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 
 #include "kernels/common/launch.h"
 #include "kernels/common/start_kernel.h"
@@ -63,12 +64,21 @@ inline bool is_persistent(const ForwardParams& params) {
   return seq.cu_seqlens_q == nullptr && seq.seqused_q == nullptr && seq.seqused_k == nullptr;
 }
 
+// The step with which a cluster comes by all places of a run in turn, short ones among them: an entry's end, or the
+// tile without a partner.
+inline int find_step(int num_clusters, int units_per_run) {
+  for (int step = 0; step < num_clusters; ++step) {
+    if (std::gcd(num_clusters + step, units_per_run) == 1) return step;
+  }
+  return 0;
+}
+
 template <class Traits>
 TileOrder make_tile_order(const ForwardParams& params, const LaunchConfig& config) {
   const int num_runs = config.num_blocks / (params.tiles_per_head * Traits::kClusterBlocks);
   const bool pairs = Traits::kMask != Mask::kFull && is_persistent(params);
   const int units_per_run = pairs ? (params.tiles_per_head + 1) / 2 : params.tiles_per_head;
-  return {.num_units = num_runs * units_per_run, .units_per_run = units_per_run, .pairs = pairs};
+  return {.num_units = num_runs * units_per_run, .units_per_run = units_per_run, .step = 0, .pairs = pairs};
 }
 
 inline cudaError_t count_multiprocessors(int& count) {
@@ -90,13 +100,14 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, const LaunchConfi
   static SmemOptIn opt_in;
   error = opt_in.apply(reinterpret_cast<const void*>(kernel), kSmemBytes);
   if (error != cudaSuccess) return error;
-  const TileOrder order = make_tile_order<Traits>(params, config);
+  TileOrder order = make_tile_order<Traits>(params, config);
   int num_clusters = order.num_units;
   if (is_persistent(params)) {
     int num_sms = 0;
     error = count_multiprocessors(num_sms);
     if (error != cudaSuccess) return error;
     num_clusters = std::min(num_clusters, num_sms / Traits::kClusterBlocks);
+    order.step = find_step(num_clusters, order.units_per_run);
   }
   const KernelLaunch launch{num_clusters * Traits::kClusterBlocks, Traits::kNumThreads, kSmemBytes, config.stream};
   if constexpr (Traits::kClusterBlocks > 1) {

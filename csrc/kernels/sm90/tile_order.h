@@ -87,13 +87,13 @@ __device__ GroupKeys keys_of_group(const ForwardParams& params, const PackedTile
   return {own, visited.end - own.end, own.begin - visited.begin};
 }
 
-// How clusters of thread blocks go through their tiles: n clusters take n units a round, each the one after its last
-// one's place in the round, since a run's short units, those of an entry's end or without a partner, would else fall to
-// the same clusters every time. Where a mask makes tiles of unequal length a unit is a pair of them, the run's last
-// tile and its first, the last but one and the second, all about equally long together.
+// How clusters of thread blocks go through their tiles: n clusters take n units a round, each `step` places further on
+// in the round than in the last one. Where a mask makes tiles of unequal length a unit is a pair of them, the run's
+// last tile and its first, the last but one and the second, all about equally long together.
 struct TileOrder {
   int num_units;
   int units_per_run;
+  int step;
   bool pairs;
 };
 
@@ -105,7 +105,8 @@ __device__ void for_each_tile(const ForwardParams& params, const TileOrder& orde
   int place = blockIdx.x / Traits::kClusterBlocks;
   for (int round = 0; round + place < order.num_units; round += num_clusters) {
     const int unit = round + place;
-    place = place + 1 < num_clusters ? place + 1 : 0;
+    place += order.step;
+    if (place >= num_clusters) place -= num_clusters;
     const int run_begin = unit / order.units_per_run * tiles_per_run;
     const int first = unit % order.units_per_run;
     const int partner = tiles_per_run - 1 - first;

@@ -67,7 +67,8 @@ CUTE_DEVICE auto make_accumulator() {
 // Accumulator ((2, 2, N / 8), 1, 1) -> (rows, columns).
 template <class Layout>
 CUTE_HOST_DEVICE constexpr auto as_rows_and_columns(Layout layout) {
-  static_assert(decltype(rank(layout))::value == 3 && decltype(rank<0>(layout))::value == 3);
+  static_assert(decltype(rank<0>(layout))::value == 3);
+  static_assert(decltype(size<1>(layout))::value == 1 && decltype(size<2>(layout))::value == 1);
   return make_layout(get<0, 1>(layout), make_layout(get<0, 0>(layout), get<0, 2>(layout)));
 }
 
@@ -101,14 +102,13 @@ CUTE_DEVICE void store_accumulator(Element* tile, int first_row, const Rounded& 
   }
 }
 
-// Accumulator ((2, 2, N / 8), MMA_M, MMA_N) -> A operand ((2, 2, 2), MMA_M, (N / 16, MMA_N)): two blocks of eight
-// columns side by side are what a lane owns of 16 columns of A.
+// Accumulator ((2, 2, N / 8), 1, 1) -> A operand ((2, 2, 2), 1, N / 16): two blocks of eight columns side by side are
+// what a lane owns of 16 columns of A.
 template <class Layout>
 CUTE_HOST_DEVICE constexpr auto as_a_operand(Layout layout) {
-  static_assert(decltype(rank(layout))::value == 3 && decltype(rank<0>(layout))::value == 3);
+  static_assert(decltype(rank<0>(layout))::value == 3 && decltype(size<2>(layout))::value == 1);
   const auto pairs = logical_divide(get<0, 2>(layout), Int<2>{});  // (2, N / 16)
-  return make_layout(make_layout(get<0, 0>(layout), get<0, 1>(layout), get<0>(pairs)), get<1>(layout),
-                     coalesce(make_layout(get<1>(pairs), get<2>(layout))));
+  return make_layout(make_layout(get<0, 0>(layout), get<0, 1>(layout), get<0>(pairs)), get<1>(layout), get<1>(pairs));
 }
 
 // P in its operand's registers, which hold S's elements in the same order.
