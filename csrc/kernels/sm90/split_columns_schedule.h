@@ -184,10 +184,8 @@ class SplitColumnsSchedule {
     return stage;
   }
 
-  // A lane holds rows l / 4 and l / 4 + 8 of its warp's 16.
-  static __device__ int row_of(int i) {
-    return threadIdx.x % kThreadsPerWarpgroup / kThreadsPerWarp * 16 + threadIdx.x % kThreadsPerWarp / 4 + 8 * i;
-  }
+  // Of the two that this thread holds parts of.
+  static __device__ int row_of(int i) { return first_row_of_warp(0) + threadIdx.x % kThreadsPerWarp / 4 + 8 * i; }
   template <class Rows>
   static __device__ void write_rows(float* smem, const Rows& rows) {
     if (threadIdx.x % 4 != 0) return;
