@@ -65,6 +65,13 @@ class PathSpec:
     backward_arch: int | None = None  # of the kernels that compute gradients after these forwards
     combine_dtypes: frozenset[str] = frozenset()  # of flash_attn_combine's parts, which no attention kernel reads
 
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU of this compute capability has what the path's kernels use."""
+        if self.capability is None:
+            return True
+        first, last = self.capability
+        return first <= capability and (last is None or capability <= last)
+
 
 _SM90_FEATURES = frozenset(
     {
@@ -223,9 +230,9 @@ def objections(name: str, q: torch.Tensor, head_dim_v: int, features: frozenset[
     if path.capability is None or not q.is_cuda or not _extension.is_loaded():
         return plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features) + _device_objections(path, q)
     capability, smem_bytes = _device_facts(q.device)
-    first, last = path.capability
     reasons = plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features, smem_bytes)
-    if capability < first or (last is not None and capability > last):
+    if not path.runs_on(capability):
+        first, last = path.capability
         upper = "or later" if last is None else f"to {last[0]}.{last[1]}"
         here = f"{q.device} has {capability[0]}.{capability[1]}"
         reasons.append(f"needs compute capability {first[0]}.{first[1]} {upper}, and {here}")

@@ -20,10 +20,8 @@ def can_run(path):
     spec = _dispatch.PATHS[path]
     if IS_EMULATED:
         return spec.arch in _extension.build_info.archs
-    if not torch.cuda.is_available() or spec.arch not in _extension.build_info.archs:
-        return False
-    first, last = spec.capability
-    return first <= torch.cuda.get_device_capability() and (last is None or torch.cuda.get_device_capability() <= last)
+    here = torch.cuda.is_available() and spec.runs_on(torch.cuda.get_device_capability())
+    return here and spec.arch in _extension.build_info.archs
 
 
 def _objections_of_emulated(name, q, head_dim_v, features):
