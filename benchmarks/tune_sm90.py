@@ -5,7 +5,7 @@
 
 Each tile is compiled into a program of its own, as many at once as there are cores: about 40 s of one. Those of the
 same head dims and mask take turns for several rounds as soon as they are there. --folder keeps the programs until a
-header changes, so that --compile-only can make them while the GPU is busy with something else. Figures are bf16
+source changes, so that --compile-only can make them while the GPU is busy with something else. Figures are bf16
 TFLOP/s, the median of the rounds; causal counts half. A tile whose sum of outputs differs from the first's is marked,
 one that fails or hangs is left out; which are right the tests say. The winner belongs into csrc/variant/tiles.h, with
 the limit that it hits as the row's reason.
@@ -20,10 +20,12 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = Path(__file__).resolve().with_name("tune_sm90.cu")
+TENSOR_MAP = ROOT / "csrc" / "kernels" / "sm90" / "tensor_map.cpp"
 NUM_TOKENS = 16384
 ROUNDS = 5
 SECONDS_OF_A_HANG = 20
@@ -74,11 +76,16 @@ TILES = {
 }
 
 
+@cache
+def newest_source() -> float:
+    """When a file that a program is made from last changed."""
+    return max(path.stat().st_mtime for path in (PROGRAM, TENSOR_MAP, *(ROOT / "csrc").rglob("*.h")))
+
+
 def compile_program(folder: Path, head_dims: tuple[int, int], tile: tuple[int | str, ...], mask: str) -> Path | None:
     """The program for one tile; None, with the reason printed, where the compiler refuses it."""
     program = folder / "-".join(map(str, (*head_dims, mask, *tile))).replace("::", "_")
-    newest = max(path.stat().st_mtime for path in (PROGRAM, *(ROOT / "csrc").rglob("*.h")))
-    if program.exists() and program.stat().st_mtime > newest:
+    if program.exists() and program.stat().st_mtime > newest_source():
         return program
     # nvcc takes a comma in -D for the end of a definition.
     source, unfinished = program.with_suffix(".cu"), program.with_suffix(".unfinished")
@@ -91,7 +98,7 @@ def compile_program(folder: Path, head_dims: tuple[int, int], tile: tuple[int | 
     command = [
         os.environ.get("NVCC", "nvcc"), "-std=c++20", "--expt-relaxed-constexpr", "-O3", "-diag-suppress=177",
         f"-I{ROOT / 'csrc'}", f"-I{os.environ['CUTLASS_PATH']}", "-gencode=arch=compute_90a,code=sm_90a",
-        str(source), str(ROOT / "csrc" / "kernels" / "sm90" / "tensor_map.cpp"), "-o", str(unfinished),
+        str(source), str(TENSOR_MAP), "-o", str(unfinished),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     for line in (done.stdout + done.stderr).splitlines():
