@@ -27,7 +27,8 @@ OutputTarget make_output(const ForwardArgs& args, const std::optional<Tensor>& o
     for (size_t dim = 0; equal && dim < shape.size(); ++dim) equal = out->size(dim) == shape[dim];
     check(equal, "out must have q's shape with v's head_dim, got ", shape_of(*out));
     // Where q was, each tile is read before it is written; K and V are read by all.
-    check(!surely_overlap(*out, args.k) && !surely_overlap(*out, args.v),
+    const Extent written(*out);
+    check(!written.surely_overlaps(Extent(args.k)) && !written.surely_overlaps(Extent(args.v)),
           "out must not overlap the keys or values, which are read while it is written");
   }
   return output_target_of(returned);

@@ -79,34 +79,34 @@ inline bool has_vector_rows(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kVectorBytes == 0;
 }
 
-// From a tensor's first element to behind its last one, and how many there are in between, each counted once.
-struct Extent {
-  int64_t span = 1;
-  int64_t count = 1;
-
-  explicit Extent(const Tensor& tensor) {
+// Where a tensor of 16-bit elements lies: from its first element to behind its last one, and how many there are in
+// between, each counted once.
+class Extent {
+ public:
+  explicit Extent(const Tensor& tensor) : begin_(reinterpret_cast<uintptr_t>(tensor.data_ptr())) {
     const auto sizes = tensor.sizes();
     const auto strides = tensor.strides();
     for (size_t dim = 0; dim < sizes.size(); ++dim) {
-      span += (sizes[dim] - 1) * strides[dim];
-      if (strides[dim] != 0 || sizes[dim] == 0) count *= sizes[dim];
+      span_ += (sizes[dim] - 1) * strides[dim];
+      if (strides[dim] != 0 || sizes[dim] == 0) count_ *= sizes[dim];
     }
   }
-};
 
-// Whether tensors of 16-bit elements share memory for certain: they begin at the same element, or neither leaves any
-// out between its first and its last one. Views that interleave may share nothing.
-inline bool surely_overlap(const Tensor& a, const Tensor& b) {
-  const Extent extent_a(a);
-  const Extent extent_b(b);
-  if (extent_a.count == 0 || extent_b.count == 0) return false;
-  const auto begin_a = reinterpret_cast<uintptr_t>(a.data_ptr());
-  const auto begin_b = reinterpret_cast<uintptr_t>(b.data_ptr());
-  if (begin_a == begin_b) return true;
-  const bool ranges_meet =
-      begin_a < begin_b + extent_b.span * kElementBytes && begin_b < begin_a + extent_a.span * kElementBytes;
-  return ranges_meet && extent_a.span == extent_a.count && extent_b.span == extent_b.count;
-}
+  // Whether the two share memory for certain: they begin at the same element, or neither leaves any out between its
+  // first and its last one. Views that interleave may share nothing.
+  bool surely_overlaps(const Extent& other) const {
+    if (count_ == 0 || other.count_ == 0) return false;
+    if (begin_ == other.begin_) return true;
+    return begin_ < other.end() && other.begin_ < end() && span_ == count_ && other.span_ == other.count_;
+  }
+
+ private:
+  uintptr_t end() const { return begin_ + span_ * kElementBytes; }
+
+  uintptr_t begin_;
+  int64_t span_ = 1;
+  int64_t count_ = 1;
+};
 
 enum class OperandRole { kQueries, kKeys };
 
