@@ -84,15 +84,15 @@ class OverlappedSchedule {
     skip(seen.num_after);
   }
 
-  // The same for rows that see no keys, though others of the tile may.
-  __device__ void skip_all(const GroupKeys& seen) {
-    if (seen.num_skipped() == 0) return;
+  // The same for rows that see no keys, though others of the tile may: all of its steps.
+  __device__ void skip_all(int num_steps) {
+    if (num_steps == 0) return;
     if constexpr (Traits::kTile.turn == Turn::kProducts) {
       // A tile takes one turn less than it has steps: its first products need none.
-      skip(seen.num_skipped() - 1);
+      skip(num_steps - 1);
       give_back();
     } else {
-      skip(seen.num_skipped());
+      skip(num_steps);
     }
   }
 

@@ -47,7 +47,7 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
     const auto release_last = [&] { leaving.release_stage(); };
     if (seen.range.is_empty()) {
       release_last();
-      schedule.skip_all(seen);
+      schedule.skip_all(seen.num_before);
     } else {
       schedule.accumulate(seen, q.idx, score, release_last, softmax, tOrO);
     }

@@ -68,10 +68,8 @@ __device__ KvRange visited_keys(const ForwardParams& params, const PackedTile& t
 // What a consumer group does with the tiles of keys that its cluster's tile visits.
 struct GroupKeys {
   KvRange range;   // those that its own rows see
-  int num_before;  // and how many it meets before, and after those
+  int num_before;  // and how many it meets before those, which are all if its rows see none
   int num_after;
-
-  __device__ int num_skipped() const { return num_before + num_after; }
 };
 
 // Of the rows of `tile` from `group_row` on, a group's. A group without rows in use sees nothing, and one in the upper
