@@ -27,11 +27,11 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
 
     Raises
     ------
-    ValueError
-        If a shape or a dtype is wrong.
+    TypeError, ValueError
+        If a type, a shape, a dtype or a device is wrong.
     """
     _check("input", input, 1)
-    _check_indices(indices, input)
+    _check_indices(indices, "input", input)
     return input.index_select(0, indices)
 
 
@@ -53,15 +53,10 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
 
     Raises
     ------
-    ValueError
-        If a shape or a dtype is wrong.
+    TypeError, ValueError
+        If a type, a shape, a dtype or a device is wrong.
     """
-    _check("values", values, 1)
-    _check_indices(indices, values)
-    if indices.shape[0] != values.shape[0]:
-        raise ValueError(f"indices must have one element per row of values {values.shape[0]}, got {indices.shape[0]}")
-    # index_copy keeps no copy of the zeros for the backward pass, unlike an assignment through indices.
-    return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices.long(), values)
+    return _put_rows("values", values, indices, first_axis_dim)
 
 
 def unpad_input(
@@ -95,8 +90,8 @@ def unpad_input(
 
     Raises
     ------
-    ValueError
-        If a shape or a dtype is wrong.
+    TypeError, ValueError
+        If a type, a shape, a dtype or a device is wrong.
     """
     _check("hidden_states", hidden_states, 2)
     _check_mask("attention_mask", attention_mask, hidden_states)
@@ -132,11 +127,19 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Raises
     ------
-    ValueError
-        If a shape or a dtype is wrong.
+    TypeError, ValueError
+        If a type, a shape, a dtype or a device is wrong.
     """
-    _check("hidden_states", hidden_states, 1)
-    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+    return _put_rows("hidden_states", hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+
+
+def _put_rows(name: str, rows: Tensor, indices: Tensor, num_rows: int) -> Tensor:
+    _check(name, rows, 1)
+    _check_indices(indices, name, rows)
+    if indices.shape[0] != rows.shape[0]:
+        raise ValueError(f"indices must have one element per row of {name}, {rows.shape[0]}, got {indices.shape[0]}")
+    # index_copy keeps no copy of the zeros for the backward pass, unlike an assignment through indices.
+    return rows.new_zeros((num_rows, *rows.shape[1:])).index_copy(0, indices.long(), rows)
 
 
 def _check(name: str, tensor: Tensor, least_rank: int) -> None:
@@ -146,10 +149,10 @@ def _check(name: str, tensor: Tensor, least_rank: int) -> None:
         raise ValueError(f"{name} must have at least {least_rank} dimensions, got shape {tuple(tensor.shape)}")
 
 
-def _check_indices(indices: Tensor, rows: Tensor) -> None:
+def _check_indices(indices: Tensor, name: str, rows: Tensor) -> None:
     _check("indices", indices, 1)
     if indices.device != rows.device:
-        raise ValueError(f"indices must be on the tensor's device {rows.device}, got {indices.device}")
+        raise ValueError(f"indices must be on {name}'s device {rows.device}, got {indices.device}")
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indices must have dtype int32 or int64, got {indices.dtype}")
     if indices.ndim != 1:

@@ -80,8 +80,10 @@ def test_indexing():
         (lambda x: unpad_input(x, MASK.to("meta")), r"attention_mask must be on .*cpu, got meta"),
         (lambda x: index_first_axis(x, MASK), r"indices must have one dimension, got shape \(3, 4\)"),
         (lambda x: index_first_axis(x, MASK[0].float()), r"indices must have dtype int32 or int64, got torch.float32"),
-        (lambda x: index_first_axis(x, MASK[0].to("meta")), r"indices must be on .*cpu, got meta"),
-        (lambda x: pad_input(x, MASK[0], 3, 4), r"indices must have one element per row of values 3, got 4"),
+        (lambda x: index_first_axis(x, MASK[0].to("meta")), r"indices must be on input's device cpu, got meta"),
+        (lambda x: pad_input(x, MASK[0], 3, 4), r"indices must have one element per row of hidden_states, 3, got 4"),
+        (lambda x: pad_input(x, MASK[0].to("meta"), 3, 4), r"indices must be on hidden_states's device cpu, got meta"),
+        (lambda x: index_put_first_axis(x, MASK[0], 9), r"indices must have one element per row of values, 3, got 4"),
     ],
 )
 def test_errors(call, message):
