@@ -10,8 +10,7 @@ import torch
 import flash_attn
 from flash_attn import _dispatch, _self_check
 from flash_attn.bench import command as bench
-
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+from flash_attn.bench.suites import DTYPES
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--heads-k", type=int, help="default: as --heads")
     explain.add_argument("--head-dim", type=int, default=128)
     explain.add_argument("--head-dim-v", type=int, help="default: as --head-dim")
-    explain.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16")
+    explain.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     explain.add_argument("--causal", action="store_true")
     explain.add_argument("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEFT", "RIGHT"))
     explain.add_argument("--softcap", type=float, default=0.0)
@@ -46,7 +45,7 @@ def _explain(args: argparse.Namespace) -> None:
     # Tensors without storage on the device that a call here would use.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
-        scalar = torch.empty(1, dtype=_DTYPES[args.dtype], device=device)
+        scalar = torch.empty(1, dtype=DTYPES[args.dtype], device=device)
     q = scalar.expand(args.batch, args.seqlen_q, args.heads, args.head_dim)
     k = scalar.expand(args.batch, seqlen_k, heads_k, args.head_dim)
     v = scalar.expand(args.batch, seqlen_k, heads_k, head_dim_v)

@@ -26,7 +26,7 @@ def test_declared_cases(name, device):
     titles = [case.title for case in cases]
     assert cases and len(set(titles)) == len(titles), "titles tell the cases of a suite apart"
     for case in cases:
-        assert case.suite == name and case.dtype in check.DTYPES
+        assert case.suite == name and case.dtype in suites.DTYPES
         assert case.heads % case.heads_k == 0 and case.batch > 0
         assert 1 <= case.head_dim <= 512 and 1 <= case.head_dim_v <= 512
         assert case.flops > 0

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flash_attn.bench.suites import Case, Window
+from flash_attn.bench.suites import DTYPES, Case, Window
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 # Relative error of a slice, ||out - reference|| / ||reference||. In 16 bits: a rounding of P and one of O, each of at
 # most half a unit in the last place, doubled. In 32 and 64: sums in another order.
 ERROR_LIMITS = {"fp16": 2 * 2**-10, "bf16": 2 * 2**-7, "fp32": 1e-5, "fp64": 1e-12}
@@ -109,19 +108,12 @@ class Reference:
     heads: tuple[int, ...]
     out: Tensor  # (seqlen_q, heads, head_dim_v)
 
-    def slice_of(self, out: Tensor) -> Tensor:
-        heads = list(self.heads)
-        if not self.case.lengths:
-            return out[self.entry][:, heads]
-        start = sum(self.case.lengths[: self.entry])
-        return out[start : start + self.case.lengths[self.entry]][:, heads]
-
     def judge(self, out: Tensor) -> Verdict:
         case = self.case
         tokens = (sum(case.lengths),) if case.lengths else (case.batch, case.seqlen_q)
         if out.shape != (*tokens, case.heads, case.head_dim_v):
             return Verdict(math.nan, f"shape {tuple(out.shape)}")
-        ours, exact = self.slice_of(out).to(self.out.dtype), self.out
+        ours, exact = case.rows_of(out, self.entry)[:, list(self.heads)].to(self.out.dtype), self.out
         if case.dropout_p:
             return _judge_dropout(ours, exact, case.dropout_p)
         difference = (ours - exact).norm(dim=(1, 2))
@@ -157,13 +149,11 @@ def make_reference(case: Case, inputs: Inputs) -> Reference:
     wide = wide_dtype(inputs.q)
     heads = tuple(sorted({0, case.heads - 1}))
     heads_k = [head // (case.heads // case.heads_k) for head in heads]
-    entry = max(range(len(case.lengths)), key=case.lengths.__getitem__) if case.lengths else case.batch - 1
-    start = sum(case.lengths[:entry])
-    tensors = []
-    for x, of_heads in ((inputs.q, list(heads)), (inputs.k, heads_k), (inputs.v, heads_k)):
-        rows = x[start : start + case.lengths[entry]] if case.lengths else x[entry]
-        tensors.append(rows[:, of_heads].to(wide).transpose(0, 1))
-    q, k, v = tensors
+    entry = case.checked_entry
+    q, k, v = (
+        case.rows_of(x, entry)[:, of_heads].to(wide).transpose(0, 1)
+        for x, of_heads in ((inputs.q, list(heads)), (inputs.k, heads_k), (inputs.v, heads_k))
+    )
     out = torch.cat([block for _, block in rows_of_blocks(case, inputs, heads, q, k, v)], dim=1)
     return Reference(case, entry, heads, out.transpose(0, 1))
 

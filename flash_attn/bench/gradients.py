@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_attn.bench.check import DTYPES, ERROR_LIMITS, Inputs, Verdict, rows_of_blocks, wide_dtype
-from flash_attn.bench.suites import Case
+from flash_attn.bench.check import ERROR_LIMITS, Inputs, Verdict, rows_of_blocks, wide_dtype
+from flash_attn.bench.suites import DTYPES, Case
 
 NAMES = ("dq", "dk", "dv")
 # dS is a difference of products that were rounded, and is rounded itself: twice what the output is granted.
@@ -31,7 +31,7 @@ class GradientReference:
         for name, gradient, heads, exact in zip(NAMES, gradients, self.heads, self.exact, strict=True):
             if gradient.dtype is not DTYPES[self.case.dtype]:
                 return Verdict(math.nan, f"{name} is {gradient.dtype}")
-            ours = entry_of(self.case, gradient, self.entry)[:, heads].to(exact.dtype)
+            ours = self.case.rows_of(gradient, self.entry)[:, heads].to(exact.dtype)
             if ours.shape != exact.shape:
                 return Verdict(math.nan, f"{name} has shape {tuple(gradient.shape)}")
             error = float((ours - exact).norm() / exact.norm())
@@ -41,22 +41,15 @@ class GradientReference:
         return Verdict(worst, None)
 
 
-def entry_of(case: Case, x: Tensor, entry: int) -> Tensor:
-    if not case.lengths:
-        return x[entry]
-    start = sum(case.lengths[:entry])
-    return x[start : start + case.lengths[entry]]
-
-
 def make_gradient_reference(case: Case, inputs: Inputs) -> GradientReference:
     """Autograd through the definition, a block of rows at a time."""
-    entry = max(range(len(case.lengths)), key=case.lengths.__getitem__) if case.lengths else case.batch - 1
+    entry = case.checked_entry
     group = case.heads // case.heads_k
     heads_k = sorted({0, case.heads_k - 1})
     heads = [head_k * group + member for head_k in heads_k for member in range(group)]
     wide = wide_dtype(inputs.q)
     tensors = [
-        entry_of(case, x, entry)[:, of].to(wide).transpose(0, 1)
+        case.rows_of(x, entry)[:, of].to(wide).transpose(0, 1)
         for x, of in ((inputs.q, heads), (inputs.k, heads_k), (inputs.v, heads_k), (inputs.dout, heads))
     ]
     q, k, v = (x.detach().requires_grad_() for x in tensors[:3])

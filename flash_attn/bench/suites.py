@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
+from torch import Tensor
 
 Window = tuple[int, int]
 FULL: Window = (-1, -1)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 class Measure(Enum):
@@ -82,7 +85,19 @@ class Case:
     def kv_bytes(self) -> int:
         """Of the keys and values, each once."""
         columns = self.heads_k * (self.head_dim + self.head_dim_v)
-        return self.batch * self.seqlen_k * columns * {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}[self.dtype]
+        return self.batch * self.seqlen_k * columns * DTYPES[self.dtype].itemsize
+
+    @property
+    def checked_entry(self) -> int:
+        """The batch entry whose results are compared: the longest, or the last of equal ones."""
+        return self.lengths.index(max(self.lengths)) if self.lengths else self.batch - 1
+
+    def rows_of(self, x: Tensor, entry: int) -> Tensor:
+        """A batch entry's rows of a tensor that is packed or not, as the case is."""
+        if not self.lengths:
+            return x[entry]
+        start = sum(self.lengths[:entry])
+        return x[start : start + self.lengths[entry]]
 
 
 def visible_pairs(seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
@@ -175,14 +190,8 @@ def _score(suite: str, device: str) -> Iterator[Case]:
 def skewed_lengths(count: int, longest: int, shrink: float, shortest: int) -> tuple[int, ...]:
     """A few long sequences and many short ones, in a mixed order."""
     by_rank = [max(shortest, int(longest * shrink**rank)) for rank in range(count)]
-    step = next(step for step in range(count // 2 + 1, count + 1) if _coprime(step, count))
+    step = next(step for step in range(count // 2 + 1, count + 1) if math.gcd(step, count) == 1)
     return tuple(by_rank[index * step % count] for index in range(count))
-
-
-def _coprime(a: int, b: int) -> bool:
-    while b:
-        a, b = b, a % b
-    return a == 1
 
 
 def _packed(suite: str, device: str, lengths: tuple[int, ...], heads: int, head_dim: int, **options) -> Case:
