@@ -92,13 +92,15 @@ def outputs_of(case, name):
     return prepared.in_our_layout(prepared.call()), check.make_reference(case, inputs)
 
 
+# A packed case is of self-attention: its keys have no length of their own.
+PACKED_OPTIONS = [options for options in OPTIONS if "seqlen_q" not in options]
+LAYOUTS = [("dense", options) for options in OPTIONS] + [("packed", options) for options in PACKED_OPTIONS]
+
+
 @pytest.mark.parametrize("name", ["ours", "sdpa"])
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_implementations_are_right(options, packed, name):
-    if packed and "seqlen_q" in options:
-        return
-    case = dataclasses.replace(PACKED if packed else TINY, **options)
+@pytest.mark.parametrize("layout,options", LAYOUTS, ids=str)
+def test_implementations_are_right(layout, options, name):
+    case = dataclasses.replace(PACKED if layout == "packed" else TINY, **options)
     if name == "sdpa" and (case.softcap or case.sinks):
         with pytest.raises(impls.Unsupported, match="softcap|sinks"):
             outputs_of(case, name)
@@ -285,9 +287,8 @@ def test_run_on_the_gpu(tmp_path, few_cases, monkeypatch):
         assert one["ms"] > 0 and one["peak_bytes"] >= 2 * 24 * 4 * 64 * 2, "the output at least"
 
 
-def test_event_timing_without_triton(monkeypatch):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_event_timing_without_triton():
     x = torch.ones(1 << 20, device="cuda")
     assert 0 < measure._event_ms(lambda: x.mul_(1), 1.0) < 10
 
@@ -364,6 +365,7 @@ def test_cpu_suite_takes_the_scripts_cases(tmp_path, capsys, no_cuda):
         (("--impls", "ours,nobody"), "nobody"),
         (("--suites", "memory"), "cuda only"),
         (("--impls", "fa3"), "none of fa3 can be imported"),
+        (("--suites", "fwd,hdim", "--only", "h1234"), "--only: a case of fwd, hdim must contain it, got 'h1234'"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )

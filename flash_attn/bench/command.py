@@ -51,16 +51,19 @@ def run(args: argparse.Namespace) -> int:
     try:
         suites = _suites(args, device)
         names, implementations = _implementations(args, device, suites)
+        cases = [(case, names[case.suite]) for name in suites for case in _cases(name, device, args.only)]
+        on_cpu_path = cpu_path.declared(not args.full, args.only) if CPU_PATH in suites else None
+        if not cases and not (on_cpu_path and on_cpu_path.cases):
+            raise ValueError(f"--only: a case of {', '.join(suites)} must contain it, got {args.only!r}")
     except ValueError as error:
         return report.fail(str(error))
-    cases = [(case, names[case.suite]) for name in suites for case in _cases(name, device, args.only)]
     result: dict[str, Any] = {"format": report.FORMAT, "environment": report.environment(device), "rows": []}
     result["settings"] = {"rep_ms": args.rep, "rounds": args.rounds, "suites": suites}
     print(report.heading(result["environment"]), flush=True)
     settings = runner.Settings(device, args.rep, args.rounds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of every backend that refuses a call; the table tells it
-        lost = _measure(args, cases, implementations, settings, CPU_PATH in suites, result)
+        lost = _measure(args, cases, implementations, settings, on_cpu_path, result)
     print("\n".join([*summary.problems([result]), "", summary.table([result])]))
     return 1 if lost or report.wrong_ones(result["rows"], "ours") else 0
 
@@ -108,12 +111,11 @@ def _measure(
     cases: list[tuple[Case, list[str]]],
     implementations: dict[str, impls.Implementation],
     settings: runner.Settings,
-    with_cpu_path: bool,
+    on_cpu_path: cpu_path.Declared | None,
     result: dict[str, Any],
 ) -> bool:
     """Fills result["rows"]. True if the GPU was lost on the way."""
-    more = cpu_path.declared(not args.full, args.only) if with_cpu_path else None
-    total = len(cases) + (len(more.cases) if more else 0)
+    total = len(cases) + (len(on_cpu_path.cases) if on_cpu_path else 0)
     table = report.Table(settings.device, total, sys.stdout)
 
     def add(row: dict[str, Any]) -> None:
@@ -131,8 +133,8 @@ def _measure(
                 print(f"# {case.suite} {case.title}: left out, its inputs do not fit: {error}", flush=True)
             if settings.device == "cuda":
                 torch.cuda.empty_cache()
-        if more:
-            for row in more.rows(settings.rep_ms * settings.rounds / 1e3, table.progress):
+        if on_cpu_path:
+            for row in on_cpu_path.rows(settings.rep_ms * settings.rounds / 1e3, table.progress):
                 add(row)
     except runner.DeviceLost as error:
         result["stopped"] = f"{case.suite} {case.title}: {error}"
