@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from flash_attn import _dispatch
+from flash_attn._arguments import MAX_SPLITS, window_of
 from flash_attn._checks import Window
 from flash_attn._checks_kvcache import kvcache_call
 
-_MAX_SPLITS = 256
 _MAX_TRIES = 3
 _UNKNOWN_LENGTH = 1 << 20
 
@@ -84,20 +84,20 @@ def _call(step: Step) -> Any:
 
 def _by_lengths(step: Step, plan: dict[str, Any]) -> Tensor:
     tile_m, tile_n = plan["tile_m"], plan["tile_n"]
-    call = _call(step)
+    window_left, _ = window_of(step.window, step.causal)
     keys = (step.cache_seqlens + step.new_tokens).to(torch.int64)
     if step.leftpad is not None:
         keys = keys - step.leftpad
     keys = keys.clamp(min=0)
     longest_q = torch.full_like(keys, max(step.longest_q, 1))
     queries = longest_q if step.cu_seqlens_q is None else step.cu_seqlens_q.diff().to(torch.int64)
-    first = torch.zeros_like(keys) if call.window_left < 0 else (keys - queries - call.window_left).clamp(min=0)
+    first = torch.zeros_like(keys) if window_left < 0 else (keys - queries - window_left).clamp(min=0)
     key_tiles = ((keys + tile_n - 1) // tile_n - first // tile_n).clamp(min=0) * (queries > 0)
     row_tiles = (queries * plan["packed_heads"] + tile_m - 1) // tile_m
     target = plan["target_slots"]
 
     def splits(length: Tensor) -> Tensor:
-        return ((key_tiles + length - 1) // length).clamp(1, _MAX_SPLITS)
+        return ((key_tiles + length - 1) // length).clamp(1, MAX_SPLITS)
 
     mean = (((row_tiles * key_tiles).sum() + target - 1) // target).clamp(min=plan["min_tiles"])
     found, length = mean, mean
