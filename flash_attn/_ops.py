@@ -219,10 +219,24 @@ def _refuse_vmap(name: str) -> Any:
     return vmap
 
 
-_NO_SECOND_DERIVATIVE = "attention has no second derivative"
-_NO_PROBS_GRADIENT = "S_dmask of return_attn_probs has no gradient"
-_NO_ROTARY_GRADIENT = "there is no backward through the rotary embedding of flash_attn_with_kvcache"
-_NO_COMBINE_GRADIENT = "there is no backward through flash_attn_combine"
+# Of the ops whose results have no gradient.
+_REFUSED_GRADIENTS = {
+    "backward": "attention has no second derivative",
+    "attn_probs": "S_dmask of return_attn_probs has no gradient",
+    "rotary": "there is no backward through the rotary embedding of flash_attn_with_kvcache",
+    "combine": "there is no backward through flash_attn_combine",
+}
+_FAKES = {
+    "forward": _fake_forward,
+    "forward_out": _fake_forward_out,
+    "backward": _fake_backward,
+    "attn_probs": _fake_attn_probs,
+    "append_kv": _fake_append_kv,
+    "rotary": _fake_rotary,
+    "combine": _fake_combine,
+}
+# Ops that write arguments, and which.
+_WRITTEN = {"forward_out": (-1,), "append_kv": (0, 1)}
 
 
 # ---- Registration ----------------------------------------------------------------------------------------------
@@ -241,64 +255,35 @@ def _in_place(name: str, mutated: tuple[int, ...]) -> Any:
     return kernel
 
 
-def _register(name: str, implementation: Any, fake: Any) -> None:
-    _LIB.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
-    _LIB.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flash_attn::{name}", fake, lib=_LIB)
+def _register(prefix: str, fakes: dict[str, Any], written: dict[str, tuple[int, ...]]) -> None:
+    """What torch has to know of defined ops to trace, differentiate and functionalise them."""
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"flash_attn::{prefix}{name}", fake, lib=_LIB)
+    _register_autograd(prefix + "forward", _backward, _setup_backward)
+    for name, what in _REFUSED_GRADIENTS.items():
+        _register_autograd(prefix + name, _refuse_backward(what))
+    for name in ("forward", *_REFUSED_GRADIENTS):
+        torch.library.register_vmap(f"flash_attn::{prefix}{name}", _refuse_vmap(prefix + name), lib=_LIB)
+    for name, mutated in written.items():
+        _LIB.impl(prefix + name, _in_place(prefix + name, mutated), "ADInplaceOrView", with_keyset=True)
+
+
+def _register_autograd(name: str, backward: Any, setup_context: Any = None) -> None:
+    torch.library.register_autograd(f"flash_attn::{name}", backward, setup_context=setup_context, lib=_LIB)
 
 
 def _register_python_ops() -> None:
-    _register("cpu_forward", cpu.forward, _fake_forward)
-    _register("cpu_forward_out", _forward_out, _fake_forward_out)
-    _register("cpu_backward", cpu.backward, _fake_backward)
-    _register("cpu_attn_probs", cpu.attn_probs, _fake_attn_probs)
-    _register("cpu_append_kv", cpu.append_kv, _fake_append_kv)
-    _register("cpu_rotary", cpu.rotary, _fake_rotary)
-    _register("cpu_combine", cpu.combine, _fake_combine)
-    _register_autograd("cpu_forward", _backward, _setup_backward)
-    for name, what in (
-        ("cpu_backward", _NO_SECOND_DERIVATIVE),
-        ("cpu_attn_probs", _NO_PROBS_GRADIENT),
-        ("cpu_rotary", _NO_ROTARY_GRADIENT),
-        ("cpu_combine", _NO_COMBINE_GRADIENT),
-    ):
-        _register_autograd(name, _refuse_backward(what))
-    for name in ("cpu_forward", "cpu_backward", "cpu_attn_probs", "cpu_rotary", "cpu_combine"):
-        torch.library.register_vmap(f"flash_attn::{name}", _refuse_vmap(name), lib=_LIB)
-    _LIB.impl("cpu_forward_out", _in_place("cpu_forward_out", (-1,)), "ADInplaceOrView", with_keyset=True)
-    _LIB.impl("cpu_append_kv", _in_place("cpu_append_kv", (0, 1)), "ADInplaceOrView", with_keyset=True)
+    for name in _FAKES:
+        _LIB.define(f"cpu_{name}" + _SCHEMAS[f"cpu_{name}"], tags=(torch.Tag.pt2_compliant_tag,))
+        implementation = _forward_out if name == "forward_out" else getattr(cpu, name)
+        _LIB.impl(f"cpu_{name}", implementation, "CompositeExplicitAutograd")
+    _register("cpu_", _FAKES, _WRITTEN)
 
 
 def _register_cuda_ops() -> None:
     for name in ("forward", "forward_out", "backward", "append_kv", "rotary", "combine"):
         _redispatch[name] = getattr(torch.ops.flash_attn, name).default._handle.redispatch_boxed
-    for name, fake in (
-        ("forward", _fake_forward),
-        ("forward_out", _fake_forward_out),
-        ("backward", _fake_backward),
-        ("backward_out", _fake_backward_out),
-        ("attn_probs", _fake_attn_probs),
-        ("append_kv", _fake_append_kv),
-        ("rotary", _fake_rotary),
-        ("combine", _fake_combine),
-    ):
-        torch.library.register_fake(f"flash_attn::{name}", fake, lib=_LIB)
-    _register_autograd("forward", _backward, _setup_backward)
-    for name, what in (
-        ("backward", _NO_SECOND_DERIVATIVE),
-        ("attn_probs", _NO_PROBS_GRADIENT),
-        ("rotary", _NO_ROTARY_GRADIENT),
-        ("combine", _NO_COMBINE_GRADIENT),
-    ):
-        _register_autograd(name, _refuse_backward(what))
-    for name in ("forward", "backward", "attn_probs", "rotary", "combine"):
-        torch.library.register_vmap(f"flash_attn::{name}", _refuse_vmap(name), lib=_LIB)
-    for name, mutated in (("forward_out", (-1,)), ("backward_out", (-3, -2, -1)), ("append_kv", (0, 1))):
-        _LIB.impl(name, _in_place(name, mutated), "ADInplaceOrView", with_keyset=True)
-
-
-def _register_autograd(name: str, backward: Any, setup_context: Any = None) -> None:
-    torch.library.register_autograd(f"flash_attn::{name}", backward, setup_context=setup_context, lib=_LIB)
+    _register("", _FAKES | {"backward_out": _fake_backward_out}, _WRITTEN | {"backward_out": (-3, -2, -1)})
 
 
 _register_python_ops()
