@@ -131,6 +131,13 @@ def test_empty_splits(path):
     assert (result[0][:, 2] == 0).all() and (result[1][:, 2] == -math.inf).all()
 
 
+def test_no_parts(path):
+    """Nothing was seen: O = 0 and LSE = -inf."""
+    result = _combine(path, *_partials((0, 1, 5, 2, 16), device_of(path)))
+    if result is not None:
+        assert result[0].shape == (1, 5, 2, 16) and (result[0] == 0).all() and (result[1] == -math.inf).all()
+
+
 def test_splits_of_keys_give_the_whole(path):
     case = Case("combine-keys", "a call cut in three by its keys", "dense", (17, 17), (90, 90), heads=(4, 2))
     inputs = build(case, device_of(path))

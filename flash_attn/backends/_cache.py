@@ -76,13 +76,9 @@ def append_kv(
 def combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """Merge results over disjoint keys, split along dimension 0: out (…, H, D) and lse (…, H)."""
     dtype = torch.promote_types(out_partial.dtype, torch.float32)
-    partial = lse_partial.to(torch.promote_types(lse_partial.dtype, torch.float32))
-    if partial.shape[0] == 0:
-        lse = partial.new_full(partial.shape[1:], -torch.inf)
-    else:
-        lse = torch.logsumexp(partial, dim=0)
+    lse = torch.logsumexp(lse_partial, dim=0)
     out = torch.zeros(out_partial.shape[1:], dtype=dtype, device=out_partial.device)
-    for split_out, split_lse in zip(out_partial, partial, strict=True):
+    for split_out, split_lse in zip(out_partial, lse_partial, strict=True):
         empty = split_lse == -torch.inf
         weight = torch.where(empty, 0, torch.exp(split_lse - lse)).to(dtype).unsqueeze(-1)
         # A split without keys may hold anything, NaN included.

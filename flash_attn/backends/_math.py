@@ -32,7 +32,7 @@ class Score:
 
     @property
     def kept_scale(self) -> float:
-        return 1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1.0 else 0.0
+        return 1.0 / (1.0 - self.dropout_p)
 
 
 class Workspace:
