@@ -252,7 +252,7 @@ def plan_objections(
     dtype_name = _DTYPE_NAMES[dtype]
     attends = features != {"combine"}
     dtypes = path.dtypes if attends else path.combine_dtypes
-    if dtype_name not in dtypes:
+    if dtypes and dtype_name not in dtypes:  # no dtype at all: the feature is missing, which is said below
         reasons.append(f"dtype {dtype_name} (it takes {', '.join(sorted(dtypes))})")
     if attends and max(head_dim, head_dim_v) > path.max_head_dim:
         reasons.append(f"head_dim {head_dim}/{head_dim_v} (it takes up to {path.max_head_dim})")

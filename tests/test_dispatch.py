@@ -63,6 +63,11 @@ def test_refusal_names_dtype_and_head_dim():
     assert "fp32" in reasons and "192/64" in reasons and "up to 128" in reasons
 
 
+def test_refusal_of_a_feature_names_no_empty_set_of_dtypes():
+    reasons = _dispatch.plan_objections(_dispatch.PATHS["sm90"], torch.float32, 64, 64, frozenset({"combine"}))
+    assert reasons == ["flash_attn_combine"]
+
+
 @built
 def test_refusal_names_the_shared_memory_that_is_short():
     sm80 = _dispatch.PATHS["sm80"]
