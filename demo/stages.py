@@ -18,6 +18,8 @@ PROMPTS = (
     "The party from Uppercross had ",
     '"My dear Captain," said she, ',
 )
+# Part of the steps in which the learning rate rises. With 0.1 OneCycleLR divides by zero at 10 steps.
+WARM_UP = 0.11
 WAYS: dict[str, Attend] = {"flash_attn": flash, "torch SDPA": sdpa, "torch dense": dense}
 
 
@@ -43,7 +45,7 @@ class Setup:
 def train(model: LanguageModel, text: Tensor, held_out: Tensor, num_steps: int, setup: Setup, checks: Checks) -> None:
     """AdamW on random pieces of the text, until the model beats counting pairs of bytes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=num_steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=num_steps, pct_start=WARM_UP)
     progress = Progress("train", num_steps)
     for _ in range(num_steps):
         with setup.precision(), path_for("training"):

@@ -43,6 +43,12 @@ def test_training_lowers_the_loss(stages, small, checks):
     assert stages.held_out_loss(model, text[3000:], stages.dense, setup, torch.float32) < untrained - 0.5
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 10])
+def test_training_takes_any_number_of_steps(stages, small, checks, num_steps):
+    model, setup, text = small
+    stages.train(model, text[:3000], text[3000:], num_steps, setup, checks)
+
+
 def test_attention_agrees_with_the_plain_formula(stages, small, checks):
     model, setup, text = small
     stages.check_attention(model, text, setup, checks)

@@ -64,6 +64,14 @@ def test_bfloat16_stays_near_float32():
     assert 0 < apart < 0.02 and apart < 5 * train_gpt.distance(math, exact) + 1e-3
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_any_number_of_steps(steps, tmp_path):
+    arguments = ["--device", "cpu", "--tiny", "--steps", str(steps), "--head-dims", "64", "--ways", "math"]
+    file = tmp_path / "result.json"
+    assert train_gpt.main([*arguments, "--json", str(file)]) == 0
+    assert "losses" in json.loads(file.read_text())["runs"][0]
+
+
 def test_a_refusal_is_recorded(tmp_path, capsys):
     file = tmp_path / "result.json"
     arguments = ["--device", "cpu", "--tiny", "--steps", "1", "--head-dims", "64", "--ways", "ours80,math"]
