@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 CPU_RESULTS = RESULTS / "cpu_path.json"
+NOT_MEASURED = "No measurement has been recorded yet."
 
 
 def sections() -> dict[str, str]:
@@ -43,7 +44,7 @@ def sections() -> dict[str, str]:
 def gpu_table(name: str, table: Callable[[dict[str, Any]], str]) -> str:
     file = RESULTS / f"{name}.json"
     if not file.exists():
-        return "No measurement has been recorded yet."
+        return NOT_MEASURED
     recorded = json.loads(file.read_text())
     made_on = recorded["environment"]
     where = f"{made_on['gpu']}, driver {made_on['driver']}, torch {made_on['torch']}, commit {made_on['commit'][:10]}"
@@ -66,7 +67,7 @@ def train_gpt() -> ModuleType:
 
 def cpu_table() -> str:
     if not CPU_RESULTS.exists():
-        return "No measurement has been recorded yet: `make bench` makes one."
+        return NOT_MEASURED
     recorded = json.loads(CPU_RESULTS.read_text())
     made_on = recorded["environment"]
     rows = [

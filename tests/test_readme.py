@@ -11,7 +11,10 @@ from repository import ROOT
 from flash_attn import flash_attn_func
 
 README = (ROOT / "README.md").read_text()
-PAGES = {"README.md": README} | {f"docs/{page.name}": page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text()
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md")
+}
 EXAMPLES = [
     pytest.param(example, id=f"{name}-{index}")
     for name, text in PAGES.items()
@@ -45,10 +48,28 @@ def test_example_runs(example):
         pytest.skip(str(refusal))
 
 
+def anchors_of(text):
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_linked_files_exist(page):
-    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page])
-    assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
+def test_linked_files_and_headings_exist(page):
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        if not file.exists() or (anchor and anchor not in anchors_of(file.read_text())):
+            wrong.append(target)
+    assert wrong == []
+
+
+def test_every_picture_is_shown():
+    shown = {target for text in PAGES.values() for target in re.findall(r"images/([\w.]+)\)", text)}
+    assert {file.name for file in draw_masks.IMAGES.iterdir()} == shown
 
 
 @pytest.mark.parametrize("name", sorted(draw_masks.all_pictures()))

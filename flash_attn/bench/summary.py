@@ -84,7 +84,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(f"| {one.suite} | {one.ours} | {one.peer} | {numbers} |")
         if SUITES[one.suite].measure is Measure.HOST:
             worst = max(one.added_us, key=one.added_us.__getitem__)
-            notes.append(f"{one.suite}: {one.ours} - {one.peer} is {one.added_us[worst]:+.1f} us at most, at {worst}")
+            notes.append(f"- {one.suite}: {one.ours} - {one.peer} is {one.added_us[worst]:+.1f} us at most, at {worst}")
     return "\n".join(lines + [""] * bool(notes) + notes)
 
 
