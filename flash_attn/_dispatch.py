@@ -154,12 +154,17 @@ _LARGEST_SMEM_BYTES = 227 * 1024
 def use_path(name: str) -> Iterator[None]:
     """Runs every call of this thread inside the `with` block on one path, for tests and benchmarks.
 
-    Args:
-        name: "cpu" (plain PyTorch; it takes CUDA tensors too, and synchronises with the host there), "sm80" or
-            "sm90". A call that the path can't serve raises NotImplementedError instead of taking another.
+    A call that the path can't serve raises NotImplementedError instead of taking another.
 
-    Raises:
-        ValueError: if `name` is not a path.
+    Parameters
+    ----------
+    name : str
+        "sm90", "sm80" or "cpu". The last is plain PyTorch; it takes CUDA tensors too, and waits for the GPU then.
+
+    Raises
+    ------
+    ValueError
+        If name is not a path.
     """
     if name not in PATHS:
         raise ValueError(f"use_path: name must be one of {', '.join(map(repr, PATHS))}, got {name!r}")

@@ -15,13 +15,15 @@ from flash_attn.version import __version__
 
 @dataclass(frozen=True)
 class DeviceInfo:
+    """A GPU that torch sees."""
+
     name: str
     capability: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Info:
-    """What is installed, and which path a plain call would take on each device."""
+    """What is installed, and the GPUs that torch sees."""
 
     version: str
     torch: str
@@ -46,7 +48,13 @@ class Info:
 
 
 def info() -> Info:
-    """Tells versions, the kernels that were built or why there are none, and the GPUs. Starts nothing on a GPU."""
+    """Tells versions, the kernels that were built or why there are none, and the GPUs. Starts nothing on a GPU.
+
+    Returns
+    -------
+    Info
+        Its attributes are data, its str() is text.
+    """
     count = torch.cuda.device_count()
     return Info(
         version=__version__,
@@ -120,15 +128,25 @@ def _splits(plan: dict[str, Any]) -> str:
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Says what a call of a public function would run, and why not something else. Runs nothing.
+    """Tells what a call of a public function would run, and why not something else. Runs nothing.
 
-    Args:
-        function: flash_attn_func or another public attention function.
-        *args, **kwargs: its arguments. Tensors on the CPU or on the meta device ask what other machines would do:
-            the plans of the kernels are made for them too, where the extension is built.
+    Parameters
+    ----------
+    function : callable
+        `flash_attn_func` or another public attention function.
+    *args, **kwargs
+        Its arguments. Where the kernels are built, they are planned for tensors on the CPU or on the meta device
+        too, so that a machine without a GPU can tell what one with a GPU would run.
 
-    Raises:
-        TypeError, ValueError: as the call itself would.
+    Returns
+    -------
+    Explanation
+        Its attributes are data, its str() is text.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the call itself would; ValueError too if function is none of these functions.
     """
     call = interface.build_call(function, *args, **kwargs)
     return explain_call(function.__name__, call)

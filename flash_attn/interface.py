@@ -53,8 +53,8 @@ def flash_attn_func(
 ) -> Result:
     """Exact attention, softmax(q k^T * softmax_scale) v, in memory linear in the sequence length.
 
-    Query i and key j (from 0) of sequences of seqlen_q and seqlen_k tokens are aligned at their ends: with
-    d = i + seqlen_k - seqlen_q - j, the score is, in this order, s = softmax_scale * q_i . k_j, then
+    The last query is aligned with the last key. For query i and key j, both counted from 0, let
+    d = i + seqlen_k - seqlen_q - j. Their score is made in this order: s = softmax_scale * q_i . k_j, then
     softcap * tanh(s / softcap) if softcap > 0, then s - slope * abs(d) with ALiBi, then -inf where masked.
 
     Parameters
@@ -75,43 +75,45 @@ def flash_attn_func(
     causal : bool
         Allow only d >= 0. It replaces the right side of window_size by 0.
     window_size : pair of int or None
-        (left, right): allow only -right <= d <= left, both included. A side that is negative, None or at
-        least 2**31 - 1 is infinite. A CPU integer tensor of two elements is accepted outside torch.compile.
+        (left, right): allow only -right <= d <= left, both bounds included. A side that is negative, None or
+        at least 2**31 - 1 is infinite. Outside torch.compile an integer tensor of two elements on the CPU is
+        accepted too.
     softcap : float
         Bound of the scores, as in Gemma 2; 0.0 switches it off.
     alibi_slopes : Tensor, (num_heads,) or (batch, num_heads), float32, optional
-        It has no gradient, so it must not require one.
+        ALiBi's slope of each query head. It has no gradient, so it must not require one.
     deterministic : bool
-        Ask for a backward pass that gives the same bits in every run. The CPU path always does.
+        Make the backward pass give the same bits in every run, which costs time; the CPU path always does.
+        torch.use_deterministic_algorithms(True) asks for it too.
     return_attn_probs : bool
-        Return (out, lse, S_dmask), for tests. S_dmask is an empty tensor if dropout_p is 0. Otherwise it is
-        (batch, num_heads, seqlen_q, seqlen_k), both lengths rounded up to 128, in q's dtype: the
-        probabilities, negative where dropped, 0 outside. It has no gradient.
+        Return (out, lse, S_dmask), for tests. S_dmask is an empty tensor if dropout_p is 0. Otherwise it holds
+        the probabilities, negative where they were dropped, in q's dtype. Its shape is (batch, num_heads,
+        seqlen_q, seqlen_k), both lengths rounded up to a multiple of 128; it is 0 past them and has no gradient.
     s_aux : Tensor, (num_heads,), any of q's dtypes, optional
-        Attention sinks: a score per head that takes part in the softmax's denominator and has no value. It
-        has a gradient.
+        Attention sinks: a score per query head that takes part in the softmax's denominator but has no value
+        in v. It has a gradient.
     out : Tensor, (batch, seqlen_q, num_heads, head_dim_v), q's dtype, optional
-        Receives the result; stride 1 in its last dimension. It must not overlap q, k or v, nor be given when a
-        gradient is needed.
+        Receives the result; its last dimension has stride 1. It must not overlap q, k or v, and can't be given
+        when a gradient is needed.
     return_softmax_lse : bool
         Return (out, lse). lse has a gradient.
     num_splits : int
-        Into how many parts, 0 to 256, the keys are split for parallelism: a hint that 0 leaves to a
-        heuristic; 1 makes a row's result independent of the batch around it. Dropout never splits.
+        Into how many parts, up to 256, the keys are split for parallelism: a hint. 0 leaves the number to a
+        heuristic, 1 makes a row's result independent of the batch around it. Dropout never splits.
     pack_gqa : bool, optional
-        Whether query heads of a key head share a tile: a hint that changes no result but in its rounding;
-        None chooses.
+        Whether the query heads of a key head share a tile: a hint, which changes nothing but the rounding of
+        the result. None leaves it to a heuristic.
 
     Returns
     -------
     out : Tensor, (batch, seqlen_q, num_heads, head_dim_v), q's dtype
-    lse : Tensor, (batch, num_heads, seqlen_q), float32, float64 for float64 inputs
-        With return_softmax_lse or return_attn_probs: natural logarithm of the softmax's denominator, sink
+    lse : Tensor, (batch, num_heads, seqlen_q), float32 (float64 for float64 inputs)
+        With return_softmax_lse or return_attn_probs: the natural logarithm of the softmax's denominator, sink
         included.
     S_dmask : Tensor
         With return_attn_probs.
 
-    A row with no allowed key gets out 0, lse -inf (the sink's score, if there is one), and gradients of 0.
+    A row that sees no key gets out 0, lse -inf (or the sink's score, if there is one), and gradients of 0.
 
     Raises
     ------
@@ -122,7 +124,7 @@ def flash_attn_func(
 
     References
     ----------
-    FlashAttention (Dao et al. 2022, arXiv:2205.14135) and FlashAttention-2 (Dao 2023, arXiv:2307.08691), on
+    FlashAttention (Dao et al. 2022, arXiv:2205.14135) and FlashAttention-2 (Dao 2023, arXiv:2307.08691), with
     online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867); grouped-query attention (Ainslie et al.
     2023, arXiv:2305.13245); ALiBi (Press et al. 2021, arXiv:2108.12409); softcap (Gemma 2, arXiv:2408.00118);
     sinks (Xiao et al. 2023, arXiv:2309.17453); Philox (Salmon et al., SC'11).
@@ -154,14 +156,14 @@ def flash_attn_qkvpacked_func(
     num_splits: int = 0,
     pack_gqa: bool | None = None,
 ) -> Result:
-    """`flash_attn_func` on views of one tensor; its gradient is one tensor too.
+    """`flash_attn_func` with q, k and v in one tensor, whose gradient is one tensor too. Nothing is copied.
 
     Parameters
     ----------
     qkv : Tensor, (batch, seqlen, 3, num_heads, head_dim)
         q, k and v, stacked in this order.
     dropout_p, softmax_scale, causal, ...
-        The others are `flash_attn_func`'s.
+        All other parameters are `flash_attn_func`'s.
 
     Returns
     -------
@@ -199,7 +201,7 @@ def flash_attn_kvpacked_func(
     num_splits: int = 0,
     pack_gqa: bool | None = None,
 ) -> Result:
-    """`flash_attn_func` with k and v as views of one tensor; its gradient is one tensor too.
+    """`flash_attn_func` with k and v in one tensor, whose gradient is one tensor too. Nothing is copied.
 
     Parameters
     ----------
@@ -207,7 +209,7 @@ def flash_attn_kvpacked_func(
     kv : Tensor, (batch, seqlen_k, 2, num_heads_k, head_dim)
         k and v, stacked in this order.
     dropout_p, softmax_scale, causal, ...
-        The others are `flash_attn_func`'s.
+        All other parameters are `flash_attn_func`'s.
 
     Returns
     -------

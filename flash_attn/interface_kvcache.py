@@ -41,11 +41,11 @@ def flash_attn_with_kvcache(
     scheduler_metadata: Tensor | None = None,
     pack_gqa: bool | None = None,
 ) -> Result:
-    """Attention of new queries to a KV cache; first, if k and v are given, appends them to the cache in place.
+    """Attention of new queries to a KV cache. If k and v are given, first appends them to the cache, in place.
 
-    Entry b then has the keys from cache_leftpad[b] up to cache_seqlens[b] plus its new tokens. Nothing waits
-    for the device. The cache is not copied, unless its rows can't be read in pieces of 16 bytes (a head_dim or
-    a stride of 16-bit elements that is no multiple of 8).
+    Entry b then has the keys from cache_leftpad[b] up to, not including, cache_seqlens[b] plus its new tokens. No
+    call waits for a GPU. The kernels don't copy the cache, unless its rows can't be read in pieces of 16 bytes
+    (head_dim or a stride of 16-bit elements is no multiple of 8).
 
     Parameters
     ----------
@@ -57,22 +57,23 @@ def flash_attn_with_kvcache(
     v_cache : Tensor, as k_cache, with head_dim_v
     k, v : Tensor, (batch, seqlen_new, num_heads_k, head_dim or head_dim_v), optional
         (total_k_new, num_heads_k, head_dim or head_dim_v) with cu_seqlens_k_new.
-        New tokens. Token t of entry b goes to position cache_seqlens[b] + t, which has to exist.
+        New tokens. Token t of entry b goes to position cache_seqlens[b] + t, which must exist in the cache.
     rotary_cos, rotary_sin : Tensor, (seqlen_rotary, rotary_dim / 2), q's dtype, optional
-        Rotary embedding (RoPE) of k before it is stored and of q, with k and v only; rotary_dim is a multiple
-        of 16 up to head_dim, and seqlen_rotary covers every position used. New key t of entry b is at
-        position cache_seqlens[b] + t; query i is at cache_seqlens[b] + i with a causal mask or a finite
-        window, and at cache_seqlens[b] otherwise. Computed in float32, rounded to the tensors' dtype.
+        Rotary embedding (RoPE) of q, and of k before it is stored; it needs k and v. rotary_dim is a multiple of
+        16 up to head_dim, and seqlen_rotary covers every position used. New key t of entry b is at position
+        cache_seqlens[b] + t. Query i is at cache_seqlens[b] + i with a causal mask or a finite window, and at
+        cache_seqlens[b] otherwise. Computed in float32 (float64 for float64 inputs), rounded to q's dtype.
     cache_seqlens : int or Tensor, (batch,), int32, optional
-        Tokens in each entry's cache before the append, left padding included. None: the whole cache; needed
-        with k.
+        Tokens in each entry's cache before the append, left padding included. None means the whole cache, and
+        isn't allowed with k.
     cache_batch_idx : Tensor, (batch,), int32, optional
-        The row of the cache, or of block_table, that each entry uses. With k, no row may occur twice.
+        The row of the cache, or of block_table, that each entry uses. If k is given, no row may occur twice.
     cache_leftpad : Tensor, (batch,), int32, optional
         How many tokens at the start of each entry's cache to leave out.
     block_table : Tensor, (batch, max_pages), int32, optional
-        Token t of entry b is row t % page_size of page block_table[b, t // page_size]. Of pages without a key
-        that a query sees (past the last, before the window) neither id nor contents matter. Any page size from 1.
+        Token t of entry b is row t % page_size of page block_table[b, t // page_size]. page_size may be any from
+        1. Pages that hold no key which a query sees (past the last key, or before the window) may have any id and
+        contents.
     softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, num_splits, pack_gqa
         As in `flash_attn_func`; an entry's seqlen_k is the number of its keys.
     rotary_interleaved : bool
@@ -82,16 +83,16 @@ def flash_attn_with_kvcache(
     out : Tensor, q's shape with head_dim_v, optional
         As in `flash_attn_func`; it must not overlap the cache either.
     cu_seqlens_q, cu_seqlens_k_new : Tensor, (batch + 1,), int32, optional
-        Where each entry starts in a packed q, and in packed k and v.
+        Where each entry starts in a packed q, and in packed k and v, and where the last one ends.
     max_seqlen_q : int, integer Tensor of one element or None
-        Most queries of an entry: a hint, as in `flash_attn_varlen_func`.
+        The largest number of queries of an entry: a hint, as in `flash_attn_varlen_func`.
     scheduler_metadata : Tensor, (at least 1 + batch,), int32, optional
         What `get_scheduler_metadata` returned: a hint, which changes no result.
 
     Returns
     -------
     out : Tensor, q's shape with head_dim_v, q's dtype
-    lse : Tensor, (batch, num_heads, seqlen_q) or (num_heads, total_q), float32, float64 for float64 inputs
+    lse : Tensor, (batch, num_heads, seqlen_q) or (num_heads, total_q), float32 (float64 for float64 inputs)
         With return_softmax_lse.
 
     Raises
@@ -100,12 +101,13 @@ def flash_attn_with_kvcache(
         If an argument has the wrong type or breaks one of the rules above.
     NotImplementedError
         If no path serves this call, or if a tensor that the append reads or writes requires grad, since that
-        gradient would be lost. q may require grad; its backward pass raises where there is none (rotary,
-        block_table, cache_leftpad, cache_batch_idx).
+        gradient would be lost. q may require grad, but with rotary embedding, block_table, cache_leftpad or
+        cache_batch_idx its backward pass raises.
 
     References
     ----------
-    RoPE (Su et al. 2021, arXiv:2104.09864); those of `flash_attn_func`.
+    RoPE (Su et al. 2021, arXiv:2104.09864), paged KV caches (Kwon et al. 2023, arXiv:2309.06180), and those of
+    `flash_attn_func`.
     """
     call = kvcache_call(
         q, k_cache, v_cache, k, v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_seqlens=cache_seqlens,
@@ -125,20 +127,20 @@ def flash_attn_combine(
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Merges attention results over disjoint sets of keys.
+    """Merges the results of attention to disjoint sets of keys, the parts.
 
-    lse = log(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) * out_i.
+    lse = log(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) * out_i, over the parts i.
 
     Parameters
     ----------
     out_partial : Tensor, (num_splits, batch, seqlen, num_heads, head_dim)
         Or (num_splits, total_q, num_heads, head_dim); float16, bfloat16, float32 or float64.
     lse_partial : Tensor, out_partial's shape without head_dim, float32, float64 for a float64 out_partial
-        Natural logarithms. -inf says that a part saw no key; its out_partial isn't used then.
+        Natural logarithms. -inf says that a row saw no key of a part; that row of out_partial isn't used then.
     out : Tensor, out_partial's shape without num_splits, optional
-        Receives the result.
+        Receives the result. It can't be given when a gradient is needed.
     out_dtype : torch.dtype, optional
-        The result's dtype; out's if that is given, else out_partial's.
+        The result's dtype; None means out's if that is given, else out_partial's.
 
     Returns
     -------
@@ -186,22 +188,24 @@ def get_scheduler_metadata(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
 ) -> Tensor:
-    """A schedule that decode steps of the same shapes can share, as `scheduler_metadata` takes it.
+    """A schedule for the argument `scheduler_metadata`, which all layers of a decoding step can share.
 
-    It is a hint: no result depends on it, whatever it holds. It has a fixed size, so that a CUDA graph can
-    keep it. The kernels derive the same numbers from the lengths on their own, in less time than it takes to read
-    them: it spares callers of other packages a change, and tells what a step will do.
+    It is a hint: no result depends on it, whatever it holds. Its size depends on batch_size alone, so that a CUDA
+    graph can keep it. The kernels derive the same numbers from the lengths themselves, in less time than it would
+    take to read them. So you don't need it: it is here for programs written for other packages, and to show how
+    many parts a step will have.
 
     Parameters
     ----------
     batch_size : int
     max_seqlen_q, max_seqlen_k, max_seqlen_k_new : int, integer Tensor of one element or None
-        Most queries, keys in the cache and new keys of an entry.
+        The largest number of queries, of keys in the cache and of new keys of an entry. For the first two None
+        means unknown.
     num_heads_q, num_heads_kv : int
     headdim, headdim_v : int
         From 1 to 512; headdim_v is headdim if None.
     cache_seqlens : Tensor, (batch_size,), int32
-        As in `flash_attn_with_kvcache`; the result is on its device.
+        As in `flash_attn_with_kvcache`. The result is on the same device.
     qkv_dtype : torch.dtype
     cu_seqlens_q, cu_seqlens_k_new : Tensor, (batch_size + 1,), int32, optional
     cache_leftpad : Tensor, (batch_size,), int32, optional
@@ -215,8 +219,8 @@ def get_scheduler_metadata(
     Returns
     -------
     Tensor, (1 + 4 * batch_size rounded up to 4,), int32
-        Element 0 is a semaphore, 0 between calls; elements 1 to batch_size are the number of splits of each
-        entry; the others are 0.
+        Element 0 is a semaphore, which is 0 between calls. Elements 1 to batch_size are the number of parts of
+        each entry. The others are 0.
 
     Raises
     ------

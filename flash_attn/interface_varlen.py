@@ -37,10 +37,10 @@ def flash_attn_varlen_func(
     num_splits: int = 0,
     pack_gqa: bool | None = None,
 ) -> Result:
-    """Attention within each sequence of a packed batch, on packed or paged keys.
+    """Attention within each sequence of a packed batch, with packed or paged keys.
 
-    Sequence b has the queries from cu_seqlens_q[b] up to cu_seqlens_q[b + 1], and the keys likewise. Nothing
-    waits for the device: lengths stay where they are.
+    Sequence b has the queries from cu_seqlens_q[b] up to, not including, cu_seqlens_q[b + 1], and likewise for
+    keys. Lengths are read on the device, so no call waits for it.
 
     Parameters
     ----------
@@ -49,25 +49,25 @@ def flash_attn_varlen_func(
         (num_pages, page_size, num_heads_k, head_dim) with block_table.
     v : Tensor, as k, with head_dim_v
     cu_seqlens_q : Tensor, (batch + 1,), int32
-        Where each sequence starts in q; begins with 0, does not decrease, ends at or below total_q. Rows of no
-        sequence get out = 0 with lse -inf, and no gradient.
+        Where each sequence starts in q, and where the last one ends. It begins with 0, does not decrease, and
+        ends at or below total_q. Rows of no sequence get out 0, lse -inf and gradients of 0.
     cu_seqlens_k : Tensor, (batch + 1,), int32, optional
-        The same for k. With block_table it gives the lengths alone, and seqused_k, if given, replaces it:
-        then it may be None.
+        The same for k. With block_table it only gives the lengths. It may be None if both block_table and
+        seqused_k are given, since then seqused_k gives them.
     max_seqlen_q, max_seqlen_k : int, integer Tensor of one element or None
-        The longest sequences: hints, which change no result. None, a tensor on a device and, inside
-        torch.compile, any tensor stand for unknown. With return_attn_probs and dropout they are S_dmask's
+        The lengths of the longest sequences: hints, which change no result. None means unknown, as do a tensor
+        on a GPU and, inside torch.compile, any tensor. With return_attn_probs and dropout they are S_dmask's
         lengths.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As in `flash_attn_func`, with each sequence's own lengths.
     block_table : Tensor, (batch, max_pages), int32, optional
-        Key t of sequence b is row t % page_size of page block_table[b, t // page_size]. Of pages without a
-        key that a query sees (past the last, before the window) neither id nor contents matter.
+        Key t of sequence b is row t % page_size of page block_table[b, t // page_size]. Pages that hold no key
+        which a query sees (past the last key, or before the window) may have any id and contents.
     seqused_q, seqused_k : Tensor, (batch,), int32, optional
-        How many tokens of each sequence's slot are used, from its start. Unused memory may hold anything, and
-        rows of out past seqused_q are 0, with lse -inf.
+        How many tokens of each sequence are used, from its start. Unused memory may hold anything, and rows of
+        out past seqused_q are 0, with lse -inf.
     leftpad_k : Tensor, (batch,), int32, optional
-        How many keys at the start of each sequence to leave out. Its key 0 is the first one after them.
+        How many keys at the start of each sequence to leave out. Key 0 is then the first one after them.
     s_aux, return_softmax_lse, num_splits, pack_gqa
         As in `flash_attn_func`.
     out : Tensor, (total_q, num_heads, head_dim_v), optional
@@ -78,9 +78,9 @@ def flash_attn_varlen_func(
     Returns
     -------
     out : Tensor, (total_q, num_heads, head_dim_v), q's dtype
-    lse : Tensor, (num_heads, total_q), float32, float64 for float64 inputs
+    lse : Tensor, (num_heads, total_q), float32 (float64 for float64 inputs)
         With return_softmax_lse or return_attn_probs.
-    S_dmask : Tensor, (batch, num_heads, longest q, longest k), both rounded up to 128
+    S_dmask : Tensor, (batch, num_heads, longest q, longest k), both lengths rounded up to a multiple of 128
         With return_attn_probs; empty if dropout_p is 0.
 
     Raises
@@ -88,7 +88,7 @@ def flash_attn_varlen_func(
     TypeError, ValueError, NotImplementedError
         As in `flash_attn_func`.
 
-    There is no backward pass through block_table and leftpad_k: it raises NotImplementedError.
+    There is no backward pass through block_table or leftpad_k: it raises NotImplementedError.
     """
     # Not through varlen_call, which would put the options into one more dict.
     shapes, sequences = _checks.varlen_sequences(
@@ -123,18 +123,18 @@ def flash_attn_varlen_qkvpacked_func(
     num_splits: int = 0,
     pack_gqa: bool | None = None,
 ) -> Result:
-    """`flash_attn_varlen_func` on views of one tensor; its gradient is one tensor too.
+    """`flash_attn_varlen_func` with q, k and v in one tensor, whose gradient is one tensor too. Nothing is copied.
 
     Parameters
     ----------
     qkv : Tensor, (total, 3, num_heads, head_dim)
         q, k and v, stacked in this order.
     cu_seqlens : Tensor, (batch + 1,), int32
-        Where each sequence starts.
+        Where each sequence starts, and where the last one ends.
     max_seqlen : int, integer Tensor of one element or None
-        The longest sequence: a hint, as in `flash_attn_varlen_func`.
+        The length of the longest sequence: a hint, as in `flash_attn_varlen_func`.
     dropout_p, softmax_scale, causal, ...
-        The others are `flash_attn_func`'s.
+        All other parameters are `flash_attn_func`'s.
 
     Returns
     -------
@@ -176,7 +176,7 @@ def flash_attn_varlen_kvpacked_func(
     num_splits: int = 0,
     pack_gqa: bool | None = None,
 ) -> Result:
-    """`flash_attn_varlen_func` with k and v as views of one tensor; its gradient is one tensor too.
+    """`flash_attn_varlen_func` with k and v in one tensor, whose gradient is one tensor too. Nothing is copied.
 
     Parameters
     ----------
@@ -184,11 +184,11 @@ def flash_attn_varlen_kvpacked_func(
     kv : Tensor, (total_k, 2, num_heads_k, head_dim)
         k and v, stacked in this order.
     cu_seqlens_q, cu_seqlens_k : Tensor, (batch + 1,), int32
-        Where each sequence starts in q and in kv.
+        Where each sequence starts in q and in kv, and where the last one ends.
     max_seqlen_q, max_seqlen_k : int, integer Tensor of one element or None
-        The longest sequences: hints, as in `flash_attn_varlen_func`.
+        The lengths of the longest sequences: hints, as in `flash_attn_varlen_func`.
     dropout_p, softmax_scale, causal, ...
-        The others are `flash_attn_func`'s.
+        All other parameters are `flash_attn_func`'s.
 
     Returns
     -------

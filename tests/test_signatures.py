@@ -80,7 +80,7 @@ def test_docstring_explains_every_parameter(name):
     doc = inspect.getdoc(function)
     assert "Parameters\n---" in doc and "Returns\n---" in doc and "Raises\n---" in doc
     shared = inspect.signature(interface.flash_attn_func).parameters
-    elsewhere = shared if "The others are `flash_attn_func`'s." in doc else ()
+    elsewhere = shared if "All other parameters are `flash_attn_func`'s." in doc else ()
     missing = [p for p in inspect.signature(function).parameters if p not in elsewhere and p not in doc]
     assert not missing
 
