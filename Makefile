@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED = 1
 
 PIP_INSTALL = $(PYTHON) -m pip install --progress-bar off
 CLANG_FORMAT = $(VENV)/bin/clang-format
-CPP_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu')
 BUILD_FILES = setup.py pyproject.toml MANIFEST.in $(wildcard build_support/*.*)
 SOURCES = $(shell find csrc -type f -not -name '*.pyc') flash_attn/version.py
 INSTALLED = $(VENV)/installed

@@ -33,7 +33,7 @@ PYTHON_LAYERS = (
 )
 RANKS = {module: rank for rank, layer in enumerate(PYTHON_LAYERS) for module in layer}
 
-CPP_SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
+CPP_SUFFIXES = (".h", ".cpp", ".cu")
 CPP_FILES = sorted(file for file in (ROOT / "csrc").rglob("*") if file.suffix in CPP_SUFFIXES)
 PYTHON_FILES = sorted((ROOT / "flash_attn").rglob("*.py"))
 
