@@ -155,7 +155,7 @@ class Errors:
     def report(self, checks: Checks) -> None:
         print(f"  Largest errors: {' / '.join(WAYS)}\n")
         table(("layer", "window", "path", *self.names), self.rows)
-        checks(self.ok, "each of flash_attn's errors is at most twice the larger of PyTorch's, beside rounding")
+        checks(self.ok, "each of flash_attn's errors is at most twice the larger of PyTorch's, plus rounding")
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
