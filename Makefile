@@ -41,7 +41,7 @@ test:  ## set up, build, and run every test
 	done; exit $$status
 
 # On workers beside each other (tests/workers.py says how many): whole files, in the order in which they are collected.
-run-tests: $(INSTALLED)/flash_attn $(INSTALLED)/test
+run-tests: $(INSTALLED)/flash_attn $(INSTALLED)/test $(INSTALLED)/bench
 	$(call timed,tests,$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS))
 
 install: $(INSTALLED)/build  ## install the package into .venv
