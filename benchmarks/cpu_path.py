@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.bench.report import environment
 
 BAR_SAME_CALL = 1.2  # SDPA has the call itself
 BAR_WITH_MASK = 1.5  # SDPA needs an explicit mask
@@ -306,28 +306,6 @@ def measures_memory() -> bool:
     return ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16) == 1
 
 
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def environment() -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {
-        "machine": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "load_average": os.getloadavg(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cases only")
@@ -355,8 +333,9 @@ def main() -> None:
         print(f"{r.name:62} {r.ours_peak_mib:9.1f} {r.sdpa_peak_mib:9.1f} {r.ours_error:11.1e} {r.sdpa_error:11.1e}")
     if options.json:
         # JSON has no NaN.
+        made_on = environment("cpu") | {"load_average": os.getloadavg()}
         rows = [{k: None if v != v else v for k, v in asdict(result).items()} for result in results]
-        options.json.write_text(json.dumps({"environment": environment(), "cases": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"environment": made_on, "cases": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def cpu_table() -> str:
                 f"{case['sdpa_peak_mib']:.0f} MiB",
             ]
         )
-    where = f"{made_on['machine']}, {made_on['threads']} threads, torch {made_on['torch']}"
+    where = f"{made_on['cpu']}, {made_on['threads']} threads, torch {made_on['torch']}"
     return f"Measured on {where}.\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
