@@ -60,7 +60,7 @@ class Case:
 
     @property
     def features(self):
-        """The feature strings of the spec that a forward call of this case needs.
+        """The keys of _dispatch.FEATURES that a forward call of this case needs.
 
         Below the interface causal means that nothing right of the diagonal is seen, however it was asked for.
         """

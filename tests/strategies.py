@@ -1,4 +1,4 @@
-"""Hypothesis strategies for cases and calls: any shape, stride, mask, list of lengths and page size that the spec
+"""Hypothesis strategies for cases and calls: any shape, stride, mask, list of lengths and page size that the API
 allows."""
 
 import math

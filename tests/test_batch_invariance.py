@@ -1,4 +1,4 @@
-"""With num_splits=1 a row's bits don't depend on what stands beside it in its batch: hard case 12, layout by layout."""
+"""With num_splits=1 a row's bits don't depend on what stands beside it in its batch (test_hard_cases.py, 12)."""
 
 from dataclasses import replace
 

@@ -15,7 +15,7 @@ SHAPES = [(1, 1, 1, 1, 8), (2, 2, 17, 3, 64), (5, 1, 65, 2, 111), (128, 2, 1, 4,
 
 
 def _partials(shape, device, dtype=torch.float32):
-    """out_partial (splits, B, S, H, D) and lse_partial (splits, B, S, H), laid out as the contract says."""
+    """out_partial (splits, B, S, H, D) and lse_partial (splits, B, S, H), with rows side by side in memory."""
     generator = torch.Generator().manual_seed(sum(shape))
     out = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     splits, batch, seqlen, heads, _ = shape

@@ -1,4 +1,4 @@
-"""The same bits in every run: hard case 11, and what holds of dK and dV without being asked for."""
+"""The same bits in every run (test_hard_cases.py, 11), and what holds of dK and dV without being asked for."""
 
 import pytest
 import torch

@@ -130,7 +130,7 @@ def test_more_sequences_than_a_grid_dimension_holds():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_strides_past_two_to_the_31(causal):
-    """hard-cases 2: rows and heads of a view that spans more than 2**31 elements."""
+    """Hard case 2: rows and heads of a view that spans more than 2**31 elements."""
     rows, heads = 8, 2
     buffer = torch.empty(2**31 + 2**30, device="cuda", dtype=torch.bfloat16)
     view = buffer.as_strided((1, rows, heads, 64), (0, 2**28, 2**30 + 2**26, 1))

@@ -1,6 +1,6 @@
 """The hard cases that need a GPU's memory or speed: addresses and masks past 2**31, dropout over a large call.
 
-The numbers are those of the project's list of hard cases. Each test says how much memory it takes; where that is not
+The numbers are those of test_hard_cases.py. Each test says how much memory it takes; where that is not
 free, it is skipped.
 """
 

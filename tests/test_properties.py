@@ -1,4 +1,4 @@
-"""Generated cases: any shape, stride, mask, list of lengths and page size that the spec allows."""
+"""Generated cases: any shape, stride, mask, list of lengths and page size that the API allows."""
 
 import itertools
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """What a server does with a cache, on every path: pages of any size, views of one buffer, splits, mixed batches.
 
-Beside the declared cases of test_kvcache.py; the numbers are those of the project's list of hard cases.
+Beside the declared cases of test_kvcache.py; the numbers are those of test_hard_cases.py.
 """
 
 import math
