@@ -30,7 +30,7 @@ timed = @mkdir -p $(TIMES); start=$$(date +%s); ( set -x; $(2) ); status=$$?; \
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: $(INSTALLED)/flash_attn  ## train and run a small language model on this package (the main job)
+demo: $(INSTALLED)/flash_attn  ## train and run a small language model on this package and compare it with PyTorch
 	$(PYTHON) demo/demo.py $(DEMO_ARGS)
 
 test:  ## set up, build, and run every test

@@ -1,4 +1,4 @@
-"""The main job, end to end: train a small language model with flash_attn, generate with it, check, compare.
+"""A whole job: train a small language model with flash_attn, generate with it, check the results, compare.
 
 Run by `make demo`. Training, evaluation and generation run on the CUDA kernels where there is a GPU, and each on the
 CPU path where they lack what it needs. Exits with 1 if a check fails.

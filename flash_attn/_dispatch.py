@@ -236,12 +236,7 @@ def objections(name: str, q: torch.Tensor, head_dim_v: int, features: frozenset[
         return plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features) + _device_objections(path, q)
     capability, smem_bytes = _device_facts(q.device)
     reasons = plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features, smem_bytes)
-    if not path.runs_on(capability):
-        first, last = path.capability
-        upper = "or later" if last is None else f"to {last[0]}.{last[1]}"
-        here = f"{q.device} has {capability[0]}.{capability[1]}"
-        reasons.append(f"needs compute capability {first[0]}.{first[1]} {upper}, and {here}")
-    return reasons
+    return reasons + _capability_objections(path, capability, str(q.device))
 
 
 def plan_objections(
@@ -301,6 +296,16 @@ def _device_objections(path: PathSpec, q: torch.Tensor) -> list[str]:
     if not q.is_cuda:
         return [f"needs CUDA tensors, and q is on {q.device}"]
     return [str(_extension.load_error())]
+
+
+def _capability_objections(path: PathSpec, capability: tuple[int, int], device: str) -> list[str]:
+    if path.runs_on(capability):
+        return []
+    first, last = path.capability
+    needed = f"{first[0]}.{first[1]}"
+    if last != first:
+        needed += " or later" if last is None else f" to {last[0]}.{last[1]}"
+    return [f"needs compute capability {needed}, and {device} has {capability[0]}.{capability[1]}"]
 
 
 def _device_facts(device: torch.device) -> tuple[tuple[int, int], int]:

@@ -77,6 +77,22 @@ def test_refusal_names_the_shared_memory_that_is_short():
     assert "512/64 needs more shared memory than the 99 KB here" in reasons[0]
 
 
+@pytest.mark.parametrize(
+    "path, capability, said",
+    [
+        ("sm90", (9, 0), None),
+        ("sm90", (8, 0), "needs compute capability 9.0, and cuda:0 has 8.0"),
+        ("sm90", (10, 0), "needs compute capability 9.0, and cuda:0 has 10.0"),
+        ("sm80", (8, 9), None),
+        ("sm80", (12, 0), None),
+        ("sm80", (7, 5), "needs compute capability 8.0 or later, and cuda:0 has 7.5"),
+    ],
+)
+def test_refusal_names_the_compute_capability(path, capability, said):
+    found = _dispatch._capability_objections(_dispatch.PATHS[path], capability, "cuda:0")
+    assert found == ([] if said is None else [said])
+
+
 def test_every_path_serves_only_known_features():
     for path in _dispatch.PATHS.values():
         assert path.unproven <= path.features <= set(_dispatch.FEATURES)

@@ -240,10 +240,10 @@ _DETERMINISTIC = {"det": None} | {f"det{path.arch}": name for name, path in _dis
 NAMES = ("ours", *_FORCED, *_DETERMINISTIC, "sdpa", *_SDPA_BACKENDS, "flex", *_PEERS)
 MEANINGS = {
     "ours": "this package",
-    **{name: f"this package, its {_dispatch.PATHS[path].title} forced" for name, path in _FORCED.items()},
+    **{name: f"this package, with use_path({path!r})" for name, path in _FORCED.items()},
     "det": "this package, deterministic=True",
     **{
-        name: f"the same, its {_dispatch.PATHS[path].title} forced"
+        name: f"this package, deterministic=True, with use_path({path!r})"
         for name, path in _DETERMINISTIC.items()
         if path is not None
     },
