@@ -232,6 +232,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.set_defaults(draw=draw_speed)
     parser.add_argument("--impls", type=lambda text: text.split(","), help="only these, in this order")
     options = parser.parse_args(arguments)
+    for name in options.impls or ():
+        if name not in MEANINGS:
+            parser.error(f"--impls: must be of {', '.join(MEANINGS)}, got {name!r}")
     with matplotlib.rc_context(STYLE):
         figure = options.draw([read_json(file) for file in options.results], options.impls)
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -144,6 +144,15 @@ def test_every_implementation_has_a_colour_and_a_label(plot):
     assert set(plot.COLORS) == set(plot.LABELS) == set(plot.MEANINGS)
 
 
+def test_plot_of_chosen_implementations(plot, synthetic, tmp_path, capsys):
+    out = tmp_path / "speed.svg"
+    plot.main([str(synthetic), "--impls", "flash", "--out", str(out)])
+    assert ">402<" in out.read_text() and ">501<" not in out.read_text()
+    with pytest.raises(SystemExit):
+        plot.main([str(synthetic), "--impls", "flash,nobody", "--out", str(out)])
+    assert "nobody" in capsys.readouterr().err
+
+
 def test_plot_needs_its_suite(plot, tmp_path):
     file = tmp_path / "result.json"
     report.write_json(file, result_of(("hdim", "a", {"ours": figure(1.0)})))
