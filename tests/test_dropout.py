@@ -8,7 +8,6 @@ from cases import Case
 from checks import check_backward, check_forward, gradients_of_a_loss
 from harness import build, device_of, drawn_rng_state, on_path
 from tolerance import assert_close, assert_same_bits
-from torch.utils.checkpoint import checkpoint
 
 import flash_attn
 
@@ -126,30 +125,6 @@ def test_gradients_repeat(path):
         first, second = gradients_of_a_loss(inputs), gradients_of_a_loss(inputs)
         for name, gradient in first.items():
             assert_same_bits(name, gradient, second[name])
-        return True
-
-    on_path(path, SMALL.features | {"backward"}, inputs, run)
-
-
-def test_checkpointing_repeats_the_mask(path):
-    """torch.utils.checkpoint runs the forward pass twice and must get one mask."""
-    inputs = build(SMALL, device_of(path))
-
-    def attend(q, k, v):
-        return flash_attn.flash_attn_func(q, k, v, dropout_p=0.3)
-
-    def checkpointed(*tensors):
-        return checkpoint(attend, *tensors, use_reentrant=False)
-
-    def gradients(attention):
-        _, wanted = inputs.leaves()
-        torch.manual_seed(0)
-        loss = attention(*wanted.values()).float().square().sum()
-        return torch.autograd.grad(loss, list(wanted.values()))
-
-    def run():
-        for name, ours, plain in zip("qkv", gradients(checkpointed), gradients(attend), strict=True):
-            assert_same_bits(f"d{name}", ours, plain)
         return True
 
     on_path(path, SMALL.features | {"backward"}, inputs, run)

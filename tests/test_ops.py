@@ -1,4 +1,7 @@
-"""The torch ops: schemas, fakes, gradients, and what they refuse. test_compile.py has torch.compile."""
+"""The torch ops: schemas, fakes, gradients, and what they refuse.
+
+test_compile.py has torch.compile, test_autograd.py modes, checkpoints and transforms.
+"""
 
 import re
 from pathlib import Path
@@ -161,22 +164,6 @@ def test_direct_call_equals_the_op(name):
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
-def test_modes_see_the_op():
-    """Selective checkpointing, profilers of operations and tracers work through dispatch modes."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    seen = []
-    with Record():
-        out = flash_attn_func(grad(Q), K, V)
-        out.sum().backward()
-    assert "flash_attn.cpu_forward.default" in seen and "flash_attn.cpu_backward.default" in seen
-
-
 # ---- Gradients ----
 
 
@@ -257,46 +244,3 @@ def test_written_tensors_change_their_version(direct):
     arguments = (cache, rand(2, 16, 2, 8), K[:, :3], V[:, :3], None, None, i32(4, 6), None, None, None, True)
     _ops.append_kv("cpu", arguments) if direct else ops.cpu_append_kv(*arguments)
     assert out._version > versions[0] and cache._version > versions[1]
-
-
-def test_dropout_repeats_under_checkpointing_and_seeds():
-    q = grad(Q)
-
-    def attention(q):
-        return flash_attn_func(q, K, V, dropout_p=0.5)
-
-    torch.manual_seed(3)
-    plain = torch.autograd.grad(attention(q).square().sum(), q)
-    torch.manual_seed(3)
-    out = torch.utils.checkpoint.checkpoint(attention, q, use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), q), plain, rtol=0, atol=0)
-    assert not torch.equal(attention(q), attention(q))
-
-
-# ---- Transforms ----
-
-
-def test_vmap_is_refused():
-    with pytest.raises(NotImplementedError, match="no batching rule for torch.vmap; pass a batch dimension"):
-        torch.vmap(lambda q: flash_attn_func(q, K, V))(torch.stack((Q, Q)))
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda attention: torch.func.grad(lambda q: attention(q).sum())(Q),
-        lambda attention: torch.func.jvp(attention, (Q,), (Q,)),
-        lambda attention: torch.func.jacrev(attention)(Q),
-    ],
-    ids=["grad", "jvp", "jacrev"],
-)
-def test_other_transforms_are_refused(transform):
-    with pytest.raises(NotImplementedError, match="attention has no rule for torch.func.grad"):
-        transform(lambda q: flash_attn_func(q, K, V))
-
-
-def test_forward_mode_is_refused():
-    with torch.autograd.forward_ad.dual_level():
-        q = torch.autograd.forward_ad.make_dual(Q, Q)
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            flash_attn_func(q, K, V)
