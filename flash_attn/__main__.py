@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help="versions, kernels that were built, GPUs")
     commands.add_parser("support", help="the table of paths and features")
     check = commands.add_parser("check", help="run attention on every path here and compare it with a float64 result")
-    check.add_argument("--path", choices=tuple(_dispatch.PATHS), help="one path only, which must then serve it")
+    check.add_argument("--path", choices=tuple(_dispatch.PATHS), help="one path only; fails where it is not here")
     bench.add_arguments(commands.add_parser("bench", help="speed, memory and error beside torch's attention"))
     explain = commands.add_parser("explain", help="which kernel a flash_attn_func call would run, and why")
     explain.add_argument("--batch", type=int, default=1)

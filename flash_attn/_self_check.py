@@ -6,7 +6,9 @@ It tells a user whether an installation works; the test suite tells whether the 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 
 import torch
@@ -18,6 +20,8 @@ from flash_attn.interface import flash_attn_func
 from flash_attn.interface_kvcache import flash_attn_with_kvcache
 from flash_attn.interface_varlen import flash_attn_varlen_func
 
+_DTYPES = (torch.float16, torch.bfloat16)
+_HEAD_DIMS = (40, 64, 128)
 _BATCH = 2
 _PAGE_SIZE = 16
 
@@ -123,34 +127,41 @@ def _error(calls: Callable[[_Random], _Results], dtype: torch.dtype, device: str
     return float(torch.stack(errors).max())  # NaN if one is
 
 
+class _Outcome(Enum):
+    RIGHT = "ok"
+    WRONG = "wrong"
+    NOT_RUN = "not run"
+
+
 def _checked(
     path: str, calls: Callable[[_Random], _Results], dtype: torch.dtype, device: str, limit: float
-) -> tuple[str, bool]:
-    """What is said about a check, and whether it is no failure."""
+) -> tuple[str, _Outcome]:
+    """What is said about a check, and what came of it."""
     try:
         with use_path(path), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flash_attn: .* no GPU yet")  # which is why this runs
             error = _error(calls, dtype, device)
     except NotImplementedError as refusal:
-        return f"not run: {refusal}", True
+        return f"not run: {refusal}", _Outcome.NOT_RUN
     except RuntimeError as failure:
-        return f"FAILED: {failure}", False
+        return f"FAILED: {failure}", _Outcome.WRONG
     if error <= limit:
-        return f"relative error {error:.1e} ok", True
-    return f"relative error {error:.1e} WRONG, the limit is {limit:.1e}", False
+        return f"relative error {error:.1e} ok", _Outcome.RIGHT
+    return f"relative error {error:.1e} WRONG, the limit is {limit:.1e}", _Outcome.WRONG
 
 
-def _paths_here() -> dict[str, str]:
+def _paths_here(gpu: str = "cuda") -> dict[str, str]:
     """The paths of this machine, each with a device for its tensors."""
     paths = {"cpu": "cpu"}
     if _extension.is_loaded() and torch.cuda.is_available():
-        q = torch.empty(1, 1, 1, 64, dtype=torch.float16, device="cuda")
-        paths |= {
-            name: "cuda"
-            for name, path in PATHS.items()
-            if path.arch is not None and not _dispatch.objections(name, q, 64, frozenset({"dense"}))
-        }
+        paths |= {name: gpu for name, path in PATHS.items() if path.arch is not None and _serves_a_check(name, gpu)}
     return paths
+
+
+def _serves_a_check(path: str, device: str) -> bool:
+    """Whether the path has a kernel for one of the checks: a build may hold one dtype or head dim alone."""
+    calls = (torch.empty(1, 1, 1, dim, dtype=dtype, device=device) for dtype in _DTYPES for dim in _HEAD_DIMS)
+    return any(not _dispatch.objections(path, q, q.shape[-1], frozenset({"dense"})) for q in calls)
 
 
 def run(only: str | None = None) -> int:
@@ -159,15 +170,16 @@ def run(only: str | None = None) -> int:
     if only is not None and only not in paths:
         print(f"the path {only} is not available here: {_extension.load_error() or 'no device or no kernels for it'}")
         return 1
-    failures = 0
+    counts = Counter[_Outcome]()
     for name in (only,) if only is not None else paths:
-        for dtype in (torch.float16, torch.bfloat16):
+        for dtype in _DTYPES:
             # A rounding of P and one of O, each of at most half a unit in the last place.
             limit = 2 * torch.finfo(dtype).eps
             for title, calls, features in _CHECKS:
                 if features <= PATHS[name].features:
-                    line, ok = _checked(name, calls, dtype, paths[name], limit)
-                    failures += not ok
+                    line, outcome = _checked(name, calls, dtype, paths[name], limit)
+                    counts[outcome] += 1
                     print(f"{name}: {title}, {str(dtype)[6:]}: {line}")
-    print(f"{failures} wrong" if failures else "all right")
-    return failures
+    wrong, not_run = counts[_Outcome.WRONG], counts[_Outcome.NOT_RUN]
+    print((f"{wrong} wrong" if wrong else "all right") + (f", {not_run} not run" if not_run else ""))
+    return wrong

@@ -276,6 +276,26 @@ def test_command_line(capsys):
         assert cli.main(["check", "--path", "sm80"]) == 1
 
 
+def test_check_finds_the_path_of_a_build_without_float16(monkeypatch):
+    def objections(name, q, head_dim_v, features):
+        return [] if (name, q.dtype, head_dim_v) == ("sm80", torch.bfloat16, 128) else ["not built"]
+
+    monkeypatch.setattr(_dispatch, "objections", objections)
+    monkeypatch.setattr(_extension, "is_loaded", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _self_check._paths_here("meta") == {"cpu": "cpu", "sm80": "meta"}
+
+
+def test_check_tells_what_did_not_run(capsys, monkeypatch):
+    def refuse(random):
+        raise NotImplementedError("no kernel")
+
+    monkeypatch.setattr(_self_check, "_CHECKS", (("a call", refuse, set()), *_self_check._CHECKS[:1]))
+    assert cli.main(["check", "--path", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "cpu: a call, float16: not run: no kernel" and lines[-1] == "all right, 2 not run"
+
+
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
 def test_check_tells_wrong_results(capsys, monkeypatch, factor):
     right = _self_check._attention
