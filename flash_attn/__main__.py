@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 import torch
 
@@ -42,13 +43,12 @@ def _explain(args: argparse.Namespace) -> None:
     seqlen_k = args.seqlen_q if args.seqlen_k is None else args.seqlen_k
     heads_k = args.heads if args.heads_k is None else args.heads_k
     head_dim_v = args.head_dim if args.head_dim_v is None else args.head_dim_v
-    # Tensors without storage on the device that a call here would use.
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.no_grad():
-        scalar = torch.empty(1, dtype=DTYPES[args.dtype], device=device)
-    q = scalar.expand(args.batch, args.seqlen_q, args.heads, args.head_dim)
-    k = scalar.expand(args.batch, seqlen_k, heads_k, args.head_dim)
-    v = scalar.expand(args.batch, seqlen_k, heads_k, head_dim_v)
+    # On the device that a call here would use, and with memory, though nothing touches it: a tensor that was expanded
+    # to its size has strides of 0, which kernels want copied.
+    empty = partial(torch.empty, dtype=DTYPES[args.dtype], device="cuda" if torch.cuda.is_available() else "cpu")
+    q = empty(args.batch, args.seqlen_q, args.heads, args.head_dim)
+    k = empty(args.batch, seqlen_k, heads_k, args.head_dim)
+    v = empty(args.batch, seqlen_k, heads_k, head_dim_v)
     print(
         flash_attn.explain(
             flash_attn.flash_attn_func,

@@ -260,6 +260,13 @@ def test_explain_tells_what_is_copied_first():
         assert json.loads(torch.ops.flash_attn.explain_forward(*call.op_arguments(), arch))["copies"] == copies
 
 
+@built
+def test_explain_on_the_command_line_copies_nothing(capsys):
+    assert cli.main(["explain", "--causal", "--head-dim", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "variant bf16 d64/64 causal mask" in said and "copies" not in said
+
+
 def test_info_tells_versions_and_reasons():
     info = flash_attn.info()
     assert info.version == flash_attn.__version__ and info.torch == torch.__version__
