@@ -308,6 +308,11 @@ def _capability_objections(path: PathSpec, capability: tuple[int, int], device: 
     return [f"needs compute capability {needed}, and {device} has {capability[0]}.{capability[1]}"]
 
 
+def smem_bytes_for(q: torch.Tensor) -> int:
+    """Shared memory of a thread block on q's GPU; for other tensors on the largest that kernels are made for."""
+    return _device_facts(q.device)[1] if q.is_cuda else _LARGEST_SMEM_BYTES
+
+
 def _device_facts(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability, and the bytes of shared memory that a thread block can have."""
     index = device.index if device.index is not None else torch.cuda.current_device()

@@ -160,11 +160,11 @@ def explain_call(title: str, call: Any) -> Explanation:
         path = _dispatch.choose_path(call.q, call.head_dims, call.features)
     except NotImplementedError:
         path = None
-    plans = {}
+    plans, smem_bytes = {}, _dispatch.smem_bytes_for(call.q)
     for spec in _dispatch.PATHS.values():
         if spec.arch is None or not _extension.is_loaded():
             continue
-        if not _dispatch.plan_objections(spec, call.q.dtype, *call.head_dims, call.features):
+        if not _dispatch.plan_objections(spec, call.q.dtype, *call.head_dims, call.features, smem_bytes):
             plan = json.loads(torch.ops.flash_attn.explain_forward(*call.op_arguments(), spec.arch))
             if call.needs_grad:
                 plan["backward"] = json.loads(torch.ops.flash_attn.explain_backward(*call.op_arguments(), spec.arch))

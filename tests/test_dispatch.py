@@ -261,6 +261,15 @@ def test_explain_tells_what_is_copied_first():
 
 
 @built
+def test_explain_plans_nothing_that_the_gpu_has_no_shared_memory_for(monkeypatch):
+    """As on an RTX card, where the planner refuses SM90's tiles."""
+    with_227_kb = flash_attn.explain(flash_attn.flash_attn_func, *_qkv())
+    monkeypatch.setattr(_dispatch, "smem_bytes_for", lambda q: 99 * 1024)
+    with_99_kb = flash_attn.explain(flash_attn.flash_attn_func, *_qkv())
+    assert "sm90" in with_227_kb.plans and set(with_99_kb.plans) == {"sm80"}
+
+
+@built
 def test_explain_on_the_command_line_copies_nothing(capsys):
     assert cli.main(["explain", "--causal", "--head-dim", "64"]) == 0
     said = capsys.readouterr().out
