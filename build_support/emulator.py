@@ -245,7 +245,10 @@ def main() -> None:
     ):
         chosen.add_argument(name, action="store_const", const=build, dest="build", help=what)
     parser.set_defaults(build=FEW)
-    print(build_emulator(parser.parse_args().build))
+    try:
+        print(build_emulator(parser.parse_args().build))
+    except ImportError as reason:
+        sys.exit(f"the kernels can't be emulated: {reason}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-from build_support import decision, jobs, toolkit  # noqa: I001  (repository makes it importable)
+from build_support import decision, emulator, jobs, toolkit  # noqa: I001  (repository makes it importable)
 from build_support.options import read_options
 
 GIB = 2**30
@@ -174,6 +174,16 @@ def test_no_cutlass_lists_where_it_looked(tmp_path, monkeypatch):
     assert "third_party/cutlass/include" in message
     assert "cutlass_library (not installed)" in message
     assert "CUTLASS_PATH (not set)" in message
+
+
+def test_emulator_without_headers_is_one_sentence(monkeypatch):
+    def missing(environ):
+        raise ImportError("there are no CUDA headers")
+
+    monkeypatch.setattr(emulator, "_find_headers", missing)
+    monkeypatch.setattr(sys, "argv", ["emulator.py"])
+    with pytest.raises(SystemExit, match="the kernels can't be emulated: there are no CUDA headers"):
+        emulator.main()
 
 
 # Jobs
