@@ -35,7 +35,12 @@ class Info:
     def __str__(self) -> str:
         lines = [f"flash_attn {self.version}, torch {self.torch}"]
         if self.kernels_missing is None:
-            lines.append(f"kernels (CUDA {self.build.cuda}): {', '.join(self.kernels)}")
+            lines.append(f"kernels (CUDA {self.build.cuda}), up to which head dims and with how much shared memory:")
+            families: dict[str, list[str]] = {}
+            for kernel in self.kernels:
+                family, _, bucket = kernel.partition(" d")
+                families.setdefault(family, []).append(bucket)
+            lines += [f"  {family}: {', '.join(buckets)}" for family, buckets in families.items()]
         else:
             lines.append(f"kernels: none, {self.kernels_missing}")
         lines += [

@@ -283,6 +283,22 @@ def test_info_tells_versions_and_reasons():
     assert flash_attn.__version__ in str(info)
 
 
+def test_info_has_a_line_for_each_family_of_kernels():
+    kernels = (
+        "sm80 backward bf16 d64/64 (99 KB)",
+        "sm80 forward bf16 d64/64 (99 KB)",
+        "sm80 forward bf16 d96/96 (99 KB)",
+    )
+    build = _extension.BuildInfo(kernels_built=True, cuda="13.0")
+    info = dataclasses.replace(flash_attn.info(), kernels=kernels, kernels_missing=None, build=build, devices=())
+    assert str(info).splitlines()[1:] == [
+        "kernels (CUDA 13.0), up to which head dims and with how much shared memory:",
+        "  sm80 backward bf16: 64/64 (99 KB)",
+        "  sm80 forward bf16: 64/64 (99 KB), 96/96 (99 KB)",
+        "no GPU: calls run on the CPU path",
+    ]
+
+
 def test_command_line(capsys):
     for command in (["info"], ["support"], ["explain", "--causal", "--heads-k", "4"], ["check", "--path", "cpu"]):
         assert cli.main(command) == 0
