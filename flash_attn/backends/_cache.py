@@ -46,7 +46,7 @@ def append_kv(
     Returns cache_seqlens plus the new tokens.
     """
     k, v = k.detach(), v.detach()
-    positions, end = token_positions(k, cache_seqlens, cu_seqlens_k_new, True)
+    positions, end = token_positions("k", k, cache_seqlens, cu_seqlens_k_new, "cu_seqlens_k_new", True)
     entries = torch.arange(cache_seqlens.shape[0], device=k.device)
     if cu_seqlens_k_new is None:
         num_new = k.shape[1]
@@ -61,13 +61,15 @@ def append_kv(
     _check_capacity(cache_seqlens, positions, capacity)
     if rotary_cos is not None and rotary_sin is not None:
         k = rotate(k, rotary_cos, rotary_sin, positions, rotary_interleaved)
-    rows = entries if cache_batch_idx is None else cache_batch_idx.to(torch.int64)[entries]
+    rows = entries
+    if cache_batch_idx is not None:
+        rows = cache_batch_idx.to(torch.int64)[entries]
+        whose, table = ("the cache's", k_cache) if block_table is None else ("block_table's", block_table)
+        _check_ids("cache_batch_idx", f"at least 0 and below {whose} number of rows", rows, table.shape[0])
     if block_table is not None:
         rows = block_table[rows, positions // page_size].to(torch.int64)
         positions = positions % page_size
         _check_ids("block_table", "ids of used pages, at least 0 and below", rows, k_cache.shape[0])
-    else:
-        _check_ids("cache_batch_idx", "at least 0 and below the cache's batch size", rows, k_cache.shape[0])
     k_cache[rows, positions] = k
     v_cache[rows, positions] = v
     return cache_seqlens + num_new

@@ -5,18 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._sequences import starts_of
 
-def token_positions(x: Tensor, offsets: Tensor, cu_seqlens: Tensor | None, advance: bool) -> tuple[Tensor, int]:
+
+def token_positions(
+    name: str, x: Tensor, offsets: Tensor, cu_seqlens: Tensor | None, cu_seqlens_name: str, advance: bool
+) -> tuple[Tensor, int]:
     """Position of every token of x, (B, S) or (T,), and the token at which a packed x's last entry ends."""
     offsets = offsets.to(torch.int64)
     if cu_seqlens is None:
-        steps = torch.arange(x.shape[1], device=x.device) if advance else torch.zeros_like(offsets[:1])
+        steps = torch.arange(x.shape[1], device=x.device) if advance else offsets.new_zeros(1)
         return (offsets[:, None] + steps).expand(x.shape[:2]), x.shape[1]
-    starts = cu_seqlens.tolist()
-    lengths = torch.tensor([b - a for a, b in zip(starts, starts[1:], strict=False)], device=x.device)
+    starts = starts_of(cu_seqlens_name, cu_seqlens, x.shape[0], name)
+    # Of no entry torch would make a tensor of floats.
+    first = torch.tensor(starts[:-1], dtype=torch.int64, device=x.device)
+    lengths = torch.tensor(starts[1:], dtype=torch.int64, device=x.device) - first
     positions = offsets.repeat_interleave(lengths)
     if advance:
-        first = torch.tensor(starts[:-1], device=x.device).repeat_interleave(lengths)
+        first = first.repeat_interleave(lengths)
         positions = positions + torch.arange(starts[0], starts[-1], device=x.device) - first
     return positions, starts[-1]
 
@@ -54,7 +60,7 @@ def rotary(
     advance: bool,
 ) -> Tensor:
     """Rotate token i of entry b at position offsets[b] + i, or offsets[b] if not `advance`."""
-    positions, end = token_positions(x, offsets, cu_seqlens, advance)
+    positions, end = token_positions("q", x, offsets, cu_seqlens, "cu_seqlens_q", advance)
     if cu_seqlens is None:
         return rotate(x, cos, sin, positions, interleaved)
     out = x.clone(memory_format=torch.contiguous_format)

@@ -99,7 +99,8 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _starts(name: str, cu_seqlens: Tensor, total: int, tensor_name: str) -> list[int]:
+def starts_of(name: str, cu_seqlens: Tensor, total: int, tensor_name: str) -> list[int]:
+    """cu_seqlens on the host, where its values are checked."""
     starts = cu_seqlens.tolist()
     _check(starts[0] >= 0, f"{name} must start at 0 or above, got {starts[0]}")
     for index, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
@@ -122,19 +123,27 @@ def _used(name: str, seqused: Tensor | None, slots: list[int]) -> list[int]:
 
 def _entry_rows(name, tensor, cu_seqlens, seqused, used_name, count=None, index=None) -> list[Rows]:
     if cu_seqlens is not None:
-        starts = _starts(f"cu_seqlens_{name}", cu_seqlens, tensor.shape[0], name)
+        starts = starts_of(f"cu_seqlens_{name}", cu_seqlens, tensor.shape[0], name)
         slots = [b - a for a, b in zip(starts, starts[1:], strict=False)]
     else:
-        starts = list(range(tensor.shape[0] if count is None else count)) if index is None else index.tolist()
-        for pos, start in enumerate(starts):
-            _check(
-                0 <= start < tensor.shape[0],
-                f"cache_batch_idx must be below the cache's {tensor.shape[0]} rows, got {start} at {pos}",
-            )
+        if index is None:
+            starts = list(range(tensor.shape[0] if count is None else count))
+        else:
+            starts = _cache_rows(index, "the cache's", tensor.shape[0])
         slots = [tensor.shape[1]] * len(starts)
     used = _used(used_name, seqused, slots)
     packed = cu_seqlens is not None
     return [Rows(packed, a, slot, 0, length) for a, slot, length in zip(starts, slots, used, strict=False)]
+
+
+def _cache_rows(cache_batch_idx: Tensor, whose: str, num_rows: int) -> list[int]:
+    rows = cache_batch_idx.tolist()
+    for index, row in enumerate(rows):
+        _check(
+            0 <= row < num_rows,
+            f"cache_batch_idx must be at least 0 and below {whose} {num_rows} rows, got {row} at index {index}",
+        )
+    return rows
 
 
 def _paged_rows(k: Tensor, block_table: Tensor, seqused_k: Tensor | None) -> list[tuple[int, list[int]]]:
@@ -212,7 +221,7 @@ def split(
     if block_table is not None:
         page_size = k.shape[1]
         if cache_batch_idx is not None:
-            block_table = block_table[cache_batch_idx.to(torch.int64)]
+            block_table = block_table[_cache_rows(cache_batch_idx, "block_table's", block_table.shape[0])]
         for batch, (rows, (length, ids)) in enumerate(zip(q_rows, _paged_rows(k, block_table, seqused_k), strict=True)):
             low = _left_pad(leftpad[batch], length, batch)
             first_key = low + trim(rows.high, length - low, window_left, window_right).skipped_keys
