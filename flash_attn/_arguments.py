@@ -171,9 +171,19 @@ def max_seqlen_of(name: str, value: Any) -> int:
             return 0
         value = value.item()
     value = as_int(name, value)
-    if value < 0:
+    if _is_negative(value):
         raise ValueError(f"{name} must be at least 0, got {value}")
     return value
+
+
+def _is_negative(value: int | torch.SymInt) -> bool:
+    """False where torch.compile can't tell, as of a tensor's .item(): no result depends on a longest length."""
+    if torch.compiler.is_compiling() or type(value) is not int:
+        # Here, since it loads sympy.
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(value < 0)
+    return value < 0
 
 
 def options_of(
@@ -238,10 +248,11 @@ def alibi_slopes_of(slopes: Any, device: torch.device, batch: int, num_heads: in
     require_tensor("alibi_slopes", slopes)
     require_device("alibi_slopes", slopes, device)
     require_dtype("alibi_slopes", slopes, torch.float32)
-    if tuple(slopes.shape) not in ((num_heads,), (batch, num_heads)):
+    shape = tuple(slopes.shape)
+    if shape != (num_heads,) and shape != (batch, num_heads):  # torch.compile finds no symbolic sizes with `in`
         raise ValueError(
             f"alibi_slopes must have the shape (num_heads,) = ({num_heads},) or "
-            f"(batch, num_heads) = ({batch}, {num_heads}), got {tuple(slopes.shape)}"
+            f"(batch, num_heads) = ({batch}, {num_heads}), got {shape}"
         )
     if slopes.ndim and slopes.shape[-1] > 1 and slopes.stride(-1) != 1:
         raise ValueError(f"alibi_slopes must have stride 1 in its last dimension, got {slopes.stride()}")

@@ -8,6 +8,7 @@ from flash_attn import (
     flash_attn_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
 
@@ -59,6 +60,15 @@ def test_compile_with_everything():
     )
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 4)], ids=["H", "BH"])
+def test_compile_slopes_that_a_module_holds(shape):
+    """Their sizes are constants, and those of q are symbols."""
+    module = torch.nn.Module()
+    module.register_buffer("slopes", torch.ones(shape))
+    module.forward = lambda q, k, v: flash_attn_func(q, k, v, alibi_slopes=module.slopes)
+    check_gradients(compiled(module), module, dense_inputs(2, 5, 7))
+
+
 def test_compile_qkvpacked():
     fast = compiled(lambda qkv: flash_attn_qkvpacked_func(qkv, causal=True))
     for batch, length in ((2, 5), (3, 9)):
@@ -82,6 +92,30 @@ def test_compile_varlen():
                 lambda *x, a=(cu_q, cu_k, longest): attention(*x, *a),
                 inputs,
             )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["varlen", "qkvpacked"])
+def test_compile_longest_length_from_a_tensor(packed):
+    """transformers calls .item() on longest lengths where it is traced: an int that nobody knows yet."""
+
+    def attention(q, cu):
+        longest = cu.diff().max().item()
+        if packed:
+            return flash_attn_varlen_qkvpacked_func(torch.stack((q, q, q), 1), cu, longest, causal=True)
+        return flash_attn_varlen_func(q, q, q, cu, cu, longest, longest, causal=True)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        fast = compiled(attention)
+        for lengths in ((2, 3), (7, 0, 2)):
+            cu = i32(0, *lengths).cumsum(0).int()
+            check_gradients(lambda q, cu=cu: fast(q, cu), lambda q, cu=cu: attention(q, cu), [
+                grad(rand(sum(lengths), 4, 16))
+            ])  # fmt: skip
+
+
+def test_compile_refuses_a_negative_longest_length():
+    with pytest.raises(Exception, match="max_seqlen_q must be at least 0, got -3"):
+        compiled(lambda q, cu: flash_attn_varlen_func(q, q, q, cu, cu, -3, 5))(Q[0], i32(0, 5))
 
 
 def test_compile_dropout_uses_the_same_random_numbers():
