@@ -47,6 +47,22 @@ def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], layou
         raise ValueError(f"{name} must have the shape {layout} = {shape}, got {tuple(tensor.shape)}")
 
 
+def require_no_overlap(name: str, strides: tuple[int, ...], shape: torch.Size) -> None:
+    """Of a tensor that is written."""
+    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
+        raise ValueError(f"{name} must not overlap itself, got stride {strides} for shape {tuple(shape)}")
+
+
+def require_page_size(name: str, shape: torch.Size) -> None:
+    if shape[1] < 1:
+        raise ValueError(f"{name} must have a page_size of at least 1, got shape {tuple(shape)}")
+
+
+def require_strided(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name} must be a strided tensor, got layout {tensor.layout}")
+
+
 def require_bool(name: str, value: Any) -> None:
     if value is not True and value is not False:
         raise TypeError(f"{name} must be a bool, got {value!r}")
@@ -279,7 +295,6 @@ def out_of(out: Any, q: torch.Tensor, shape_q: torch.Size, head_dim_v: int, need
     strides = out.stride()
     if head_dim_v > 1 and strides[-1] != 1:
         raise ValueError(f"out must have stride 1 in its last dimension, got stride {strides}")
-    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
-        raise ValueError(f"out must not overlap itself, got stride {strides} for shape {tuple(shape)}")
+    require_no_overlap("out", strides, shape)
     if needs_grad or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError("out must not be given when a gradient is needed; got tensors with requires_grad=True")

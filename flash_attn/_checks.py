@@ -23,6 +23,7 @@ PAGED_KV = "(num_pages, page_size, num_heads_k, head_dim)"
 
 DENSE_CACHE = "(batch_cache, seqlen_cache, num_heads_k, head_dim)"
 _LAYOUTS = (DENSE_Q, DENSE_KV, VARLEN_Q, VARLEN_KV, PAGED_KV, DENSE_CACHE)
+_STRIDED = torch.strided
 _RANKS = {layout: layout.count(",") + 1 for layout in _LAYOUTS}
 
 
@@ -190,6 +191,7 @@ def varlen_sequences(
         raise ValueError(f"{names.cu_seqlens[1]} must be given when seqused_k is not, got None for both")
     if block_table is not None:
         check.block_table_of(block_table, device, batch)
+        check.require_page_size(names.qkv[1], shapes[1])
         # Pages have no slots in a packed tensor: below this line their lengths are seqused_k, and nothing
         # else.
         if seqused_k is None:
@@ -210,6 +212,10 @@ def check_qkv(q: Any, k: Any, v: Any, names: tuple[str, str, str], layout_q: str
         check.require_tensor(name_q, q)
         check.require_tensor(name_k, k)
         check.require_tensor(name_v, v)
+    if q.layout is not _STRIDED or k.layout is not _STRIDED or v.layout is not _STRIDED:
+        check.require_strided(name_q, q)
+        check.require_strided(name_k, k)
+        check.require_strided(name_v, v)
     device, dtype, shape_q, shape_k, shape_v = q.device, q.dtype, q.shape, k.shape, v.shape
     if k.device != device or v.device != device:
         check.require_device(name_k, k, device)

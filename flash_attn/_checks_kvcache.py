@@ -107,6 +107,8 @@ def kvcache_call(
     if k is not None:
         if cache_seqlens is None:
             raise ValueError("cache_seqlens must be given with k (it says where k goes), got None")
+        check.require_no_overlap("k_cache", k_cache.stride(), shapes[1])
+        check.require_no_overlap("v_cache", v_cache.stride(), shapes[2])
         _require_no_gradient(k_cache, v_cache, k, v, rotary_cos, rotary_sin)
         append = Append(
             k_cache, v_cache, k, v, rotary_cos, rotary_sin, lengths, cu_seqlens_k_new, cache_batch_idx, block_table,
@@ -148,6 +150,7 @@ def _check_places(
     if cache_leftpad is not None:
         check.int32_vector("cache_leftpad", cache_leftpad, device, batch, "(batch,)")
     if block_table is not None:
+        check.require_page_size("k_cache", shape_k)
         # With cache_batch_idx the table may have more rows than the batch: it chooses among them.
         return check.block_table_of(block_table, device, batch if cache_batch_idx is None else None) * shape_k[1]
     if cache_batch_idx is None and shape_k[0] != batch:
@@ -271,6 +274,7 @@ def check_combine(out_partial: Any, lse_partial: Any, out: Any, out_dtype: Any) 
         check.require_dtype("out", out, out_dtype, "out_dtype's ")
     check.require_float_dtype("out", out)
     check.require_shape("out", out, tuple(out_partial.shape[1:]), "out_partial's without num_splits")
+    check.require_no_overlap("out", out.stride(), out.shape)
     if torch.is_grad_enabled() and (out.requires_grad or out_partial.requires_grad or lse_partial.requires_grad):
         raise ValueError("out must not be given when a gradient is needed; got tensors with requires_grad=True")
 

@@ -53,7 +53,7 @@ def flash_attn_with_kvcache(
         (total_q, num_heads, head_dim) with cu_seqlens_q.
     k_cache : Tensor, (batch_cache, seqlen_cache, num_heads_k, head_dim)
         (num_pages, page_size, num_heads_k, head_dim) with block_table. Without either of cache_batch_idx and
-        block_table, batch_cache is batch.
+        block_table, batch_cache is batch. With k, it must not overlap itself.
     v_cache : Tensor, as k_cache, with head_dim_v
     k, v : Tensor, (batch, seqlen_new, num_heads_k, head_dim or head_dim_v), optional
         (total_k_new, num_heads_k, head_dim or head_dim_v) with cu_seqlens_k_new.
@@ -138,7 +138,7 @@ def flash_attn_combine(
     lse_partial : Tensor, out_partial's shape without head_dim, float32, float64 for a float64 out_partial
         Natural logarithms. -inf says that a row saw no key of a part; that row of out_partial isn't used then.
     out : Tensor, out_partial's shape without num_splits, optional
-        Receives the result. It can't be given when a gradient is needed.
+        Receives the result. It must not overlap itself, and can't be given when a gradient is needed.
     out_dtype : torch.dtype, optional
         The result's dtype; None means out's if that is given, else out_partial's.
 

@@ -41,6 +41,7 @@ from valid_calls import (
 
 from flash_attn import _arguments
 
+JAGGED = torch.nested.nested_tensor([rand(3, 4, 32), rand(2, 4, 32)], layout=torch.jagged)
 Type, Value, Unsupported = TypeError, ValueError, NotImplementedError
 
 # (valid call, what is changed, error, message)
@@ -55,6 +56,9 @@ CASES = [
     (DENSE, {"q": Q.to(torch.float8_e4m3fn)}, Value, "q must have dtype float16"),
     (DENSE, {"k": K.half()}, Value, "k must have q's dtype torch.float32, got torch.float16"),
     (DENSE, {"v": V.double()}, Value, "v must have q's dtype torch.float32, got torch.float64"),
+    (DENSE, {"q": Q.to_sparse()}, Value, "q must be a strided tensor, got layout torch.sparse_coo"),
+    (DENSE, {"q": JAGGED, "k": JAGGED, "v": JAGGED}, Value, "q must be a strided tensor, got layout torch.jagged"),
+    (VARLEN, {"v": V[0].to_sparse()}, Value, "v must be a strided tensor, got layout torch.sparse_coo"),
     (DENSE, {"q": Q[0]}, Value, "q must have the shape (batch, seqlen_q, num_heads, head_dim), got (5, 4, 32)"),
     (DENSE, {"k": K[0]}, Value, "k must have the shape (batch, seqlen_k, num_heads_k, head_dim), got (7, 2, 32)"),
     (DENSE, {"v": V[0]}, Value, "v must have the shape (batch, seqlen_k, num_heads_k, head_dim_v), got (7, 2, 8)"),
@@ -165,6 +169,8 @@ CASES = [
     (PAGED, {"block_table": TABLE[:1]}, Value, "block_table must have one row for each of the 2 batch entries, "
      "got (1, 2)"),
     (PAGED, {"block_table": TABLE.t()}, Value, "block_table must have rows of stride 1, got stride (1, 2)"),
+    (PAGED, {"k": rand(4, 0, 2, 32), "v": rand(4, 0, 2, 8)}, Value,
+     "k must have a page_size of at least 1, got shape (4, 0, 2, 32)"),
     (PAGED, {"seqused_k": None}, Value, "cu_seqlens_k must be given when seqused_k is not, got None for both"),
     # packed
     (QKV, {"qkv": None}, Type, "qkv must be a torch.Tensor, got NoneType"),
@@ -202,6 +208,12 @@ CASES = [
      "scheduler_metadata must have at least 1 + batch = 3 elements, got 1"),
     (CACHE, {"max_seqlen_q": -1}, Value, "max_seqlen_q must be at least 0, got -1"),
     (PAGED_CACHE, {"block_table": TABLE[:1]}, Value, "block_table must have one row for each of the 2 batch entries"),
+    (PAGED_CACHE, {"k_cache": rand(4, 0, 2, 32), "v_cache": rand(4, 0, 2, 8)}, Value,
+     "k_cache must have a page_size of at least 1, got shape (4, 0, 2, 32)"),
+    (APPEND, {"k_cache": rand(1, 16, 2, 32).expand(2, 16, 2, 32)}, Value,
+     "k_cache must not overlap itself, got stride (0, 64, 32, 1) for shape (2, 16, 2, 32)"),
+    (APPEND, {"v_cache": rand(2, 1, 2, 8).expand(2, 16, 2, 8)}, Value,
+     "v_cache must not overlap itself, got stride (16, 0, 8, 1) for shape (2, 16, 2, 8)"),
     (APPEND, {"v": None}, Value, "v must be given with k, got None"),
     (APPEND, {"k": 1}, Type, "k must be a torch.Tensor, got int"),
     (APPEND, {"k": meta(2, 3, 2, 32)}, Value, "k must be on q's device cpu, got meta"),
@@ -246,6 +258,8 @@ CASES = [
      "got torch.int32"),
     (COMBINE, {"out": rand(2, 5, 4, 7)}, Value,
      "out must have the shape out_partial's without num_splits = (2, 5, 4, 8)"),
+    (COMBINE, {"out": rand(2, 5, 1, 8).expand(2, 5, 4, 8)}, Value,
+     "out must not overlap itself, got stride (40, 8, 0, 1) for shape (2, 5, 4, 8)"),
     (COMBINE, {"out": meta(2, 5, 4, 8)}, Value, "out must be on out_partial's device cpu, got meta"),
     (COMBINE, {"out": rand(2, 5, 4, 8), "out_dtype": HALF}, Value, "out must have out_dtype's dtype torch.float16, "
      "got torch.float32"),
