@@ -5,8 +5,14 @@ The names, the argument order and the five results of `unpad_input` are those th
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from flash_attn._arguments import as_int
+from flash_attn._plain import is_plain
 
 __all__ = ["index_first_axis", "index_put_first_axis", "pad_input", "unpad_input"]
 
@@ -28,10 +34,11 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     Raises
     ------
     TypeError, ValueError
-        If a type, a shape, a dtype or a device is wrong.
+        If a type, a shape, a dtype, a device, a size or, on the CPU, an index is wrong.
     """
     _check("input", input, 1)
     _check_indices(indices, "input", input)
+    _check_rows(indices, input.shape[0], "input's")
     return input.index_select(0, indices)
 
 
@@ -54,9 +61,9 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     Raises
     ------
     TypeError, ValueError
-        If a type, a shape, a dtype or a device is wrong.
+        If a type, a shape, a dtype, a device, a size or, on the CPU, an index is wrong.
     """
-    return _put_rows("values", values, indices, first_axis_dim)
+    return _put_rows("values", values, indices, _size("first_axis_dim", first_axis_dim))
 
 
 def unpad_input(
@@ -128,8 +135,9 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     Raises
     ------
     TypeError, ValueError
-        If a type, a shape, a dtype or a device is wrong.
+        If a type, a shape, a dtype, a device, a size or, on the CPU, an index is wrong.
     """
+    batch, seqlen = _size("batch", batch), _size("seqlen", seqlen)
     return _put_rows("hidden_states", hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
 
 
@@ -138,6 +146,7 @@ def _put_rows(name: str, rows: Tensor, indices: Tensor, num_rows: int) -> Tensor
     _check_indices(indices, name, rows)
     if indices.shape[0] != rows.shape[0]:
         raise ValueError(f"indices must have one element per row of {name}, {rows.shape[0]}, got {indices.shape[0]}")
+    _check_rows(indices, num_rows, "the result's")
     # index_copy keeps no copy of the zeros for the backward pass, unlike an assignment through indices.
     return rows.new_zeros((num_rows, *rows.shape[1:])).index_copy(0, indices.long(), rows)
 
@@ -147,6 +156,27 @@ def _check(name: str, tensor: Tensor, least_rank: int) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.ndim < least_rank:
         raise ValueError(f"{name} must have at least {least_rank} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def _size(name: str, value: Any) -> int:
+    """A size as torch takes it: also an integer tensor of one element, which it reads."""
+    if isinstance(value, Tensor):
+        value = operator.index(value)
+    value = as_int(name, value)
+    if not torch.compiler.is_compiling() and value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
+
+
+def _check_rows(indices: Tensor, num_rows: int, whose: str) -> None:
+    """On the CPU alone, where torch looks at each index too."""
+    if not is_plain(indices) or indices.device.type != "cpu" or not indices.numel():
+        return
+    low, high = indices.min().item(), indices.max().item()
+    if low < 0 or high >= num_rows:
+        raise ValueError(
+            f"indices must be at least 0 and below {whose} {num_rows} rows, got {low if low < 0 else high}"
+        )
 
 
 def _check_indices(indices: Tensor, name: str, rows: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch
 from flash_attn.bert_padding import index_first_axis, index_put_first_axis, pad_input, unpad_input
 
 MASK = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]])
+ROWS = torch.tensor([0, 2, 5])
 
 
 @pytest.mark.parametrize("mask", [MASK, MASK.bool(), MASK.float()], ids=["int64", "bool", "float"])
@@ -84,6 +85,17 @@ def test_indexing():
         (lambda x: pad_input(x, MASK[0], 3, 4), r"indices must have one element per row of hidden_states, 3, got 4"),
         (lambda x: pad_input(x, MASK[0].to("meta"), 3, 4), r"indices must be on hidden_states's device cpu, got meta"),
         (lambda x: index_put_first_axis(x, MASK[0], 9), r"indices must have one element per row of values, 3, got 4"),
+        (lambda x: index_first_axis(x, ROWS), r"indices must be at least 0 and below input's 3 rows, got 5"),
+        (lambda x: index_first_axis(x, -ROWS), r"indices must be at least 0 and below input's 3 rows, got -5"),
+        (
+            lambda x: index_put_first_axis(x, ROWS, 5),
+            r"indices must be at least 0 and below the result's 5 rows, got 5",
+        ),
+        (lambda x: pad_input(x, ROWS, 1, 5), r"indices must be at least 0 and below the result's 5 rows, got 5"),
+        (lambda x: pad_input(x, ROWS, 0, 5), r"indices must be at least 0 and below the result's 0 rows, got 5"),
+        (lambda x: index_put_first_axis(x, ROWS, -1), r"first_axis_dim must be at least 0, got -1"),
+        (lambda x: pad_input(x, ROWS, -1, 6), r"batch must be at least 0, got -1"),
+        (lambda x: pad_input(x, ROWS, 1, -6), r"seqlen must be at least 0, got -6"),
     ],
 )
 def test_errors(call, message):
@@ -91,6 +103,34 @@ def test_errors(call, message):
         call(torch.randn(3, 4, 5))
 
 
-def test_error_of_type():
-    with pytest.raises(TypeError, match="hidden_states must be a torch.Tensor, got list"):
-        unpad_input([1.0], MASK)
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: unpad_input([1.0], MASK), "hidden_states must be a torch.Tensor, got list"),
+        (lambda x: index_put_first_axis(x, ROWS, None), "first_axis_dim must be an int, got None"),
+        (lambda x: pad_input(x, ROWS, 1.0, 6), "batch must be an int, got 1.0"),
+        (lambda x: pad_input(x, ROWS, True, 6), "batch must be an int, got True"),
+        (lambda x: pad_input(x, ROWS, 1, "6"), "seqlen must be an int, got '6'"),
+    ],
+)
+def test_error_of_type(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(torch.randn(3, 4, 5))
+
+
+def test_sizes_may_be_tensors():
+    """As torch's own sizes: max_seqlen_in_batch is one where somebody else made it."""
+    rows = torch.randn(3, 4)
+    padded = pad_input(rows, ROWS, torch.tensor(2), torch.tensor(3, dtype=torch.int32))
+    assert padded.shape == (2, 3, 4) and torch.equal(padded.flatten(0, 1)[ROWS], rows)
+
+
+def test_compiled_round_trip():
+    """Neither sizes nor indices are looked at there."""
+    x = torch.randn(3, 4, 5)
+    _, indices, *_ = unpad_input(x, MASK)
+    fast = torch.compile(
+        lambda x, rows: pad_input(x.flatten(0, 1)[rows], rows, *x.shape[:2]),
+        fullgraph=True, dynamic=True, backend="aot_eager",
+    )  # fmt: skip
+    torch.testing.assert_close(fast(x, indices), x * MASK[..., None], rtol=0, atol=0)
