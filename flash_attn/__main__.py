@@ -14,6 +14,16 @@ from flash_attn.bench import command as bench
 from flash_attn.bench.suites import DTYPES
 
 
+def _size(text: str) -> int:
+    try:
+        size = int(text)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise argparse.ArgumentTypeError(f"must be an int of at least 0, got {text!r}")
+    return size
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m flash_attn", description="Exact attention: what is installed.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -23,13 +33,13 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--path", choices=tuple(_dispatch.PATHS), help="one path only; fails where it is not here")
     bench.add_arguments(commands.add_parser("bench", help="speed, memory and error beside torch's attention"))
     explain = commands.add_parser("explain", help="which kernel a flash_attn_func call would run, and why")
-    explain.add_argument("--batch", type=int, default=1)
-    explain.add_argument("--seqlen-q", type=int, default=4096)
-    explain.add_argument("--seqlen-k", type=int, help="default: as --seqlen-q")
-    explain.add_argument("--heads", type=int, default=16)
-    explain.add_argument("--heads-k", type=int, help="default: as --heads")
-    explain.add_argument("--head-dim", type=int, default=128)
-    explain.add_argument("--head-dim-v", type=int, help="default: as --head-dim")
+    explain.add_argument("--batch", type=_size, default=1)
+    explain.add_argument("--seqlen-q", type=_size, default=4096)
+    explain.add_argument("--seqlen-k", type=_size, help="default: as --seqlen-q")
+    explain.add_argument("--heads", type=_size, default=16)
+    explain.add_argument("--heads-k", type=_size, help="default: as --heads")
+    explain.add_argument("--head-dim", type=_size, default=128)
+    explain.add_argument("--head-dim-v", type=_size, help="default: as --head-dim")
     explain.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     explain.add_argument("--causal", action="store_true")
     explain.add_argument("--window", type=int, nargs=2, default=(-1, -1), metavar=("LEFT", "RIGHT"))
@@ -39,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _explain(args: argparse.Namespace) -> None:
+def _explain(args: argparse.Namespace) -> int:
     seqlen_k = args.seqlen_q if args.seqlen_k is None else args.seqlen_k
     heads_k = args.heads if args.heads_k is None else args.heads_k
     head_dim_v = args.head_dim if args.head_dim_v is None else args.head_dim_v
@@ -49,8 +59,8 @@ def _explain(args: argparse.Namespace) -> None:
     q = empty(args.batch, args.seqlen_q, args.heads, args.head_dim)
     k = empty(args.batch, seqlen_k, heads_k, args.head_dim)
     v = empty(args.batch, seqlen_k, heads_k, head_dim_v)
-    print(
-        flash_attn.explain(
+    try:
+        explanation = flash_attn.explain(
             flash_attn.flash_attn_func,
             q.requires_grad_() if args.backward else q,
             k,
@@ -60,7 +70,11 @@ def _explain(args: argparse.Namespace) -> None:
             softcap=args.softcap,
             dropout_p=args.dropout,
         )
-    )
+    except (ValueError, NotImplementedError) as error:  # the call is refused, whatever the machine
+        print(error, file=sys.stderr)
+        return 2
+    print(explanation)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,9 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     elif args.command == "support":
         print(_dispatch.support_table())
     elif args.command == "explain":
-        _explain(args)
+        return _explain(args)
     elif args.command == "check":
-        return _self_check.run(args.path)
+        return 1 if _self_check.run(args.path) else 0
     elif args.command == "bench":
         return bench.run(args)
     return 0

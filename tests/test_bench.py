@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -362,10 +363,21 @@ def test_cpu_suite_takes_the_scripts_cases(tmp_path, capsys, no_cuda):
     "arguments,words",
     [
         (("--suites", "fwd,nothing"), "nothing"),
-        (("--impls", "ours,nobody"), "nobody"),
+        (("--suites", ","), "--suites must give at least one name"),
+        (("--impls", "ours,nobody"), "--impls: an implementation must be one of ours,"),
+        (("--impls", ","), "--impls must give at least one name"),
+        (
+            ("--suites", "fwd,tiny", "--only", "no such case"),
+            "--only: a case of fwd, tiny must contain it, got 'no such case'",
+        ),
+        (("--suites", "cpu", "--only", "no such case"), "--only: a case of cpu must contain it, got 'no such case'"),
+        (("--rep", "0"), "--rep must be a time above 0 in ms, got 0.0"),
+        (("--rep", "nan"), "--rep must be a time above 0 in ms, got nan"),
+        (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("--json", __file__ + "/result.json"), "--json: "),
+        (("--json", str(Path(__file__).parent)), "is a folder"),
         (("--suites", "memory"), "cuda only"),
         (("--impls", "fa3"), "none of fa3 can be imported"),
-        (("--suites", "fwd,hdim", "--only", "h1234"), "--only: a case of fwd, hdim must contain it, got 'h1234'"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )

@@ -328,11 +328,33 @@ def test_check_tells_what_did_not_run(capsys, monkeypatch):
     assert lines[0] == "cpu: a call, float16: not run: no kernel" and lines[-1] == "all right, 2 not run"
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--dropout 1.5", "dropout_p must be in [0, 1), got 1.5"),
+        ("--dropout 0.1 --softcap 3", "softcap must be 0 when dropout_p > 0, got 3.0 and 0.1"),
+        ("--head-dim 513", "q must have a head_dim from 1 to 512, got 513"),
+        ("--heads 3 --heads-k 2", "got num_heads 3 and num_heads_k 2"),
+    ],
+)
+def test_command_line_tells_why_a_call_is_refused(capsys, arguments, words):
+    assert cli.main(["explain", *arguments.split()]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["-1", "2.5", "many"])
+def test_command_line_refuses_a_size(capsys, size):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["explain", f"--seqlen-q={size}"])
+    assert ended.value.code == 2
+    assert f"--seqlen-q: must be an int of at least 0, got {size!r}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
 def test_check_tells_wrong_results(capsys, monkeypatch, factor):
     right = _self_check._attention
     monkeypatch.setattr(_self_check, "_attention", lambda *args, **options: right(*args, **options) * factor)
     failures = 2 * len(_self_check._CHECKS)  # in either dtype
-    assert cli.main(["check", "--path", "cpu"]) == failures
+    assert cli.main(["check", "--path", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert all("WRONG" in line for line in lines[:-1]) and lines[-1] == f"{failures} wrong"

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         return report.fail("--device cuda: torch sees no GPU")
     try:
+        _check(args)
         suites = _suites(args, device)
         names, implementations = _implementations(args, device, suites)
         cases = [(case, names[case.suite]) for name in suites for case in _cases(name, device, args.only)]
@@ -66,6 +67,22 @@ def run(args: argparse.Namespace) -> int:
         lost = _measure(args, cases, implementations, settings, on_cpu_path, result)
     print("\n".join([*summary.problems([result]), "", summary.table([result])]))
     return 1 if lost or report.wrong_ones(result["rows"], "ours") else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What a run of minutes would find at its end, or never."""
+    if not 0 < args.rep < float("inf"):
+        raise ValueError(f"--rep must be a time above 0 in ms, got {args.rep}")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+    for option in ("suites", "impls"):
+        if getattr(args, option) == []:
+            raise ValueError(f"--{option} must give at least one name, got none")
+    if args.json:
+        try:
+            report.require_writable(args.json)
+        except OSError as error:
+            raise ValueError(f"--json: {error}") from error
 
 
 def _suites(args: argparse.Namespace, device: str) -> list[str]:
@@ -95,6 +112,8 @@ def _implementations(
     for name in dict.fromkeys(name for names in wanted.values() for name in names):
         try:
             loaded[name] = impls.load(name)
+        except ValueError as error:
+            raise ValueError(f"--impls: {error}") from error
         except ImportError as error:
             print(f"# {name} is not here: {error}", flush=True)
     if asked and not loaded:

@@ -166,10 +166,23 @@ def wrong_ones(rows: list[dict[str, Any]], prefix: str) -> list[str]:
 # ---- JSON ---------------------------------------------------------------------------------------------------------
 
 
+def _partial(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file.with_name(file.name + ".partial")
+
+
+def require_writable(file: Path) -> None:
+    """Raises OSError where write_json would."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder")
+    partial = _partial(file)
+    partial.touch()
+    partial.unlink()
+
+
 def write_json(file: Path, result: dict[str, Any]) -> None:
     """Whole or not at all: a run that is stopped leaves the rows it had."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
+    partial = _partial(file)
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(file)
 
