@@ -371,6 +371,7 @@ def test_cpu_suite_takes_the_scripts_cases(tmp_path, capsys, no_cuda):
             "--only: a case of fwd, tiny must contain it, got 'no such case'",
         ),
         (("--suites", "cpu", "--only", "no such case"), "--only: a case of cpu must contain it, got 'no such case'"),
+        (("--suites", "cpu", "--impls", "ours"), "--impls must not be given with cpu, which has its own two, got ours"),
         (("--rep", "0"), "--rep must be a time above 0 in ms, got 0.0"),
         (("--rep", "nan"), "--rep must be a time above 0 in ms, got nan"),
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),

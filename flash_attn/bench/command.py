@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ["implementations:", *(f"  {name:11} {meaning}" for name, meaning in impls.MEANINGS.items())]
     )
     parser.add_argument("--suites", type=_names, help="comma-separated (default: every one for the device)")
-    parser.add_argument("--impls", type=_names, help="comma-separated (default: the usual ones for the device)")
+    parser.add_argument("--impls", type=_names, help="comma-separated, not of the suite cpu (default: the usual ones)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rep", type=float, default=30.0, metavar="MS", help="time of a measurement (default: 30)")
@@ -88,7 +88,8 @@ def _check(args: argparse.Namespace) -> None:
 def _suites(args: argparse.Namespace, device: str) -> list[str]:
     if args.suites is None:
         available = suites_for(device)
-        return [name for name in available if name != CPU_PATH or cpu_path.SCRIPT.exists()]
+        with_cpu_path = cpu_path.SCRIPT.exists() and args.impls is None
+        return [name for name in available if name != CPU_PATH or with_cpu_path]
     for name in args.suites:
         if name not in SUITES:
             raise ValueError(f"--suites: a suite must be one of {', '.join(SUITES)}, got {name!r}")
@@ -96,6 +97,9 @@ def _suites(args: argparse.Namespace, device: str) -> list[str]:
             raise ValueError(f"--suites: {name} runs on {', '.join(SUITES[name].devices)} only, got device {device}")
         if name == CPU_PATH and not cpu_path.SCRIPT.exists():
             raise ValueError(f"--suites: {name} needs the source tree, and there is no {cpu_path.SCRIPT}")
+        if name == CPU_PATH and args.impls is not None:
+            got = ",".join(args.impls)
+            raise ValueError(f"--impls must not be given with {name}, which has its own two, got {got}")
     return args.suites
 
 
