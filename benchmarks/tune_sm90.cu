@@ -62,8 +62,8 @@ int time_kernel(int batch, int heads, int length) {
   params.tiles_per_head = (length + Traits::kClusterM - 1) / Traits::kClusterM;
   params.score.factor = 1.f;
   params.score.softmax_scale = 1.f / sqrtf(static_cast<float>(kDims.qk));
-  const LaunchConfig config{params.tiles_per_head * Traits::kClusterBlocks * heads * batch, Traits::kClusterBlocks,
-                            nullptr};
+  const ForwardLaunchConfig config{params.tiles_per_head * Traits::kClusterBlocks * heads * batch,
+                                   Traits::kClusterBlocks, nullptr};
 
   cudaEvent_t start, stop;
   check(cudaEventCreate(&start));

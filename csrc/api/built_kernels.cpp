@@ -35,10 +35,10 @@ void write_tile_rows(std::ostream& json, const Row (&rows)[kNumRows]) {
 bool is_listed(const Variant& variant) { return variant.rows == Rows::kMany; }
 bool is_listed(const BackwardVariant&) { return true; }
 
-template <class Kernels>
-void write_kernels(JsonList& list, const char* kind, const Kernels& kernels) {
-  for (const auto* kernel = kernels.begin; kernel != kernels.end; ++kernel) {
-    const auto& variant = kernel->variant;
+template <class Kernel>
+void write_kernels(JsonList& list, const char* kind, std::span<const Kernel> kernels) {
+  for (const Kernel& kernel : kernels) {
+    const auto& variant = kernel.variant;
     if (!is_listed(variant)) continue;
     list.next() << "{\"kind\": \"" << kind << "\", \"arch\": " << static_cast<int>(variant.arch) << ", \"dtype\": \""
                 << name_of(variant.dtype) << "\", \"tile_row\": [" << variant.head_dim.qk << ", " << variant.head_dim.v

@@ -2,7 +2,7 @@
 // the kernels' traits are made from the same rows.
 #pragma once
 
-#include <iterator>
+#include <span>
 
 #include "variant/variant.h"
 
@@ -167,27 +167,19 @@ inline constexpr int kFloatBytes = 4;
 // Parts of a tile's keys: as many as the merging kernel's shared memory holds the weights of.
 inline constexpr int kMaxSplits = 256;
 
-// The rows of one class, smallest bucket first.
-struct TileRows {
-  const TileRow* first;
-  const TileRow* last;
-
-  constexpr const TileRow* begin() const { return first; }
-  constexpr const TileRow* end() const { return last; }
-};
-
-constexpr TileRows forward_tile_rows(Arch arch, Rows rows) {
+// The table of one class, smallest bucket first.
+constexpr std::span<const TileRow> forward_tile_rows(Arch arch, Rows rows) {
   if (arch == Arch::kSm90) {
-    if (rows != Rows::kMany) return {nullptr, nullptr};
-    return {std::begin(kForwardTilesSm90), std::end(kForwardTilesSm90)};
+    if (rows != Rows::kMany) return {};
+    return kForwardTilesSm90;
   }
   switch (rows) {
     case Rows::kMany:
-      return {std::begin(kForwardTilesSm80), std::end(kForwardTilesSm80)};
+      return kForwardTilesSm80;
     case Rows::k64:
-      return {std::begin(kForwardTiles64Sm80), std::end(kForwardTiles64Sm80)};
+      return kForwardTiles64Sm80;
     default:
-      return {std::begin(kForwardTiles16Sm80), std::end(kForwardTiles16Sm80)};
+      return kForwardTiles16Sm80;
   }
 }
 

@@ -1,8 +1,7 @@
 """Which kernels are built: lists them, writes the files that instantiate them, and the table to look them up.
 
 A new kernel is a new row of FORWARD_FAMILIES or BACKWARD_FAMILIES (and of the tile table in tiles.h or
-backward_tiles.h, if its bucket is new). Nothing that is
-generated here is committed.
+backward_tiles.h, if its bucket is new). Nothing that is generated here is committed.
 
 usage: python csrc/variant/variants.py --out DIR [--archs 80,90] [--head-dims 64,128] [--dtypes fp16,bf16]
 """
@@ -183,8 +182,8 @@ def groups(archs: Iterable[int], head_dims: Iterable[int], dtypes: Iterable[str]
 
 def _signature(kind: Kind) -> str:
     """Parameters of a launch function."""
-    prefix = "" if kind.name == "forward" else kind.name.title()
-    return f"(const {kind.name.title()}Params&, const {prefix}LaunchConfig&)"
+    title = kind.name.title()
+    return f"(const {title}Params&, const {title}LaunchConfig&)"
 
 
 def _instantiations(of_file: list[Group]) -> str:
@@ -198,7 +197,7 @@ def _instantiations(of_file: list[Group]) -> str:
 
 def _table(chosen: list[Group]) -> str:
     """The look-up tables, which declare each launch function rather than include the kernels."""
-    lines = [_HEADER, '#include <iterator>\n\n#include "kernels/common/launch.h"\n\n', "namespace flash_attn {\n"]
+    lines = [_HEADER, '#include "kernels/common/launch.h"\n\n', "namespace flash_attn {\n"]
     for kind, arch in sorted({(group.kind, group.arch) for group in chosen}, key=lambda pair: (pair[0].name, pair[1])):
         lines.append(
             f"\nnamespace sm{arch} {{\n"
@@ -209,13 +208,13 @@ def _table(chosen: list[Group]) -> str:
     for kind in KINDS:
         title = kind.name.title()
         rows = [row for group in chosen if group.kind == kind for row in group.launches]
-        lines.append(f"\n{title}Kernels built_{kind.name}_kernels() {{\n")
+        lines.append(f"\nstd::span<const {title}Kernel> built_{kind.name}_kernels() {{\n")
         if rows:
             lines.append(f"  static constexpr {title}Kernel kKernels[] = {{\n")
             lines += [f"      {{{variant}, &{launch}}},\n" for variant, launch in rows]
-            lines.append("  };\n  return {std::begin(kKernels), std::end(kKernels)};\n")
+            lines.append("  };\n  return kKernels;\n")
         else:
-            lines.append("  return {nullptr, nullptr};\n")
+            lines.append("  return {};\n")
         lines.append("}\n")
     return "".join([*lines, "\n}  // namespace flash_attn\n"])
 

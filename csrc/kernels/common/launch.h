@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <span>
 
 #include "kernels/common/backward_params.h"
 #include "kernels/common/params.h"
@@ -12,14 +13,8 @@
 
 namespace flash_attn {
 
-struct LaunchConfig {
-  int num_blocks;
-  int cluster_blocks;  // that the planner counted with
-  cudaStream_t stream;
-};
-
 // Lets one kernel have more dynamic shared memory than the 48 KB that every launch may have. CUDA is asked once per
-// device, not once per launch: on an H200's machine that takes as long as a tenth of a small call.
+// device, not once per launch, which takes a tenth of a small call's time (measured beside an H200).
 class SmemOptIn {
  public:
   static constexpr int kWithoutOptIn = 48 * 1024;
@@ -40,7 +35,13 @@ class SmemOptIn {
   std::atomic<uint64_t> devices_{0};
 };
 
-using ForwardLaunch = cudaError_t (*)(const ForwardParams&, const LaunchConfig&);
+struct ForwardLaunchConfig {
+  int num_blocks;
+  int cluster_blocks;  // of each cluster, as the planner counted them
+  cudaStream_t stream;
+};
+
+using ForwardLaunch = cudaError_t (*)(const ForwardParams&, const ForwardLaunchConfig&);
 
 struct ForwardKernel {
   Variant variant;
@@ -48,15 +49,11 @@ struct ForwardKernel {
 };
 
 // The built kernels; defined in the file that variants.py generates.
-struct ForwardKernels {
-  const ForwardKernel* begin;
-  const ForwardKernel* end;
-};
-ForwardKernels built_forward_kernels();
+std::span<const ForwardKernel> built_forward_kernels();
 
 struct BackwardLaunchConfig {
-  int num_key_blocks;    // of dK, dV and the sums of dQ
-  int num_query_blocks;  // of dQ
+  int num_key_blocks;    // of backward_kernel: dK, dV and the sums of dQ
+  int num_query_blocks;  // of store_dq_kernel
   cudaStream_t stream;
 };
 
@@ -67,24 +64,19 @@ struct BackwardKernel {
   BackwardLaunch launch;
 };
 
-struct BackwardKernels {
-  const BackwardKernel* begin;
-  const BackwardKernel* end;
-};
-BackwardKernels built_backward_kernels();
+std::span<const BackwardKernel> built_backward_kernels();
 
-inline BackwardLaunch find_backward_kernel(const BackwardVariant& variant) {
-  const BackwardKernels kernels = built_backward_kernels();
-  for (const BackwardKernel* kernel = kernels.begin; kernel != kernels.end; ++kernel) {
-    if (kernel->variant == variant) return kernel->launch;
+// nullptr where the variant is not in this build.
+inline ForwardLaunch find_forward_kernel(const Variant& variant) {
+  for (const ForwardKernel& kernel : built_forward_kernels()) {
+    if (kernel.variant == variant) return kernel.launch;
   }
   return nullptr;
 }
 
-inline ForwardLaunch find_forward_kernel(const Variant& variant) {
-  const ForwardKernels kernels = built_forward_kernels();
-  for (const ForwardKernel* kernel = kernels.begin; kernel != kernels.end; ++kernel) {
-    if (kernel->variant == variant) return kernel->launch;
+inline BackwardLaunch find_backward_kernel(const BackwardVariant& variant) {
+  for (const BackwardKernel& kernel : built_backward_kernels()) {
+    if (kernel.variant == variant) return kernel.launch;
   }
   return nullptr;
 }

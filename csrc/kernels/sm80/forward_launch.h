@@ -19,7 +19,7 @@ constexpr auto forward_kernel_of() {
 }
 
 template <Variant kVariant>
-cudaError_t launch_forward(const ForwardParams& params, const LaunchConfig& config) {
+cudaError_t launch_forward(const ForwardParams& params, const ForwardLaunchConfig& config) {
   using Traits = ForwardTraits<kVariant>;
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   const auto kernel = forward_kernel_of<Traits>();

@@ -74,7 +74,7 @@ inline int find_step(int num_clusters, int units_per_run) {
 }
 
 template <class Traits>
-TileOrder make_tile_order(const ForwardParams& params, const LaunchConfig& config) {
+TileOrder make_tile_order(const ForwardParams& params, const ForwardLaunchConfig& config) {
   const int num_runs = config.num_blocks / (params.tiles_per_head * Traits::kClusterBlocks);
   const bool pairs = Traits::kMask != Mask::kFull && is_persistent(params);
   const int units_per_run = pairs ? (params.tiles_per_head + 1) / 2 : params.tiles_per_head;
@@ -89,7 +89,7 @@ inline cudaError_t count_multiprocessors(int& count) {
 }
 
 template <class Traits>
-cudaError_t launch_forward_kernel(const ForwardParams& params, const LaunchConfig& config) {
+cudaError_t launch_forward_kernel(const ForwardParams& params, const ForwardLaunchConfig& config) {
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   const auto kernel = &forward_kernel<Traits>;
   // Compiled with another FLASH_ATTN_SM90_CLUSTER than the planner.
@@ -119,7 +119,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, const LaunchConfi
 }
 
 template <Variant kVariant>
-cudaError_t launch_forward(const ForwardParams& params, const LaunchConfig& config) {
+cudaError_t launch_forward(const ForwardParams& params, const ForwardLaunchConfig& config) {
   return launch_forward_kernel<ForwardTraits<kVariant>>(params, config);
 }
 
