@@ -86,7 +86,7 @@ PageParams page_params_of(const ForwardArgs& args) {
 // The head dims are those of the padded rows: the zeros that padding adds to a row of Q and K add nothing to a score.
 HeadParams head_params_of(const Problem& problem) {
   return {.num_heads = static_cast<int>(problem.num_heads),
-          .num_heads_per_kv = static_cast<int>(problem.num_heads / problem.num_heads_k),
+          .num_heads_per_kv = static_cast<int>(problem.num_heads_per_kv()),
           .head_dim = static_cast<int>(round_up_to_vector(problem.head_dim)),
           .head_dim_v = static_cast<int>(round_up_to_vector(problem.head_dim_v))};
 }

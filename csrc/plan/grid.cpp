@@ -9,7 +9,7 @@ namespace flash_attn {
 
 int64_t count_tiles(Layout layout, int64_t rows, int64_t batch, int tile_rows) {
   if (layout == Layout::kVarlen) return num_varlen_slots(rows, batch, tile_rows);
-  return (rows + tile_rows - 1) / tile_rows;
+  return ceil_div(rows, tile_rows);
 }
 
 void check_num_blocks(const char* name, int64_t num_blocks) {

@@ -35,8 +35,12 @@ struct Problem {
   PackGqa pack_gqa;
   bool allows_few_rows;  // the planner may choose the kernels for few rows, which pack heads and split keys
 
+  // Query heads that share a key-value head.
+  int64_t num_heads_per_kv() const { return num_heads / num_heads_k; }
   // A dense batch has its own tiles per entry; the entries of a varlen batch share one run of tile slots.
   int64_t num_tile_runs() const { return layout == Layout::kDense ? batch : 1; }
+  // With one split a row's bits may not depend on the other entries of a varlen batch: nor may the choice of a kernel.
+  bool is_batch_invariant() const { return num_splits == 1 && layout == Layout::kVarlen; }
 };
 
 inline Score score_of(const Problem& problem) {

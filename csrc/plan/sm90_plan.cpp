@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "plan/grid.h"
 #include "plan/split_plan.h"
 
 namespace flash_attn {
@@ -10,13 +11,6 @@ namespace {
 
 // A warpgroup's rows: the copy engine brings and stores boxes of as many, which must hold whole queries.
 constexpr int64_t kMostPackedHeads = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t heads_per_kv(const Problem& problem) { return problem.num_heads / problem.num_heads_k; }
-
-// Their bits may not depend on the other entries (split_plan.cpp).
-bool is_batch_invariant(const Problem& problem) { return problem.num_splits == 1 && problem.layout == Layout::kVarlen; }
 
 // Of the rows of an entry's tiles, how many hold a query.
 double share_of_used_rows(int64_t rows, int tile_m) {
@@ -26,12 +20,12 @@ double share_of_used_rows(int64_t rows, int tile_m) {
 }  // namespace
 
 int packed_heads_on_sm90(const Problem& problem, const Tile& tile) {
-  const int64_t heads = heads_per_kv(problem);
+  const int64_t heads = problem.num_heads_per_kv();
   const bool is_power_of_two = (heads & (heads - 1)) == 0;
   const bool fits = problem.rows_q * heads <= std::numeric_limits<int32_t>::max();
   if (!is_power_of_two || heads > kMostPackedHeads || !fits || problem.pack_gqa == PackGqa::kNever) return 1;
   if (problem.pack_gqa == PackGqa::kAlways) return static_cast<int>(heads);
-  if (is_batch_invariant(problem)) return 1;
+  if (problem.is_batch_invariant()) return 1;
   // Boxes of several heads are shorter runs of memory: not for nothing.
   constexpr double kWorthIt = 0.9;
   const int64_t queries = std::max<int64_t>(queries_per_entry(problem), 1);
@@ -42,9 +36,9 @@ int packed_heads_on_sm90(const Problem& problem, const Tile& tile) {
 bool few_rows_beat_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu) {
   const Rows rows = choose_rows(problem);
   if (rows != Rows::k64) return rows == Rows::k16;
-  if (is_batch_invariant(problem)) return true;
+  if (problem.is_batch_invariant()) return true;
   const int packed_heads = packed_heads_on_sm90(problem, tile);
-  if (problem.pack_gqa == PackGqa::kAlways && packed_heads == 1 && heads_per_kv(problem) > 1) return true;
+  if (problem.pack_gqa == PackGqa::kAlways && packed_heads == 1 && problem.num_heads_per_kv() > 1) return true;
   const int64_t rows_of_entry = queries_per_entry(problem) * packed_heads;
   const int64_t num_tiles = ceil_div(rows_of_entry, tile.m) * problem.batch * (problem.num_heads / packed_heads);
   // WGMMA does twice the work of mma.sync in the same time.

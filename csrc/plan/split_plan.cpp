@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "variant/varlen_tiles.h"
+#include "plan/grid.h"
 
 namespace flash_attn {
 namespace {
@@ -37,12 +37,8 @@ constexpr Sharing sharing_of(Rows rows) {
   }
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t heads_per_kv(const Problem& problem) { return problem.num_heads / problem.num_heads_k; }
-
 int64_t packed_heads_of(const Problem& problem) {
-  const int64_t heads = heads_per_kv(problem);
+  const int64_t heads = problem.num_heads_per_kv();
   const bool fits = problem.rows_q * heads <= std::numeric_limits<int32_t>::max();
   return fits && problem.pack_gqa != PackGqa::kNever ? heads : 1;
 }
@@ -67,9 +63,8 @@ int64_t queries_per_entry(const Problem& problem) {
 Rows choose_rows(const Problem& problem) {
   // Dropout's numbers are drawn for neighbouring queries of one head.
   if (problem.has_dropout || !problem.allows_few_rows) return Rows::kMany;
-  const bool packs = problem.pack_gqa == PackGqa::kAlways && heads_per_kv(problem) > 1;
-  // With one split a row's bits may not depend on the other entries: nor may the choice of the kernel.
-  if (problem.num_splits == 1 && problem.layout == Layout::kVarlen) {
+  const bool packs = problem.pack_gqa == PackGqa::kAlways && problem.num_heads_per_kv() > 1;
+  if (problem.is_batch_invariant()) {
     return packs || problem.layout_k == Layout::kDense ? Rows::k64 : Rows::kMany;
   }
   const int64_t queries = queries_per_entry(problem);
@@ -86,8 +81,7 @@ SplitPlan make_split_plan(const Problem& problem, Rows rows, const Tile& tile, i
   SplitPlan plan;
   plan.packed_heads = rows == Rows::kMany ? 1 : static_cast<int>(packed_heads_of(problem));
   const int64_t packed_rows = problem.rows_q * plan.packed_heads;
-  const int64_t row_tiles = problem.layout == Layout::kVarlen ? num_varlen_slots(packed_rows, problem.batch, tile.m)
-                                                              : problem.batch * ceil_div(packed_rows, tile.m);
+  const int64_t row_tiles = count_tiles(problem.layout, packed_rows, problem.batch, tile.m) * problem.num_tile_runs();
   const int64_t head_runs = problem.num_heads / plan.packed_heads;
   const Sharing sharing = sharing_of(rows);
   const int64_t blocks_per_sm = (gpu.smem_limit + kReservedSmem) / (smem_bytes + kReservedSmem);
