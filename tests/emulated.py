@@ -109,6 +109,20 @@ def test_output_must_not_overlap_keys():
         flash_attn.flash_attn_func(*fused[:3], causal=True, out=fused[3])
 
 
+@pytest.mark.parametrize("window", [(-1, -1), (50, -1)])
+def test_longest_cache(window):
+    """An infinite window beside as many rows as a sequence may have: what kernels add to its sides stays an int."""
+    q, k, v = torch.randn(3, 1, 3, 1, 64).bfloat16()
+    k, v = (x[:, :1].expand(-1, 2**31 - 1024, -1, -1) for x in (k, v))
+    lengths = torch.tensor([200], dtype=torch.int32)
+    with flash_attn.use_path("sm80"):
+        ours = flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, window_size=window)
+        assert torch.equal(ours, v[:, :3])
+        k, v = (x[:, :1].expand(-1, 2**31 - 1023, -1, -1) for x in (k, v))
+        with pytest.raises(RuntimeError, match="a sequence has at most 2147482624 rows"):
+            flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
+
+
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name):
     checks.check_backward("sm80", CASES[name])

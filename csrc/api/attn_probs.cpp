@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include <limits>
 #include <utility>
 
 #include "api/cuda_error.h"
@@ -64,9 +63,8 @@ Tensor attn_probs(const AttnProbsArgs& args) {
   const bool packed_k = forward.cu_seqlens_k.has_value() || forward.block_table.has_value();
   const int64_t rows = packed_q ? forward.max_seqlen_q : forward.q.size(1);
   const int64_t columns = packed_k ? forward.max_seqlen_k : forward.k.size(1);
-  constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max() - kProbsMultiple;
-  check(rows >= 0 && rows <= kMaxLength, "max_seqlen_q must be in [0, ", kMaxLength, "], got ", rows);
-  check(columns >= 0 && columns <= kMaxLength, "max_seqlen_k must be in [0, ", kMaxLength, "], got ", columns);
+  check(rows >= 0 && rows <= kMaxRows, "max_seqlen_q must be in [0, ", kMaxRows, "], got ", rows);
+  check(columns >= 0 && columns <= kMaxRows, "max_seqlen_k must be in [0, ", kMaxRows, "], got ", columns);
 
   const torch::stable::accelerator::DeviceGuard guard(forward.q.get_device_index());
   const Tensor lse = checked_lse(args.lse, forward.q, problem);

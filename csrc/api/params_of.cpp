@@ -91,11 +91,13 @@ HeadParams head_params_of(const Problem& problem) {
           .head_dim_v = static_cast<int>(round_up_to_vector(problem.head_dim_v))};
 }
 
-// An infinite side is as wide as the keys are many, which hides none of them.
+// No key is further left of a query's diagonal than there are keys, none further right than there are queries: sides of
+// that width hide none, and what kernels add to them stays an int.
 WindowParams window_params_of(const Problem& problem) {
-  const int64_t widest = std::max(problem.rows_q, problem.rows_k);
-  const auto side = [&](int64_t width) { return static_cast<int>(width < 0 ? widest : std::min(width, widest)); };
-  return {.left = side(problem.window_left), .right = side(problem.window_right)};
+  const auto side = [](int64_t width, int64_t widest) {
+    return static_cast<int>(width < 0 ? widest : std::min(width, widest));
+  };
+  return {.left = side(problem.window_left, problem.rows_k), .right = side(problem.window_right, problem.rows_q)};
 }
 
 ScoreParams score_params_of(const ForwardArgs& args) {

@@ -1,7 +1,7 @@
 #include "api/problem_of.h"
 
 #include <cmath>
-#include <limits>
+#include <utility>
 
 #include "variant/tiles.h"
 
@@ -150,7 +150,6 @@ Problem make_problem(const ForwardArgs& args) {
   check(num_heads > 0 && num_heads_k > 0 && num_heads % num_heads_k == 0, "q's heads must be a multiple of k's, got ",
         num_heads, " and ", num_heads_k);
   check(head_dim >= 1 && head_dim_v >= 1, "head_dim must be at least 1, got ", head_dim, " and ", head_dim_v);
-  constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
   check(rows_q <= kMaxRows && rows_k <= kMaxRows, "a sequence has at most ", kMaxRows, " rows");
   check_score(args, batch, num_heads);
   check_num_splits(args.num_splits);

@@ -1,7 +1,6 @@
 #include "plan/sm90_plan.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "plan/grid.h"
 #include "plan/split_plan.h"
@@ -22,7 +21,7 @@ double share_of_used_rows(int64_t rows, int tile_m) {
 int packed_heads_on_sm90(const Problem& problem, const Tile& tile) {
   const int64_t heads = problem.num_heads_per_kv();
   const bool is_power_of_two = (heads & (heads - 1)) == 0;
-  const bool fits = problem.rows_q * heads <= std::numeric_limits<int32_t>::max();
+  const bool fits = problem.rows_q * heads <= kMaxRows;
   if (!is_power_of_two || heads > kMostPackedHeads || !fits || problem.pack_gqa == PackGqa::kNever) return 1;
   if (problem.pack_gqa == PackGqa::kAlways) return static_cast<int>(heads);
   if (problem.is_batch_invariant()) return 1;

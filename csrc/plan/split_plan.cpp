@@ -1,7 +1,6 @@
 #include "plan/split_plan.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "plan/grid.h"
 
@@ -39,7 +38,7 @@ constexpr Sharing sharing_of(Rows rows) {
 
 int64_t packed_heads_of(const Problem& problem) {
   const int64_t heads = problem.num_heads_per_kv();
-  const bool fits = problem.rows_q * heads <= std::numeric_limits<int32_t>::max();
+  const bool fits = problem.rows_q * heads <= kMaxRows;
   return fits && problem.pack_gqa != PackGqa::kNever ? heads : 1;
 }
 

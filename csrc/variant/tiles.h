@@ -2,6 +2,7 @@
 // the kernels' traits are made from the same rows.
 #pragma once
 
+#include <cstdint>
 #include <span>
 
 #include "variant/variant.h"
@@ -166,6 +167,8 @@ inline constexpr int kVectorElements = kVectorBytes / kElementBytes;
 inline constexpr int kFloatBytes = 4;
 // Parts of a tile's keys: as many as the merging kernel's shared memory holds the weights of.
 inline constexpr int kMaxSplits = 256;
+// Rows of a sequence, or of heads packed together: the end of the last tile is an int, too.
+inline constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1024;
 
 // The table of one class, smallest bucket first.
 constexpr std::span<const TileRow> forward_tile_rows(Arch arch, Rows rows) {

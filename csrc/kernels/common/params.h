@@ -57,7 +57,7 @@ struct PageParams {
   int num_pages;  // of K and V
 };
 
-// Keys visible to the left and right of the diagonal, at most the number of keys. Kernels with Mask::kGeneral read it.
+// Keys visible to the left and right of the diagonal, at most rows_k and rows_q. Kernels with Mask::kGeneral read it.
 struct WindowParams {
   int left;
   int right;
