@@ -136,6 +136,16 @@ def test_few_rows_run_on_sm80_kernels(ran):
     assert ran == {80}
 
 
+def test_cache_without_entries(ran):
+    """Its descriptors have one entry all the same: TMA knows no dimension of size 0."""
+    q = torch.randn(2, 100, 4, 64).to(BF16)
+    cache = torch.empty(0, 16, 4, 64, dtype=BF16)
+    idx = torch.zeros(2, dtype=torch.int32)
+    with flash_attn.use_path("sm90"):
+        out = flash_attn.flash_attn_with_kvcache(q, cache, cache, cache_batch_idx=idx, causal=True)
+    assert not out.any() and ran == {90}
+
+
 def test_gradients_come_from_sm80_kernels(ran):
     checks.check_backward("sm90", CASES["alibi-batch-causal"])
     assert ran == {90}

@@ -11,7 +11,8 @@
 
 namespace flash_attn::sm90 {
 
-// A tensor without elements has no address; nothing of it is ever read, but a descriptor must have one.
+// A tensor without elements has no address, and a cache without entries no batch; nothing of them is ever read, but a
+// descriptor must have both.
 inline Operand addressable(Operand operand, const Operand& other) {
   if (operand.ptr == nullptr) operand.ptr = other.ptr;
   return operand;
@@ -34,7 +35,7 @@ cudaError_t make_tensor_maps(const ForwardParams& params, ForwardTensorMaps& map
     const TensorMapSpec spec{.operand = addressable(operand, params.o),
                              .num_rows = num_rows,
                              .num_heads = heads_of(operand, num_heads),
-                             .batch = operand.batch_stride == 0 ? 1 : batch,
+                             .batch = operand.batch_stride == 0 ? 1 : std::max(batch, 1),
                              .head_dim = head_dim,
                              .box_rows = box.rows / box.heads,
                              .box_heads = box.heads,
