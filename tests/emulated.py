@@ -143,6 +143,8 @@ def test_combine():
     exact, low = reference.combine(parts.double(), lse.double()), reference.combine(parts, lse)
     for name, *values in zip(("out", "lse"), ours, exact, low, strict=True):
         assert_close(name, *values)
+    with pytest.raises(RuntimeError, match="out_dtype must be float16, bfloat16, float32 or float64"):
+        torch.ops.flash_attn.combine(parts, lse, torch.int32)
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -12,16 +12,16 @@
 namespace flash_attn {
 namespace {
 
-PartDtype part_dtype_of(const Tensor& out_partial) {
-  switch (out_partial.scalar_type()) {
+CombineDtype combine_dtype_of(ScalarType dtype, const char* rule) {
+  switch (dtype) {
     case ScalarType::Half:
-      return PartDtype::kFp16;
+      return CombineDtype::kFp16;
     case ScalarType::BFloat16:
-      return PartDtype::kBf16;
+      return CombineDtype::kBf16;
     case ScalarType::Float:
-      return PartDtype::kFp32;
+      return CombineDtype::kFp32;
     default:
-      check(false, "out_partial must be float16, bfloat16 or float32");
+      check(false, rule);
       return {};
   }
 }
@@ -57,7 +57,8 @@ Tensor with_contiguous_columns(const Tensor& out_partial) {
 
 std::tuple<Tensor, Tensor> combine(const Tensor& out_partial, const Tensor& lse_partial,
                                    std::optional<ScalarType> out_dtype) {
-  const PartDtype part_dtype = part_dtype_of(out_partial);
+  const CombineDtype part_dtype =
+      combine_dtype_of(out_partial.scalar_type(), "out_partial must be float16, bfloat16 or float32");
   constexpr int64_t kMinRank = 3;
   constexpr int64_t kMaxRank = 5;
   const int64_t rank = out_partial.dim();
@@ -75,6 +76,8 @@ std::tuple<Tensor, Tensor> combine(const Tensor& out_partial, const Tensor& lse_
   // The kernel computes in float32, which float64 only widens.
   const ScalarType returned_dtype = out_dtype.value_or(out_partial.scalar_type());
   const ScalarType written_dtype = returned_dtype == ScalarType::Double ? ScalarType::Float : returned_dtype;
+  const CombineDtype kernel_dtype =
+      combine_dtype_of(written_dtype, "out_dtype must be float16, bfloat16, float32 or float64");
   const std::vector<int64_t> shape(out_partial.sizes().begin() + 1, out_partial.sizes().end());
   const Tensor parts = with_contiguous_columns(out_partial);
   const Tensor out = allocate(out_partial, shape, written_dtype);
@@ -90,7 +93,7 @@ std::tuple<Tensor, Tensor> combine(const Tensor& out_partial, const Tensor& lse_
                              .part_lse = row_operand_of(lse_partial, 1, num_leading),
                              .part_lse_stride = lse_partial.stride(0),
                              .out = row_operand_of(out, 0, num_leading),
-                             .out_dtype = part_dtype_of(out),
+                             .out_dtype = kernel_dtype,
                              .lse = row_operand_of(lse, 0, num_leading),
                              .num_parts = static_cast<int>(out_partial.size(0)),
                              .batch = size_from_last(2),

@@ -44,13 +44,13 @@ __global__ void __launch_bounds__(kNumThreads) combine_kernel(const __grid_const
 }
 
 template <class Call>
-void with_element(PartDtype dtype, const Call& call) {
+void with_element(CombineDtype dtype, const Call& call) {
   switch (dtype) {
-    case PartDtype::kFp16:
+    case CombineDtype::kFp16:
       return call(__half{});
-    case PartDtype::kBf16:
+    case CombineDtype::kBf16:
       return call(__nv_bfloat16{});
-    case PartDtype::kFp32:
+    case CombineDtype::kFp32:
       return call(float{});
   }
 }

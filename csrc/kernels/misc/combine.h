@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-enum class PartDtype { kFp16, kBf16, kFp32 };
+enum class CombineDtype { kFp16, kBf16, kFp32 };
 
 // A (batch, row, head) tensor, of head_dim contiguous columns each or, for an LSE, of one. Strides are in elements.
 struct RowOperand {
@@ -20,11 +20,11 @@ struct RowOperand {
 struct CombineParams {
   RowOperand part_out;
   int64_t part_out_stride;  // from one part to the next
-  PartDtype part_dtype;
+  CombineDtype part_dtype;
   RowOperand part_lse;  // float32
   int64_t part_lse_stride;
   RowOperand out;
-  PartDtype out_dtype;
+  CombineDtype out_dtype;
   RowOperand lse;  // float32
   int num_parts;
   int64_t batch;
