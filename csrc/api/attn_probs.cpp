@@ -15,16 +15,6 @@ namespace {
 
 int64_t round_up(int64_t size) { return (size + kProbsMultiple - 1) / kProbsMultiple * kProbsMultiple; }
 
-Tensor checked_lse(const Tensor& lse, const Tensor& q, const Problem& problem) {
-  check_like("lse", lse, q, ScalarType::Float);
-  if (problem.layout == Layout::kDense) {
-    check_shape("lse", lse, {problem.batch, problem.num_heads, problem.rows_q});
-  } else {
-    check_shape("lse", lse, {problem.num_heads, problem.rows_q});
-  }
-  return torch::stable::contiguous(lse);
-}
-
 }  // namespace
 
 AttnProbsArgs take_attn_probs_args(StackReader& stack) {
@@ -58,6 +48,8 @@ AttnProbsArgs take_attn_probs_args(StackReader& stack) {
 Tensor attn_probs(const AttnProbsArgs& args) {
   const ForwardArgs& forward = args.forward;
   const Problem problem = make_problem(forward);
+  check_like("lse", args.lse, forward.q, ScalarType::Float);
+  check(sizes_of(args.lse) == lse_shape_of(problem), "lse must be the forward's, got ", shape_of(args.lse));
   // The longest lengths are in the result's shape, and packed tensors don't have them.
   const bool packed_q = forward.cu_seqlens_q.has_value();
   const bool packed_k = forward.cu_seqlens_k.has_value() || forward.block_table.has_value();
@@ -67,7 +59,7 @@ Tensor attn_probs(const AttnProbsArgs& args) {
   check(columns >= 0 && columns <= kMaxRows, "max_seqlen_k must be in [0, ", kMaxRows, "], got ", columns);
 
   const torch::stable::accelerator::DeviceGuard guard(forward.q.get_device_index());
-  const Tensor lse = checked_lse(args.lse, forward.q, problem);
+  const Tensor lse = torch::stable::contiguous(args.lse);
   const Tensor q = with_vector_rows(forward.q);
   const Tensor k = with_vector_rows(forward.k);
   const Tensor probs = allocate_like(forward.q, {problem.batch, problem.num_heads, round_up(rows), round_up(columns)});

@@ -15,9 +15,7 @@
 namespace flash_attn {
 namespace {
 
-std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
-
-void check_like(const char* name, const Tensor& tensor, const Tensor& like, ScalarType dtype, const char* whose) {
+void check_same_shape(const char* name, const Tensor& tensor, const Tensor& like, ScalarType dtype, const char* whose) {
   check(tensor.device() == like.device(), name, " must be on q's device");
   check(tensor.scalar_type() == dtype, name, " must have ", whose, " dtype");
   check(sizes_of(tensor) == sizes_of(like), name, " must have the shape ", shape_of(like), ", got ", shape_of(tensor));
@@ -29,14 +27,12 @@ void check_backward(const BackwardArgs& args, const Problem& problem) {
   shape.back() = problem.head_dim_v;
   check(sizes_of(args.out) == shape && args.out.scalar_type() == q.scalar_type() && args.out.device() == q.device(),
         "out must be the forward's, with q's shape and v's head_dim, got ", shape_of(args.out));
-  std::vector<int64_t> lse_shape{problem.num_heads, problem.rows_q};
-  if (problem.layout == Layout::kDense) lse_shape.insert(lse_shape.begin(), problem.batch);
-  check(
-      sizes_of(args.lse) == lse_shape && args.lse.scalar_type() == ScalarType::Float && args.lse.device() == q.device(),
-      "lse must be the forward's, got ", shape_of(args.lse));
+  check(sizes_of(args.lse) == lse_shape_of(problem) && args.lse.scalar_type() == ScalarType::Float &&
+            args.lse.device() == q.device(),
+        "lse must be the forward's, got ", shape_of(args.lse));
   check(args.dout || args.dlse, "dout or dlse must be given");
-  if (args.dout) check_like("dout", *args.dout, args.out, q.scalar_type(), "q's");
-  if (args.dlse) check_like("dlse", *args.dlse, args.lse, ScalarType::Float, "lse's");
+  if (args.dout) check_same_shape("dout", *args.dout, args.out, q.scalar_type(), "q's");
+  if (args.dlse) check_same_shape("dlse", *args.dlse, args.lse, ScalarType::Float, "lse's");
 }
 
 Gradients make_gradients(const ForwardArgs& args, const std::optional<Gradients>& given) {
@@ -44,9 +40,9 @@ Gradients make_gradients(const ForwardArgs& args, const std::optional<Gradients>
     return {allocate_like(args.q, sizes_of(args.q)), allocate_like(args.k, sizes_of(args.k)),
             allocate_like(args.v, sizes_of(args.v))};
   }
-  check_like("dq", given->dq, args.q, args.q.scalar_type(), "q's");
-  check_like("dk", given->dk, args.k, args.q.scalar_type(), "q's");
-  check_like("dv", given->dv, args.v, args.q.scalar_type(), "q's");
+  check_same_shape("dq", given->dq, args.q, args.q.scalar_type(), "q's");
+  check_same_shape("dk", given->dk, args.k, args.q.scalar_type(), "q's");
+  check_same_shape("dv", given->dv, args.v, args.q.scalar_type(), "q's");
   return *given;
 }
 

@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include <sstream>
 #include <vector>
 
 #include "api/cuda_error.h"
@@ -16,29 +15,19 @@ namespace flash_attn {
 namespace {
 
 OutputTarget make_output(const ForwardArgs& args, const std::optional<Tensor>& out) {
-  std::vector<int64_t> shape(args.q.sizes().begin(), args.q.sizes().end());
-  const int64_t head_dim_v = args.v.size(args.v.dim() - 1);
-  shape.back() = head_dim_v;
+  std::vector<int64_t> shape = sizes_of(args.q);
+  shape.back() = args.v.size(args.v.dim() - 1);
   Tensor returned = out ? *out : allocate_like(args.q, shape);
   if (out) {
     check(out->scalar_type() == args.q.scalar_type(), "out must have q's dtype");
     check(out->device() == args.q.device(), "out must be on q's device");
-    bool equal = out->dim() == static_cast<int64_t>(shape.size());
-    for (size_t dim = 0; equal && dim < shape.size(); ++dim) equal = out->size(dim) == shape[dim];
-    check(equal, "out must have q's shape with v's head_dim, got ", shape_of(*out));
+    check(sizes_of(*out) == shape, "out must have q's shape with v's head_dim, got ", shape_of(*out));
     // Where q was, each tile is read before it is written; K and V are read by all.
     const Extent written(*out);
     check(!written.surely_overlaps(Extent(args.k)) && !written.surely_overlaps(Extent(args.v)),
           "out must not overlap the keys or values, which are read while it is written");
   }
   return output_target_of(returned);
-}
-
-Tensor make_lse(const ForwardArgs& args, const Problem& problem) {
-  std::vector<int64_t> shape;
-  if (problem.layout == Layout::kDense) shape.push_back(problem.batch);
-  shape.insert(shape.end(), {problem.num_heads, problem.rows_q});
-  return allocate(args.q, shape, ScalarType::Float);
 }
 
 // Of the GPU that the kernels are tuned for.
@@ -88,7 +77,7 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
 
   const torch::stable::accelerator::DeviceGuard guard(args.q.get_device_index());
   OutputTarget output = make_output(args, out);
-  Tensor lse = make_lse(args, problem);
+  const Tensor lse = allocate(args.q, lse_shape_of(problem), ScalarType::Float);
   const Tensor q = as_operand(args.q, OperandRole::kQueries, plan.variant.arch);
   const Tensor k = as_operand(args.k, OperandRole::kKeys, plan.variant.arch);
   const Tensor v = as_operand(args.v, OperandRole::kKeys, plan.variant.arch);

@@ -4,7 +4,6 @@
 
 #include <initializer_list>
 #include <limits>
-#include <vector>
 
 #include "api/cuda_error.h"
 #include "api/cuda_stream.h"
@@ -13,17 +12,6 @@
 
 namespace flash_attn {
 namespace {
-
-const int* int_pointer(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
-}
-
-void check_ints(const char* name, const std::optional<Tensor>& vector, const Tensor& like, int64_t size) {
-  if (!vector) return;
-  check_like(name, *vector, like, ScalarType::Int);
-  check_shape(name, *vector, {size});
-  check(vector->is_contiguous(), name, " must be contiguous");
-}
 
 // Dense (batch, row, head, head_dim) or packed (row, head, head_dim).
 TokenOperand token_operand_of(const Tensor& tensor) {
@@ -180,7 +168,7 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const RotaryTables tables(cos, sin, x, x.size(rank - 1));
-  const Tensor out = allocate_like(x, {x.sizes().begin(), x.sizes().end()});
+  const Tensor out = allocate_like(x, sizes_of(x));
   const RotateParams params{.tokens = token_layout_of(x, batch, cu_seqlens),
                             .x = token_operand_of(x),
                             .out = token_operand_of(out),

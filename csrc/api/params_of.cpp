@@ -16,14 +16,10 @@ int64_t round_up_to_vector(int64_t head_dim) {
 
 namespace {
 
-const int* int_pointer(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
-}
-
 Tensor copy_with_vector_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   const int64_t head_dim = tensor.size(last);
-  std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
+  std::vector<int64_t> shape = sizes_of(tensor);
   shape.back() = round_up_to_vector(head_dim);
   // Not aten::pad, which keeps the order of dimensions in memory: rows that were not contiguous would stay so.
   Tensor copy = shape.back() == head_dim ? allocate_like(tensor, shape) : torch::stable::new_zeros(tensor, shape);
@@ -50,9 +46,14 @@ void OutputTarget::finish() {
 
 OutputTarget output_target_of(const Tensor& returned) {
   if (has_vector_rows(returned)) return {returned, returned};
-  std::vector<int64_t> shape(returned.sizes().begin(), returned.sizes().end());
+  std::vector<int64_t> shape = sizes_of(returned);
   shape.back() = round_up_to_vector(shape.back());
   return {allocate_like(returned, shape), returned};
+}
+
+std::vector<int64_t> lse_shape_of(const Problem& problem) {
+  if (problem.layout == Layout::kVarlen) return {problem.num_heads, problem.rows_q};
+  return {problem.batch, problem.num_heads, problem.rows_q};
 }
 
 LseOperand lse_operand_of(const Tensor& lse) {

@@ -1,6 +1,8 @@
 // From checked arguments to what every kernel is told: the parts of the params that forward and backward share.
 #pragma once
 
+#include <vector>
+
 #include "api/forward_args.h"
 #include "kernels/common/params.h"
 #include "plan/plan.h"
@@ -27,6 +29,8 @@ struct OutputTarget {
 
 OutputTarget output_target_of(const Tensor& returned);
 
+// (batch, head, row), or (head, row) where the queries are packed.
+std::vector<int64_t> lse_shape_of(const Problem& problem);
 LseOperand lse_operand_of(const Tensor& lse);
 SeqParams seq_params_of(const ForwardArgs& args, const Problem& problem);
 PageParams page_params_of(const ForwardArgs& args);

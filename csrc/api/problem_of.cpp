@@ -21,30 +21,20 @@ void check_same_device_and_dtype(const ForwardArgs& args) {
   }
 }
 
-void check_int_vector(const char* name, const std::optional<Tensor>& vector, const Tensor& q, int64_t size) {
-  check(vector->device() == q.device(), name, " must be on q's device");
-  check(vector->scalar_type() == ScalarType::Int, name, " must be int32");
-  check(vector->dim() == 1 && vector->is_contiguous(), name, " must be one contiguous dimension");
-  check(vector->size(0) == size, name, " must hold ", size, " elements, got ", vector->size(0));
-}
-
 void check_lengths(const ForwardArgs& args, int64_t batch) {
-  if (args.cu_seqlens_q) check_int_vector("cu_seqlens_q", args.cu_seqlens_q, args.q, batch + 1);
-  if (args.cu_seqlens_k) {
-    check(args.cu_seqlens_q.has_value(), "cu_seqlens_k goes with cu_seqlens_q");
-    check_int_vector("cu_seqlens_k", args.cu_seqlens_k, args.q, batch + 1);
-  }
-  if (args.seqused_q) check_int_vector("seqused_q", args.seqused_q, args.q, batch);
-  if (args.seqused_k) check_int_vector("seqused_k", args.seqused_k, args.q, batch);
-  if (args.leftpad_k) check_int_vector("leftpad_k", args.leftpad_k, args.q, batch);
-  if (args.cache_batch_idx) {
-    check(!args.cu_seqlens_k || args.block_table.has_value(), "cache_batch_idx goes with a cache, not cu_seqlens_k");
-    check_int_vector("cache_batch_idx", args.cache_batch_idx, args.q, batch);
-  }
+  check(!args.cu_seqlens_k || args.cu_seqlens_q, "cu_seqlens_k goes with cu_seqlens_q");
+  check(!args.cache_batch_idx || !args.cu_seqlens_k || args.block_table,
+        "cache_batch_idx goes with a cache, not cu_seqlens_k");
+  check_ints("cu_seqlens_q", args.cu_seqlens_q, args.q, batch + 1);
+  check_ints("cu_seqlens_k", args.cu_seqlens_k, args.q, batch + 1);
+  check_ints("seqused_q", args.seqused_q, args.q, batch);
+  check_ints("seqused_k", args.seqused_k, args.q, batch);
+  check_ints("leftpad_k", args.leftpad_k, args.q, batch);
+  check_ints("cache_batch_idx", args.cache_batch_idx, args.q, batch);
   if (args.scheduler_metadata) {
     const int64_t size = args.scheduler_metadata->numel();
     check(size >= 1 + batch, "scheduler_metadata must hold at least ", 1 + batch, " elements, got ", size);
-    check_int_vector("scheduler_metadata", args.scheduler_metadata, args.q, size);
+    check_ints("scheduler_metadata", args.scheduler_metadata, args.q, size);
   }
 }
 

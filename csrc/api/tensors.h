@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <ostream>
 #include <sstream>
@@ -47,6 +48,12 @@ struct Shape {
 
 inline Shape shape_of(const Tensor& tensor) { return {tensor}; }
 
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+inline const int* int_pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
+}
+
 inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
   const auto sizes = tensor.sizes();
   if (std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) return;
@@ -59,6 +66,14 @@ inline void check_like(const char* name, const Tensor& tensor, const Tensor& lik
   check(tensor.device() == like.device(), name, " must be on the device of the other tensors");
   check(tensor.scalar_type() == dtype, name, " must have dtype ", torch::headeronly::toString(dtype), ", got ",
         torch::headeronly::toString(tensor.scalar_type()));
+}
+
+// Of a vector of int32, where it is given.
+inline void check_ints(const char* name, const std::optional<Tensor>& vector, const Tensor& like, int64_t size) {
+  if (!vector) return;
+  check_like(name, *vector, like, ScalarType::Int);
+  check_shape(name, *vector, {size});
+  check(vector->is_contiguous(), name, " must be contiguous");
 }
 
 inline Dtype dtype_of(const Tensor& q) {
