@@ -16,7 +16,7 @@ CPP_LAYERS = {
     "api": {"api", "plan", "kernels/common", "kernels/misc", "variant"},
     "dev": {"plan", "variant"},
     # Stands in for what is below the kernels (CUDA) and beside the api (torch's CUDA part).
-    "dev/emulator": {"dev/emulator", "kernels", "api"},
+    "dev/emulator": {"dev/emulator", "kernels", "api", "variant"},
 }
 MAY_NAME = {"api": {"torch", "Python.h"}, "dev": {"pybind11"}, "dev/emulator": {"torch", "c10"}}
 FOREIGN = ("torch", "ATen", "c10", "pybind11", "Python.h")

@@ -7,20 +7,12 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FLASH_ATTN_HOST_DEVICE __host__ __device__
-#else
-#define FLASH_ATTN_HOST_DEVICE
-#endif
-
 namespace flash_attn {
 
-FLASH_ATTN_HOST_DEVICE constexpr int64_t first_varlen_slot(int64_t row_begin, int64_t entry, int tile_m) {
-  return row_begin / tile_m + entry;
-}
+constexpr int64_t first_varlen_slot(int64_t row_begin, int64_t entry, int tile_m) { return row_begin / tile_m + entry; }
 
 // Slots of the whole batch; the one past the entries' own is what lets the unowned rows fit.
-FLASH_ATTN_HOST_DEVICE constexpr int64_t num_varlen_slots(int64_t total_rows, int64_t batch, int tile_m) {
+constexpr int64_t num_varlen_slots(int64_t total_rows, int64_t batch, int tile_m) {
   return first_varlen_slot(total_rows, batch, tile_m) + 1;
 }
 

@@ -4,14 +4,10 @@
 #include <cstdint>
 #include <initializer_list>
 
-#if defined(__CUDACC__)
-#define FLASH_ATTN_INLINE __host__ __device__
-#else
-#define FLASH_ATTN_INLINE
-#endif
-
 namespace flash_attn {
 
+// Device code calls these functions because they are constexpr (nvcc's --expt-relaxed-constexpr).
+//
 // Quotients of dividends from 0 to 2^31 - 1 by a multiplication with ceil(2^p / divisor), where 2^p is large enough for
 // the rounding to vanish (Granlund and Montgomery: Division by invariant integers using multiplication; PLDI 1994).
 class FastDivisor {
@@ -26,12 +22,12 @@ class FastDivisor {
     multiplier_ = static_cast<uint32_t>(((uint64_t{1} << (32 + shift_)) + divisor - 1) / divisor);
   }
 
-  FLASH_ATTN_INLINE constexpr int divide(int dividend) const {
+  constexpr int divide(int dividend) const {
     if (divisor_ == 1) return dividend;
     return static_cast<int>((static_cast<uint64_t>(dividend) * multiplier_) >> 32) >> shift_;
   }
 
-  FLASH_ATTN_INLINE constexpr int divisor() const { return divisor_; }
+  constexpr int divisor() const { return divisor_; }
 
  private:
   int divisor_ = 1;

@@ -29,7 +29,6 @@ struct SplitTile {
 namespace detail {
 
 inline constexpr unsigned kWholeWarp = ~0u;
-inline constexpr int kLanes = 32;
 
 // A batch entry's run of slots: parts of its keys, and for each part its tiles of rows.
 struct SlotRun {
@@ -40,7 +39,9 @@ struct SlotRun {
 
 __device__ inline int64_t warp_sum(int64_t value) {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kWholeWarp, value, distance);
+  for (int distance = kThreadsPerWarp / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kWholeWarp, value, distance);
+  }
   return value;
 }
 
@@ -48,7 +49,7 @@ __device__ inline int64_t warp_sum(int64_t value) {
 __device__ inline int64_t warp_sum_before(int64_t value, int lane) {
   int64_t sum = value;
 #pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
+  for (int distance = 1; distance < kThreadsPerWarp; distance *= 2) {
     const int64_t below = __shfl_up_sync(kWholeWarp, sum, distance);
     if (lane >= distance) sum += below;
   }
@@ -105,7 +106,7 @@ struct LaneEntries {
 };
 
 __device__ inline LaneEntries entries_of_lane(int num_entries, int lane) {
-  const int entries_per_lane = (num_entries + kLanes - 1) / kLanes;
+  const int entries_per_lane = (num_entries + kThreadsPerWarp - 1) / kThreadsPerWarp;
   const int begin = min(lane * entries_per_lane, num_entries);
   return {begin, min(begin + entries_per_lane, num_entries)};
 }
@@ -147,7 +148,7 @@ __device__ SlotRun find_run_by_lengths(const ForwardParams& params, int slot) {
   const SeqParams& seq = params.seq;
   // Packed rows past the last entry belong to entry `batch`, which has no keys.
   const int num_entries = seq.batch + (seq.cu_seqlens_q == nullptr ? 0 : 1);
-  const int lane = threadIdx.x % kLanes;
+  const int lane = threadIdx.x % kThreadsPerWarp;
   const LaneEntries own = entries_of_lane(num_entries, lane);
   // A lane seldom has more than one entry, which is then read once.
   const EntryWork first = own.begin < own.end ? work_of_entry<kTileM, kTileN>(params, own.begin) : EntryWork{};

@@ -8,20 +8,20 @@
 #include "kernels/misc/attn_probs.h"
 #include "kernels/misc/elements.h"
 
+#include "variant/tiles.h"
 namespace flash_attn {
 namespace {
 
 constexpr int kNumThreads = kProbsMultiple;
-constexpr int kVectorColumns = 16 / sizeof(__half);
 
 template <class Element>
 __device__ float dot(const Element* a, const Element* b, int head_dim) {
   float sum = 0.f;
-  for (int column = 0; column < head_dim; column += kVectorColumns) {
-    const auto x = load_vector<kVectorColumns>(a + column);
-    const auto y = load_vector<kVectorColumns>(b + column);
+  for (int column = 0; column < head_dim; column += kVectorElements) {
+    const auto x = load_vector<kVectorElements>(a + column);
+    const auto y = load_vector<kVectorElements>(b + column);
 #pragma unroll
-    for (int i = 0; i < kVectorColumns; ++i) sum += to_float(x.at[i]) * to_float(y.at[i]);
+    for (int i = 0; i < kVectorElements; ++i) sum += to_float(x.at[i]) * to_float(y.at[i]);
   }
   return sum;
 }

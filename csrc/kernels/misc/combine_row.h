@@ -3,6 +3,7 @@
 
 #include "kernels/common/logarithm.h"
 #include "kernels/misc/elements.h"
+#include "variant/tiles.h"
 
 namespace flash_attn {
 
@@ -19,13 +20,12 @@ struct RowParts {
 // The lanes that merge one row: a whole warp, or 16 where rows are short. All of them make the same calls.
 template <int kCountValue>
 struct RowLanes {
-  static constexpr int kWarp = 32;
   static constexpr int kCount = kCountValue;
-  static_assert(kWarp % kCount == 0);
+  static_assert(kThreadsPerWarp % kCount == 0);
 
   static __device__ int idx() { return threadIdx.x % kCount; }
-  static __device__ int first_of_warp() { return threadIdx.x % kWarp / kCount * kCount; }
-  static __device__ unsigned mask() { return (~0u >> (kWarp - kCount)) << first_of_warp(); }
+  static __device__ int first_of_warp() { return threadIdx.x % kThreadsPerWarp / kCount * kCount; }
+  static __device__ unsigned mask() { return (~0u >> (kThreadsPerWarp - kCount)) << first_of_warp(); }
 
   template <class Combine>
   static __device__ float reduce(float value, Combine combine) {

@@ -9,12 +9,11 @@
 
 #include "kernels/misc/elements.h"
 #include "kernels/misc/tokens.h"
-#include "variant/variant.h"
+#include "variant/tiles.h"
 
 namespace flash_attn {
 
 inline constexpr int kTokenThreads = 128;
-inline constexpr int kTokenVectorColumns = 16 / sizeof(__half);
 
 // Calls `move(head_idx, column)` for each piece of kColumns columns of a token, spread over the thread block.
 template <int kColumns, class Move>
@@ -33,7 +32,7 @@ cudaError_t launch_over_tokens(int64_t num_tokens, Dtype dtype, TokenAccess acce
   const int num_blocks = static_cast<int>(std::min(num_tokens, kMaxBlocks));
   const auto with_columns = [&](auto element) {
     if (access == TokenAccess::kVector) {
-      launch(element, std::integral_constant<int, kTokenVectorColumns>{}, num_blocks);
+      launch(element, std::integral_constant<int, kVectorElements>{}, num_blocks);
     } else {
       launch(element, std::integral_constant<int, 1>{}, num_blocks);
     }

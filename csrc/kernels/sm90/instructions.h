@@ -15,6 +15,8 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
+#include "variant/tiles.h"
+
 namespace flash_attn::sm90 {
 
 using namespace cute;
@@ -22,8 +24,8 @@ using namespace cute;
 // ---- threads
 
 // The same in all lanes, so that what depends on it is in uniform registers.
-__device__ inline int warpgroup_idx() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
-__device__ inline int warp_idx() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+__device__ inline int warpgroup_idx() { return __shfl_sync(~0u, threadIdx.x / kThreadsPerWarpgroup, 0); }
+__device__ inline int warp_idx() { return __shfl_sync(~0u, threadIdx.x / kThreadsPerWarp, 0); }
 
 __device__ inline bool is_elected_lane() { return elect_one_sync(); }
 

@@ -19,12 +19,13 @@
 #include "dev/emulator/register_file.h"
 #include "dev/emulator/warp_instructions.h"
 #include "dev/emulator/warpgroup_products.h"
+#include "variant/tiles.h"
 
 namespace flash_attn::sm90 {
 
 using namespace cute;
 
-inline int warpgroup_idx() { return threadIdx.x / 128; }
+inline int warpgroup_idx() { return threadIdx.x / kThreadsPerWarpgroup; }
 inline int warp_idx() { return threadIdx.x / emulator::kWarpSize; }
 inline bool is_elected_lane() { return emulator::lane() == 0; }
 
