@@ -82,8 +82,8 @@ void shuffle_with_a_lane_that_left(float* out) {
 
 void wait_for_a_later_block(float* out) {
   auto* const turn = reinterpret_cast<int*>(out);
-  if (blockIdx.x > 0) return detail::store_release(turn, 1);
-  while (detail::load_acquire(turn) != 1) {
+  if (blockIdx.x > 0) return store_release(turn, 1);
+  while (load_acquire(turn) != 1) {
   }
 }
 

@@ -13,8 +13,6 @@ __device__ T& dynamic_smem() {
   return *reinterpret_cast<T*>(dynamic_smem_bytes);
 }
 
-namespace detail {
-
 // One instruction; exp2f would add the handling of subnormal results, which are nothing beside a row's maximum of 1.
 __device__ inline float fast_exp2(float x) {
   float result;
@@ -55,7 +53,5 @@ __device__ inline void add_to_global(float* to, float value) {
 __device__ inline void store_release(int* to, int value) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
-
-}  // namespace detail
 
 }  // namespace flash_attn

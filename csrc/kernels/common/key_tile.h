@@ -23,10 +23,10 @@ __device__ KeyTileCoord locate_key_tile(const SeqParams& seq, int num_kv_heads, 
   const int tile_idx = idx % tiles_per_head;
   const int run = idx / tiles_per_head;
   if (seq.cu_seqlens_k == nullptr) {
-    return {detail::entry_info(seq, run / num_kv_heads), run % num_kv_heads, tile_idx * kTileN};
+    return {entry_info(seq, run / num_kv_heads), run % num_kv_heads, tile_idx * kTileN};
   }
-  const detail::TileSlot slot = detail::varlen_tile(seq.cu_seqlens_k, seq.batch, seq.rows_k, tile_idx, kTileN);
-  return {detail::entry_info(seq, slot.entry), run % num_kv_heads, slot.row_begin};
+  const TileSlot slot = varlen_tile(seq.cu_seqlens_k, seq.batch, seq.rows_k, tile_idx, kTileN);
+  return {entry_info(seq, slot.entry), run % num_kv_heads, slot.row_begin};
 }
 
 }  // namespace flash_attn

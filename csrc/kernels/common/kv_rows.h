@@ -32,7 +32,7 @@ class KvRows {
   __device__ int64_t offset(int key, int page) const {
     const int token = first_row_ + key;
     const int row = token - page_size_.divide(token) * page_size_.divisor();
-    return detail::clamp_to(page, 0, last_page_) * page_stride_ + row * row_stride_;
+    return clamp_to(page, 0, last_page_) * page_stride_ + row * row_stride_;
   }
 
   __device__ const Element* row(int key) const { return head_ + offset(key, page_of(key)); }

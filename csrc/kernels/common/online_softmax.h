@@ -50,14 +50,14 @@ class OnlineSoftmax {
     CUTE_UNROLL
     for (int row = 0; row < kNumRows; ++row) {
       const float max_log2 = finite(new_max(row)) * scale_log2_;
-      const float rescale = detail::fast_exp2(growth(row, max_log2));
+      const float rescale = fast_exp2(growth(row, max_log2));
       row_max_(row) = new_max(row);
       row_sum_(row) *= rescale;
       CUTE_UNROLL
       for (int col = 0; col < size<1>(output); ++col) output(row, col) *= rescale;
       CUTE_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
-        scores(row, col) = detail::fast_exp2(fmaf(scores(row, col), scale_log2_, -max_log2));
+        scores(row, col) = fast_exp2(fmaf(scores(row, col), scale_log2_, -max_log2));
         row_sum_(row) += scores(row, col);
       }
     }
@@ -87,14 +87,14 @@ class OnlineSoftmax {
       const bool stays = kSlack > 0 && (new_max(row) - row_max_(row)) * scale_log2_ <= kSlack;
       if (stays) new_max(row) = row_max_(row);
       const float max_log2 = finite(new_max(row)) * scale_log2_;
-      factors(row) = stays ? 1.f : detail::fast_exp2(growth(row, max_log2));
+      factors(row) = stays ? 1.f : fast_exp2(growth(row, max_log2));
       row_max_(row) = new_max(row);
       float chains[kNumChains] = {row_sum_(row) * factors(row), 0.f, 0.f, 0.f};
       CUTE_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
         const float exponent = fmaf(scores(row, col), scale_log2_, -max_log2);
         const bool polynomial = col * kNumPolynomials % 16 < kNumPolynomials;
-        scores(row, col) = polynomial ? detail::polynomial_exp2(exponent) : detail::fast_exp2(exponent);
+        scores(row, col) = polynomial ? detail::polynomial_exp2(exponent) : fast_exp2(exponent);
         chains[col % kNumChains] += scores(row, col);
       }
       row_sum_(row) = (chains[0] + chains[1]) + (chains[2] + chains[3]);

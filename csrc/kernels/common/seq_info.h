@@ -31,8 +31,6 @@ struct TileCoord {
   __device__ bool has_used_rows() const { return m_begin < seq.seqlen_q; }
 };
 
-namespace detail {
-
 __device__ inline int clamp_to(int value, int low, int high) { return min(max(value, low), high); }
 
 // cu_seqlens[idx], held within the tensor: whatever the metadata says, no address leaves it.
@@ -59,7 +57,7 @@ __device__ inline int entry_of_slot(const int* cu_seqlens, int batch, int num_ro
 }
 
 // The entry's length in use, held within the rows that it has.
-__device__ inline int used(const int* seqused, int entry, int num_rows) {
+__device__ inline int length_in_use(const int* seqused, int entry, int num_rows) {
   return seqused == nullptr ? num_rows : clamp_to(seqused[entry], 0, num_rows);
 }
 
@@ -91,7 +89,7 @@ __device__ inline SeqInfo entry_info(const SeqParams& seq, int entry) {
     return {entry, entry, q.begin, k.begin, q.count, k.count, 0, 0};
   }
   const RowSpan k = cache_of_entry(seq, entry);
-  const int end_k = used(seq.seqused_k, entry, k.count);
+  const int end_k = length_in_use(seq.seqused_k, entry, k.count);
   const int leftpad = seq.leftpad_k == nullptr ? 0 : clamp_to(seq.leftpad_k[entry], 0, end_k);
   const int kv_batch_idx =
       seq.cache_batch_idx == nullptr ? entry : clamp_to(seq.cache_batch_idx[entry], 0, seq.num_cache_rows - 1);
@@ -101,7 +99,7 @@ __device__ inline SeqInfo entry_info(const SeqParams& seq, int entry) {
           .row_begin_k = k.begin + leftpad,
           .rows_q = q.count,
           .rows_k = k.count,
-          .seqlen_q = used(seq.seqused_q, entry, q.count),
+          .seqlen_q = length_in_use(seq.seqused_q, entry, q.count),
           .seqlen_k = end_k - leftpad};
 }
 
@@ -119,8 +117,6 @@ __device__ inline TileSlot varlen_tile(const int* cu_seqlens, int batch, int num
   return {entry, (slot - static_cast<int>(first_slot)) * tile_rows};
 }
 
-}  // namespace detail
-
 // Decodes the index of a tile of query rows. Indices run through a head's tiles from the last row up, so that under a
 // causal mask the longest start first, then through heads, so that neighbours read the same K and V from L2.
 template <int kTileM>
@@ -128,10 +124,10 @@ __device__ TileCoord locate_tile(const SeqParams& seq, int num_heads, int tiles_
   const int tile_idx = tiles_per_head - 1 - idx % tiles_per_head;
   const int run = idx / tiles_per_head;
   if (seq.cu_seqlens_q == nullptr) {
-    return {detail::entry_info(seq, run / num_heads), run % num_heads, tile_idx * kTileM};
+    return {entry_info(seq, run / num_heads), run % num_heads, tile_idx * kTileM};
   }
-  const detail::TileSlot slot = detail::varlen_tile(seq.cu_seqlens_q, seq.batch, seq.rows_q, tile_idx, kTileM);
-  return {detail::entry_info(seq, slot.entry), run % num_heads, slot.row_begin};
+  const TileSlot slot = varlen_tile(seq.cu_seqlens_q, seq.batch, seq.rows_q, tile_idx, kTileM);
+  return {entry_info(seq, slot.entry), run % num_heads, slot.row_begin};
 }
 
 }  // namespace flash_attn

@@ -26,6 +26,12 @@ struct SplitTile {
   __device__ bool has_used_rows() const { return m_begin < num_used_rows(); }
 };
 
+// Tiles of the rows of an entry, of which each row of the tensor makes `factor`.
+template <int kTileM>
+__device__ int64_t num_row_tiles(int rows_q, int factor) {
+  return (static_cast<int64_t>(rows_q) * factor + kTileM - 1) / kTileM;
+}
+
 namespace detail {
 
 inline constexpr unsigned kWholeWarp = ~0u;
@@ -54,11 +60,6 @@ __device__ inline int64_t warp_sum_before(int64_t value, int lane) {
     if (lane >= distance) sum += below;
   }
   return sum - value;
-}
-
-template <int kTileM>
-__device__ int64_t num_row_tiles(int rows_q, int factor) {
-  return (static_cast<int64_t>(rows_q) * factor + kTileM - 1) / kTileM;
 }
 
 // Every entry has the same number of splits: closed forms.
@@ -208,10 +209,10 @@ __device__ SplitTile locate_split_tile(const ForwardParams& params, int block_id
                  .num_splits = run.num_splits};
   const int64_t place = slot - run.first_slot;
   if (place < 0 || run.num_splits == 0) return tile;
-  tile.seq = detail::entry_info(params.seq, run.entry);
+  tile.seq = entry_info(params.seq, run.entry);
   // Nothing is to be merged in rows of no entry, whatever the number of splits.
   if (run.entry == params.seq.batch) tile.num_splits = 1;
-  const int64_t row_tiles = detail::num_row_tiles<kTileM>(tile.seq.rows_q, factor);
+  const int64_t row_tiles = num_row_tiles<kTileM>(tile.seq.rows_q, factor);
   if (row_tiles == 0) return tile;
   tile.split_idx = static_cast<int>(place / row_tiles);
   tile.m_begin = static_cast<int>(place % row_tiles) * kTileM;

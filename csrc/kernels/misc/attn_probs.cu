@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kNumThreads)
     const int row = static_cast<int>(run % params.num_rows);
     const int64_t head_run = run / params.num_rows;
     const int head_idx = static_cast<int>(head_run % params.heads.num_heads);
-    const SeqInfo seq = detail::entry_info(params.seq, static_cast<int>(head_run / params.heads.num_heads));
+    const SeqInfo seq = entry_info(params.seq, static_cast<int>(head_run / params.heads.num_heads));
     const int key = static_cast<int>(piece % pieces_per_row) * kNumThreads + threadIdx.x;
     static_cast<Element*>(params.probs)[run * params.num_columns + key] =
         from_float<Element>(signed_probability<Element>(params, seq, head_idx, row, key));

@@ -34,18 +34,18 @@ __device__ OutputRow locate_row(const ForwardParams& params, int64_t row_idx) {
   const int head_idx = static_cast<int>(row_idx % params.heads.num_heads);
   const int row = static_cast<int>(row_idx / params.heads.num_heads);
   const SeqParams& seq = params.seq;
-  if (seq.cu_seqlens_q == nullptr) return {detail::entry_info(seq, row / seq.rows_q), row % seq.rows_q, head_idx};
+  if (seq.cu_seqlens_q == nullptr) return {entry_info(seq, row / seq.rows_q), row % seq.rows_q, head_idx};
   int low = 0;
   int high = seq.batch;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (detail::row_at(seq.cu_seqlens_q, middle, seq.rows_q) <= row) {
+    if (row_at(seq.cu_seqlens_q, middle, seq.rows_q) <= row) {
       low = middle;
     } else {
       high = middle - 1;
     }
   }
-  const SeqInfo info = detail::entry_info(seq, low);
+  const SeqInfo info = entry_info(seq, low);
   return {info, row - static_cast<int>(info.row_begin_q), head_idx};
 }
 

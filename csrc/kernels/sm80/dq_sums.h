@@ -36,20 +36,20 @@ __device__ float* dq_sums_of(const BackwardParams& params, int64_t tile_idx, int
 template <class Traits, class Acc>
 __device__ void add_to_dq(float* sums, const Acc& acc) {
   CUTE_UNROLL
-  for (int i = 0; i < size(acc); ++i) detail::add_to_global(sums + i * Traits::kNumThreads, acc(i));
+  for (int i = 0; i < size(acc); ++i) add_to_global(sums + i * Traits::kNumThreads, acc(i));
 }
 
 // Adds in the order of turns: `counter` is the turn that may add now.
 template <class Traits, class Acc>
 __device__ void add_to_dq_in_turn(float* sums, const Acc& acc, int* counter, int turn, const int* are_lost) {
   if (threadIdx.x == 0) {
-    while (detail::load_acquire(counter) != turn && *are_lost == 0) detail::pause();
+    while (load_acquire(counter) != turn && *are_lost == 0) pause();
   }
   __syncthreads();
   add_to_dq<Traits>(sums, acc);
   // What the barrier lets this thread see, its store_release lets the next block see.
   __syncthreads();
-  if (threadIdx.x == 0) detail::store_release(counter, turn + 1);
+  if (threadIdx.x == 0) store_release(counter, turn + 1);
 }
 
 // Scales, rounds and stores dQ, a tile of query rows per thread block.

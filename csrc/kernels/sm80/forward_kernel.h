@@ -42,7 +42,7 @@ __device__ void store_part(const ForwardParams& params, const TileCoord& tile, S
                            AccO& output) {
   const SeqInfo& seq = tile.seq;
   const int num_splits = num_splits_of<Traits>(params);
-  const int64_t row_tiles = detail::num_row_tiles<Traits::kTileM>(seq.rows_q, 1);
+  const int64_t row_tiles = num_row_tiles<Traits::kTileM>(seq.rows_q, 1);
   const int64_t first_slot = num_splits * (params.seq.cu_seqlens_q == nullptr
                                                ? seq.batch_idx * row_tiles
                                                : first_varlen_slot(seq.row_begin_q, seq.batch_idx, Traits::kTileM));

@@ -70,7 +70,7 @@ __device__ void softmax_backward(Scores&& scores, Grads&& grads, const Coords& c
   for (int row = 0; row < kNumRows; ++row) {
     CUTE_UNROLL
     for (int col = 0; col < size<1>(scores); ++col) {
-      scores(row, col) = detail::fast_exp2(fmaf(scores(row, col), scale_log2, -tile.lse_log2[row]));
+      scores(row, col) = fast_exp2(fmaf(scores(row, col), scale_log2, -tile.lse_log2[row]));
       if constexpr (kGeneral) slope(row, col) *= scores(row, col);
     }
   }

@@ -60,7 +60,7 @@ class TileLoader {
     CUTE_UNROLL
     for (int pass = 0; pass < Access::template num_passes<kRows>(); ++pass) {
       const bool row_in = bounds_.contains(row_begin + Access::row_of_pass(pass));
-      const Element* source = detail::as_base(first + pass * Access::kRowsPerPass * row_stride_);
+      const Element* source = as_base(first + pass * Access::kRowsPerPass * row_stride_);
       CUTE_UNROLL
       for (int part = 0; part < Access::kNumParts; ++part) {
         AsyncCopy::copy(as_vector(source + part * Access::kPartCols),

@@ -30,10 +30,9 @@ __device__ PackedTile locate_packed_tile(const ForwardParams& params, int idx) {
   const int tile_idx = params.tiles_per_head - 1 - idx % params.tiles_per_head;
   const int run = idx / params.tiles_per_head;
   const PackedRows rows{run % num_runs * packed_heads.divisor(), packed_heads};
-  if (seq.cu_seqlens_q == nullptr) return {detail::entry_info(seq, run / num_runs), rows, tile_idx * kTileM};
-  const detail::TileSlot slot =
-      detail::varlen_tile(seq.cu_seqlens_q, seq.batch, seq.rows_q, tile_idx, kTileM, packed_heads.divisor());
-  return {detail::entry_info(seq, slot.entry), rows, slot.row_begin};
+  if (seq.cu_seqlens_q == nullptr) return {entry_info(seq, run / num_runs), rows, tile_idx * kTileM};
+  const TileSlot slot = varlen_tile(seq.cu_seqlens_q, seq.batch, seq.rows_q, tile_idx, kTileM, packed_heads.divisor());
+  return {entry_info(seq, slot.entry), rows, slot.row_begin};
 }
 
 // The tile, with the first key that any of its rows sees as key 0: the copy engine fills nothing with zeros in front of

@@ -14,8 +14,6 @@ T& dynamic_smem() {
   return *static_cast<T*>(emulator::dynamic_smem());
 }
 
-namespace detail {
-
 inline float fast_exp2(float x) {
   const float result = std::exp2(x);
   return result < FLT_MIN ? 0.f : result;
@@ -38,7 +36,5 @@ inline void pause() {}  // load_acquire counts
 inline void add_to_global(float* to, float value) { emulator::memory::add_to_global(to, value); }
 
 inline void store_release(int* to, int value) { emulator::memory::store_to_global(to, value); }
-
-}  // namespace detail
 
 }  // namespace flash_attn
