@@ -27,7 +27,7 @@ CombineDtype combine_dtype_of(ScalarType dtype, const char* rule) {
 }
 
 // (batch, row, head) of the dimensions [first_dim, first_dim + count), of which the last is the head.
-RowOperand row_operand_of(const Tensor& tensor, int64_t first_dim, int64_t count) {
+Operand row_operand_of(const Tensor& tensor, int64_t first_dim, int64_t count) {
   const auto stride_from_last = [&](int64_t distance) {
     return distance < count ? tensor.stride(first_dim + count - 1 - distance) : 0;
   };

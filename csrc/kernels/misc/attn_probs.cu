@@ -4,11 +4,12 @@
 #include "kernels/common/kv_range.h"
 #include "kernels/common/kv_rows.h"
 #include "kernels/common/philox.h"
+#include "kernels/common/row_address.h"
 #include "kernels/common/start_kernel.h"
 #include "kernels/misc/attn_probs.h"
 #include "kernels/misc/elements.h"
-
 #include "variant/tiles.h"
+
 namespace flash_attn {
 namespace {
 
@@ -30,10 +31,8 @@ template <class Element>
 __device__ float signed_probability(const AttnProbsParams& params, const SeqInfo& seq, int head_idx, int row, int key) {
   const VisibleKeys<Mask::kGeneral> visible{seq, params.window};
   if (row >= seq.seqlen_q || key < visible.begin(row) || key >= visible.end(row)) return 0.f;
-  const Operand& q = params.q;
   const int64_t query = seq.row_begin_q + row;
-  const Element* const q_row = static_cast<const Element*>(q.ptr) + seq.batch_idx * q.batch_stride +
-                               query * q.row_stride + head_idx * q.head_stride;
+  const auto* const q_row = row_of<const Element>(params.q, seq.batch_idx, query, head_idx);
   const KvRows<Element> keys(params.k, params.page, seq, head_idx / params.heads.num_heads_per_kv);
   const Element* const k_row = keys.in_pages() ? keys.row(key) : keys.head() + key * keys.row_stride();
 

@@ -19,7 +19,7 @@ struct RowCoord {
 };
 
 template <class Element>
-__device__ Element* row_of(const RowOperand& operand, const RowCoord& at) {
+__device__ Element* row_of(const Operand& operand, const RowCoord& at) {
   return static_cast<Element*>(operand.ptr) + at.batch_idx * operand.batch_stride + at.row * operand.row_stride +
          at.head_idx * operand.head_stride;
 }

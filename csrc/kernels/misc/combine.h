@@ -5,27 +5,22 @@
 
 #include <cstdint>
 
+#include "kernels/common/params.h"
+
 namespace flash_attn {
 
 enum class CombineDtype { kFp16, kBf16, kFp32 };
 
-// A (batch, row, head) tensor, of head_dim contiguous columns each or, for an LSE, of one. Strides are in elements.
-struct RowOperand {
-  void* ptr;
-  int64_t batch_stride;
-  int64_t row_stride;
-  int64_t head_stride;
-};
-
+// An LSE is an operand whose rows have one column.
 struct CombineParams {
-  RowOperand part_out;
+  Operand part_out;
   int64_t part_out_stride;  // from one part to the next
   CombineDtype part_dtype;
-  RowOperand part_lse;  // float32
+  Operand part_lse;  // float32
   int64_t part_lse_stride;
-  RowOperand out;
+  Operand out;
   CombineDtype out_dtype;
-  RowOperand lse;  // float32
+  Operand lse;  // float32
   int num_parts;
   int64_t batch;
   int64_t num_rows;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "kernels/common/row_address.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/common/start_kernel.h"
 #include "kernels/misc/combine_row.h"
@@ -113,9 +114,7 @@ __global__ void __launch_bounds__(kNumThreads)
     params.lse.ptr[seq.batch_idx * params.lse.batch_stride + row.head_idx * params.lse.head_stride + row_of_tensor] =
         lse;
   }
-  sum.store(static_cast<Element*>(params.o.ptr) + seq.batch_idx * params.o.batch_stride +
-                row_of_tensor * params.o.row_stride + row.head_idx * params.o.head_stride,
-            0, head_dim_v);
+  sum.store(row_of<Element>(params.o, seq.batch_idx, row_of_tensor, row.head_idx), 0, head_dim_v);
 }
 
 template <class Element, class Lanes, int kPieces>

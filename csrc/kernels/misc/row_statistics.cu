@@ -1,6 +1,7 @@
 #include <cstdint>
 
 #include "kernels/common/logarithm.h"
+#include "kernels/common/row_address.h"
 #include "kernels/common/start_kernel.h"
 #include "kernels/misc/elements.h"
 #include "kernels/misc/row_statistics.h"
@@ -16,12 +17,6 @@ constexpr int kSinkThreads = 1024;
 
 // A batch of one where lengths vary: the rows of all entries are packed.
 __host__ __device__ int num_row_runs(const SeqParams& seq) { return seq.cu_seqlens_q == nullptr ? seq.batch : 1; }
-
-template <class Element>
-__device__ const Element* row_of(const Operand& operand, int batch_idx, int64_t row, int head_idx) {
-  const int64_t offset = batch_idx * operand.batch_stride + row * operand.row_stride + head_idx * operand.head_stride;
-  return static_cast<const Element*>(operand.ptr) + offset;
-}
 
 // Whether one of this thread's share of the offsets is below the one before it.
 __device__ bool decreases(const int* offsets, int batch) {
@@ -50,8 +45,8 @@ __global__ void __launch_bounds__(kNumThreads) row_statistics_kernel(const __gri
   const int64_t idx = batch_idx * rows.batch_stride + head_idx * rows.head_stride + row;
   const float lse = rows.lse[idx];
   const bool saw_keys = lse != -INFINITY;
-  const Element* o = row_of<Element>(params.o, batch_idx, row, head_idx);
-  const Element* dout = row_of<Element>(params.dout, batch_idx, row, head_idx);
+  const Element* o = row_of<const Element>(params.o, batch_idx, row, head_idx);
+  const Element* dout = row_of<const Element>(params.dout, batch_idx, row, head_idx);
   const int lane = threadIdx.x % kLanesPerRow;
   float delta = 0.f;
   for (int column = lane * kVectorElements; column < params.heads.head_dim_v;

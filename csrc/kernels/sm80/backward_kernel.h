@@ -6,6 +6,7 @@
 #include "kernels/common/instructions.h"
 #include "kernels/common/key_tile.h"
 #include "kernels/common/kv_range.h"
+#include "kernels/common/row_address.h"
 #include "kernels/common/tensor.h"
 #include "kernels/sm80/backward_traits.h"
 #include "kernels/sm80/dq_sums.h"
@@ -34,11 +35,11 @@ __device__ void load_queries(const BackwardParams& params, const SeqInfo& seq, c
                              typename Traits::SharedStorage& smem, int stage) {
   using Element = typename Traits::Element;
   const TileLoader<Traits, Traits::kTileM, Traits::kHeadDim> load_q(
-      head_of<Element>(params.q, seq.batch_idx, seq.row_begin_q, step.head_idx), params.q.row_stride, seq.seqlen_q,
+      row_of<Element>(params.q, seq.batch_idx, seq.row_begin_q, step.head_idx), params.q.row_stride, seq.seqlen_q,
       params.heads.head_dim);
   const TileLoader<Traits, Traits::kTileM, Traits::kHeadDimV> load_dout(
-      head_of<Element>(params.dout, seq.batch_idx, seq.row_begin_q, step.head_idx), params.dout.row_stride,
-      seq.seqlen_q, params.heads.head_dim_v);
+      row_of<Element>(params.dout, seq.batch_idx, seq.row_begin_q, step.head_idx), params.dout.row_stride, seq.seqlen_q,
+      params.heads.head_dim_v);
   const int m_begin = step.m_idx * Traits::kTileM;
   load_q.load(m_begin, smem.q[stage]);
   load_dout.load(m_begin, smem.dout[stage]);
@@ -51,10 +52,10 @@ __device__ void load_keys(const BackwardParams& params, const KeyTileCoord& tile
   using Element = typename Traits::Element;
   const SeqInfo& seq = tile.seq;
   const TileLoader<Traits, Traits::kTileN, Traits::kHeadDim, RowsBetween> load_k(
-      head_of<Element>(params.k, seq.batch_idx, seq.row_begin_k, tile.kv_head_idx), params.k.row_stride, seen,
+      row_of<Element>(params.k, seq.batch_idx, seq.row_begin_k, tile.kv_head_idx), params.k.row_stride, seen,
       params.heads.head_dim);
   const TileLoader<Traits, Traits::kTileN, Traits::kHeadDimV, RowsBetween> load_v(
-      head_of<Element>(params.v, seq.batch_idx, seq.row_begin_k, tile.kv_head_idx), params.v.row_stride, seen,
+      row_of<Element>(params.v, seq.batch_idx, seq.row_begin_k, tile.kv_head_idx), params.v.row_stride, seen,
       params.heads.head_dim_v);
   load_k.load(tile.n_begin, smem.k);
   load_v.load(tile.n_begin, smem.v);

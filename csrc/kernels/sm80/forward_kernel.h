@@ -3,6 +3,7 @@
 
 #include "kernels/common/instructions.h"
 #include "kernels/common/params.h"
+#include "kernels/common/row_address.h"
 #include "kernels/common/row_results.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/common/split_schedule.h"
@@ -68,7 +69,7 @@ __device__ void attend_to_keys(const ForwardParams& params, const TileCoord& til
   if (const int num_splits = num_splits_of<Traits>(params); num_splits > 1) {
     range = range.part(part_idx_of<Traits>(params), num_splits);
   }
-  const QLoader load_q(head_of<Element>(params.q, seq.batch_idx, seq.row_begin_q, tile.head_idx), params.q.row_stride,
+  const QLoader load_q(row_of<Element>(params.q, seq.batch_idx, seq.row_begin_q, tile.head_idx), params.q.row_stride,
                        seq.seqlen_q, params.heads.head_dim);
   const ForwardTile<HeadRows, Keys, QLoader> rows{.seq = seq,
                                                   .rows = {tile.head_idx},

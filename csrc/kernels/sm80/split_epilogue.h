@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/params.h"
+#include "kernels/common/row_address.h"
 #include "kernels/common/split_schedule.h"
 #include "kernels/common/tensor.h"
 #include "kernels/sm80/forward_traits.h"
@@ -17,7 +18,7 @@ template <class Element>
 class PackedRowAddresses {
  public:
   __device__ PackedRowAddresses(const Operand& operand, const SeqInfo& seq, const PackedRows& rows)
-      : entry_(head_of<Element>(operand, seq.batch_idx, seq.row_begin_q, 0)),
+      : entry_(row_of<Element>(operand, seq.batch_idx, seq.row_begin_q, 0)),
         row_stride_(operand.row_stride),
         head_stride_(operand.head_stride),
         rows_(rows) {}

@@ -12,13 +12,6 @@ namespace flash_attn::sm80 {
 
 using namespace cute;
 
-// First element of one head of one batch entry.
-template <class Element>
-CUTE_DEVICE Element* head_of(const Operand& operand, int batch_idx, int64_t row_begin, int head_idx) {
-  return static_cast<Element*>(operand.ptr) + batch_idx * operand.batch_stride + row_begin * operand.row_stride +
-         head_idx * operand.head_stride;
-}
-
 // The rows of a sequence.
 class RowsBelow {
  public:

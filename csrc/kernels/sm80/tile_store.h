@@ -3,6 +3,7 @@
 
 #include "kernels/common/convert.h"
 #include "kernels/common/params.h"
+#include "kernels/common/row_address.h"
 #include "kernels/common/tensor.h"
 #include "kernels/sm80/row_access.h"
 #include "kernels/sm80/tile_loader.h"
@@ -67,7 +68,7 @@ __device__ void store_tile(const Operand& target, const RowBlock& rows, int head
   __syncthreads();
 
   const auto staged = Access::template place_in<kRows>(smem);
-  Element* head = head_of<Element>(target, rows.batch_idx, rows.row_begin, head_idx) + columns.begin;
+  Element* head = row_of<Element>(target, rows.batch_idx, rows.row_begin, head_idx) + columns.begin;
   CUTE_UNROLL
   for (int pass = 0; pass < Access::template num_passes<kRows>(); ++pass) {
     const int row_idx = rows.begin + Access::row_of_pass(pass);
