@@ -6,27 +6,29 @@
 
 namespace flash_attn::sm90 {
 
-// The hardware's 16 barriers of a thread block; 0 is __syncthreads'. Entries are followed by those of the next group,
-// or the next stage of P.
-enum class NamedBarrier : int {
-  // Where groups own different rows, + group: it is the group's turn to start matrix products. Waits: the group.
-  // Arrives:
-  // the group before it. 2 x 128 threads.
-  kTurn = 1,
-  // + group: the group is done with its part of Q; then, its part of O is in shared memory. Waits and arrives: the
-  // group. 128 threads.
-  kOutput = 4,
-  // Where groups share rows, + stage of P. All have 2 x 128 threads.
-  // P and the rows' factors are in shared memory. Waits: group 1. Arrives: group 0.
-  kProbsFull = 7,
-  // They are no longer in use. Waits: group 0. Arrives: group 1.
-  kProbsEmpty = 9,
-  // Group 0 needs the tensor cores less now. Waits: group 1. Arrives: group 0.
-  kFollow = 11,
-  // The rows' last factors are in shared memory. Waits: group 1. Arrives: group 0. (No stages.)
-  kLastFactors = 13,
-};
 inline constexpr int kMaxConsumerGroups = 3;
+
+// The named barriers of a thread block, of which the hardware has 16 and __syncthreads takes number 0. An entry is the
+// first of several: one per consumer group, or one per stage of P.
+enum class NamedBarrier : int {
+  // Where groups own different rows. + group: it is the group's turn to start matrix products.
+  // Waits: the group. Arrives: the group before it. 2 x 128 threads.
+  kTurn = 1,
+  // + group: the group is done with its part of Q; then: its part of O is in shared memory.
+  // Waits and arrives: the group. 128 threads.
+  kOutput = kTurn + kMaxConsumerGroups,
+
+  // Where groups share rows. + stage of P; 2 x 128 threads each.
+  // P and the rows' factors are in shared memory. Waits: group 1. Arrives: group 0.
+  kProbsFull = kOutput + kMaxConsumerGroups,
+  // They are no longer in use. Waits: group 0. Arrives: group 1.
+  kProbsEmpty = kProbsFull + kProbabilityStagesSm90,
+  // Group 0 needs the tensor cores less now. Waits: group 1. Arrives: group 0.
+  kFollow = kProbsEmpty + kProbabilityStagesSm90,
+  // The rows' last factors are in shared memory. Waits: group 1. Arrives: group 0. One, without stages.
+  kLastFactors = kFollow + kProbabilityStagesSm90,
+};
+static_assert(static_cast<int>(NamedBarrier::kLastFactors) < 16);
 
 __device__ inline void wait_at(NamedBarrier barrier, int offset, int num_threads) {
   wait_at_barrier(static_cast<int>(barrier) + offset, num_threads);

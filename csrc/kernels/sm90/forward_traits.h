@@ -109,15 +109,16 @@ struct ForwardTraits {
     alignas(kSwizzleBytes) Element p[kPStages][kTileM * kTileN];
   };
   struct NoExchange {};
-  struct Rows {
-    float factors[kPStages][kTileM];
-    float last_factors[kTileM];
+  struct RowFactors {
+    float of_stage[kPStages][kTileM];
+    float last[kTileM];
   };
+  struct NoRowFactors {};
   struct Barriers {
     Stages<kQStages> q;
     Stages<kKvStages * kKSlices, kClusterBlocks> k;
     Stages<kKvStages, kClusterBlocks> v[kColumnGroups];
-    std::conditional_t<(kColumnGroups > 1), Rows, NoExchange> rows;
+    std::conditional_t<(kColumnGroups > 1), RowFactors, NoRowFactors> row_factors;
   };
   struct SharedStorage : std::conditional_t<(kColumnGroups > 1), Exchange, NoExchange> {
     alignas(kSwizzleBytes) Element q_or_o[kQStages][kTileM * kHeadDim];

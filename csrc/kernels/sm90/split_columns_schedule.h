@@ -51,7 +51,7 @@ class SplitColumnsSchedule {
   // Group 0 alone has the rows' sums, and tells group 1 what they make of O.
   template <class Output>
   __device__ auto finish(Softmax& softmax, Output& output, const typename Softmax::RowTensor& sinks) const {
-    float* last_factors = smem_.barriers.rows.last_factors;
+    float* last_factors = smem_.barriers.row_factors.last;
     Tensor factors = make_tensor<float>(Shape<Int<Traits::kRowsPerLane>, _1>{});
     fill(factors, 1.f);
     auto lse = softmax.finish(factors, QuadReducer{}, sinks, 1.f);
@@ -126,7 +126,7 @@ class SplitColumnsSchedule {
 
     for (int n = range.end - 1; n >= range.begin; --n) {
       wait_at(NamedBarrier::kProbsFull, p_.idx, kNumThreads);
-      read_rows(smem_.barriers.rows.factors[p_.idx], factors);
+      read_rows(smem_.barriers.row_factors.of_stage[p_.idx], factors);
       rescale_output<Traits, Softmax>(output, factors);
       wait_full(smem_.barriers.v[1], v_);
       wait_at(NamedBarrier::kFollow, p_.idx, kNumThreads);
@@ -177,7 +177,7 @@ class SplitColumnsSchedule {
     const int stage = p_.idx;
     wait_at(NamedBarrier::kProbsEmpty, stage, kNumThreads);
     store_accumulator<Traits::kTileM, Traits::kTileN>(smem_.p[stage], 0, tSrP);
-    write_rows(smem_.barriers.rows.factors[stage], factors);
+    write_rows(smem_.barriers.row_factors.of_stage[stage], factors);
     fence_smem_writes();
     arrive_at(NamedBarrier::kProbsFull, stage, kNumThreads);
     p_.advance();
