@@ -9,14 +9,21 @@ namespace flash_attn {
 
 using namespace cute;
 
-template <class Element, class Tensor>
-CUTE_DEVICE auto convert_to(const Tensor& source) {
+// Into registers that hold as many elements, in the same order.
+template <class Target, class Source>
+CUTE_DEVICE void round_to(Target& target, const Source& source) {
+  constexpr int kSize = decltype(size(source))::value;
+  using From = typename Source::value_type;
+  using To = typename Target::value_type;
+  static_assert(decltype(size(target))::value == kSize);
+  *reinterpret_cast<cutlass::Array<To, kSize>*>(target.data()) = cutlass::NumericArrayConverter<To, From, kSize>{}(
+      *reinterpret_cast<const cutlass::Array<From, kSize>*>(source.data()));
+}
+
+template <class Element, class Source>
+CUTE_DEVICE auto convert_to(const Source& source) {
   auto result = make_tensor<Element>(shape(source));
-  cutlass::NumericArrayConverter<Element, typename Tensor::value_type, decltype(size(source))::value> convert;
-  auto& from = *reinterpret_cast<const cutlass::Array<typename Tensor::value_type, decltype(size(source))::value>*>(
-      source.data());
-  auto& to = *reinterpret_cast<cutlass::Array<Element, decltype(size(source))::value>*>(result.data());
-  to = convert(from);
+  round_to(result, source);
   return result;
 }
 

@@ -3,7 +3,7 @@
 
 #include <cute/tensor.hpp>
 
-#include "kernels/common/online_softmax.h"
+#include "kernels/common/convert.h"
 #include "kernels/common/row_reducer.h"
 #include "kernels/sm90/forward_traits.h"
 #include "kernels/sm90/tile_order.h"

@@ -4,6 +4,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "kernels/common/convert.h"
 #include "kernels/common/online_softmax.h"
 #include "kernels/common/row_reducer.h"
 #include "kernels/sm90/forward_traits.h"

@@ -1,8 +1,6 @@
 // Asynchronous matrix products of a warpgroup, and the register layouts of their operands.
 #pragma once
 
-#include <cutlass/numeric_conversion.h>
-
 #include <cute/tensor.hpp>
 
 #include "kernels/common/row_reducer.h"
@@ -109,17 +107,6 @@ CUTE_HOST_DEVICE constexpr auto as_a_operand(Layout layout) {
   static_assert(decltype(rank<0>(layout))::value == 3 && decltype(size<2>(layout))::value == 1);
   const auto pairs = logical_divide(get<0, 2>(layout), Int<2>{});  // (2, N / 16)
   return make_layout(make_layout(get<0, 0>(layout), get<0, 1>(layout), get<0>(pairs)), get<1>(layout), get<1>(pairs));
-}
-
-// P in its operand's registers, which hold S's elements in the same order.
-template <class FragP, class AccS>
-CUTE_DEVICE void round_to(FragP& tOrP, const AccS& tSrS) {
-  constexpr int kSize = decltype(size(tSrS))::value;
-  using Element = typename FragP::value_type;
-  using From = cutlass::Array<float, kSize>;
-  using To = cutlass::Array<Element, kSize>;
-  *reinterpret_cast<To*>(tOrP.data()) =
-      cutlass::NumericArrayConverter<Element, float, kSize>{}(*reinterpret_cast<const From*>(tSrS.data()));
 }
 
 // ---- the softmax, as the tile says
