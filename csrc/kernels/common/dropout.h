@@ -9,14 +9,19 @@ namespace flash_attn {
 
 using namespace cute;
 
+// Pairs of neighbouring columns that one draw serves of a row: those of four m16n8 accumulators side by side.
+inline constexpr int kPairsOfDraw = 4;
+
+// How many of them a lane holds side by side: all where a warp owns all columns, one where warps share them.
+constexpr int dropout_pairs(int warps_n) { return warps_n > 1 ? 1 : kPairsOfDraw; }
+
 // One draw serves the 16 probabilities that a lane holds of a 16 x 32 tile.
 class DropoutMask {
  public:
   __device__ DropoutMask(const DropoutParams& dropout, int num_heads, int batch_idx, int head_idx)
       : stream_(dropout, num_heads, batch_idx, head_idx), threshold_(dropout.keep_threshold) {}
 
-  // Zeroes what is dropped. `probs` and `coords` are (rows, columns) views. A warp that owns all columns finds kPairs =
-  // 4 pairs of columns of one draw side by side; one that shares them with others finds one.
+  // Zeroes what is dropped, kPairs pairs of columns at a time. `probs` and `coords` are (rows, columns) views.
   template <int kPairs, class Probs, class Coords>
   __device__ void apply(Probs&& probs, const Coords& coords, int m_begin, int n_begin) const {
     CUTE_UNROLL
@@ -26,7 +31,7 @@ class DropoutMask {
         const unsigned i = m_begin + static_cast<int>(get<0>(coords(row, col)));
         const unsigned j = n_begin + static_cast<int>(get<1>(coords(row, col)));
         const uint4 words = stream_.draw(i, j);
-        const int first_pair = kPairs == 4 ? 0 : j % 32 / 8;
+        const int first_pair = kPairs == kPairsOfDraw ? 0 : j % 32 / 8;
         drop<kPairs>(probs, row, col, random_bytes(words.x, words.y, first_pair));
         drop<kPairs>(probs, row + 1, col, random_bytes(words.z, words.w, first_pair));
       }

@@ -34,6 +34,5 @@ struct PackedKeys {
   __device__ int begin(int row) const { return keys.begin(rows.query(row)); }
   __device__ int end(int row) const { return keys.end(rows.query(row)); }
 };
-using PackedVisibleKeys = PackedKeys<Mask::kGeneral>;
 
 }  // namespace flash_attn

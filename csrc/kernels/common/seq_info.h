@@ -86,7 +86,14 @@ __device__ inline SeqInfo entry_info(const SeqParams& seq, int entry) {
   const RowSpan q = rows_of_entry(seq.cu_seqlens_q, seq.batch, seq.rows_q, entry);
   if (entry == seq.batch) {
     const RowSpan k = rows_of_entry(seq.cu_seqlens_k, seq.batch, seq.rows_k, entry);
-    return {entry, entry, q.begin, k.begin, q.count, k.count, 0, 0};
+    return {.batch_idx = entry,
+            .kv_batch_idx = entry,
+            .row_begin_q = q.begin,
+            .row_begin_k = k.begin,
+            .rows_q = q.count,
+            .rows_k = k.count,
+            .seqlen_q = 0,
+            .seqlen_k = 0};
   }
   const RowSpan k = cache_of_entry(seq, entry);
   const int end_k = length_in_use(seq.seqused_k, entry, k.count);

@@ -71,14 +71,14 @@ __device__ void attend_to_keys(const ForwardParams& params, const TileCoord& til
   }
   const QLoader load_q(row_of<Element>(params.q, seq.batch_idx, seq.row_begin_q, tile.head_idx), params.q.row_stride,
                        seq.seqlen_q, params.heads.head_dim);
-  const ForwardTile<HeadRows, Keys, QLoader> rows{.seq = seq,
-                                                  .rows = {tile.head_idx},
-                                                  .m_begin = tile.m_begin,
-                                                  .keys = keys,
-                                                  .range = range,
-                                                  .kv_head_idx = tile.head_idx / params.heads.num_heads_per_kv,
-                                                  .load_q = load_q};
-  forward_mainloop<Traits>(params, rows, smem, softmax, reducer, tOrO);
+  const ForwardTile<HeadRows, Keys, QLoader> forward_tile{.seq = seq,
+                                                          .rows = {tile.head_idx},
+                                                          .m_begin = tile.m_begin,
+                                                          .keys = keys,
+                                                          .range = range,
+                                                          .kv_head_idx = tile.head_idx / params.heads.num_heads_per_kv,
+                                                          .load_q = load_q};
+  forward_mainloop<Traits>(params, forward_tile, smem, softmax, reducer, tOrO);
 }
 
 template <class Traits>

@@ -48,7 +48,7 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
   const auto coords = Traits::score_coords();
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
 
-  KvPipeline<Traits> kv(params, seq, tile.kv_head_idx, range, smem);
+  KvPipeline<Traits> kv(KvTiles<Traits>(params, seq, tile.kv_head_idx, range, smem));
   tile.load_q.load(tile.m_begin, smem.q_or_o);
   kv.start(range.end - 1);
 
@@ -66,7 +66,7 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
     if constexpr (Traits::kScore == Score::kGeneral && !Traits::kFewRows) {
       if (params.dropout.rng_state != nullptr) {
         DropoutMask(params.dropout, params.heads.num_heads, seq.batch_idx, tile.rows.head_idx)
-            .template apply<(Traits::kWarpsN > 1 ? 1 : 4)>(scores, coords, tile.m_begin, n * kTileN);
+            .template apply<dropout_pairs(Traits::kWarpsN)>(scores, coords, tile.m_begin, n * kTileN);
       }
     }
     const auto p = as_probability_operand<Traits>(smem, tSrS);

@@ -1,6 +1,8 @@
 // When the tiles of K and V set out for shared memory, which holds one of each, and when they are there.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/common/params.h"
 #include "kernels/common/tensor.h"
 #include "kernels/sm80/instructions.h"
@@ -69,8 +71,7 @@ class KvTiles {
 template <class Traits>
 class LoadsInTurn {
  public:
-  template <class... Args>
-  __device__ explicit LoadsInTurn(Args&&... args) : tiles_(args...) {}
+  __device__ explicit LoadsInTurn(const KvTiles<Traits>& tiles) : tiles_(tiles) {}
 
   // The caller's own copies before it land with the first K.
   __device__ void start(int n) {
@@ -100,8 +101,7 @@ class LoadsInTurn {
 template <class Traits>
 class LoadsAhead {
  public:
-  template <class... Args>
-  __device__ explicit LoadsAhead(Args&&... args) : tiles_(args...) {}
+  __device__ explicit LoadsAhead(const KvTiles<Traits>& tiles) : tiles_(tiles) {}
 
   // The caller's own copies before it land with the first K.
   __device__ void start(int n) {

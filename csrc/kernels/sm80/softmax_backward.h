@@ -3,9 +3,10 @@
 
 #include "kernels/common/backward_params.h"
 #include "kernels/common/dropout.h"
+#include "kernels/common/instructions.h"
 #include "kernels/common/kv_range.h"
+#include "kernels/common/logarithm.h"
 #include "kernels/common/mask.h"
-#include "kernels/common/online_softmax.h"
 #include "kernels/common/row_map.h"
 #include "kernels/common/score.h"
 #include "kernels/common/tensor.h"
@@ -76,7 +77,7 @@ __device__ void softmax_backward(Scores&& scores, Grads&& grads, const Coords& c
   }
   if constexpr (kGeneral) {
     if (params.dropout.rng_state != nullptr) {
-      apply_dropout<(Traits::kScoreWarpsN > 1 ? 1 : 4)>(scores, grads, coords, params, seq, tile);
+      apply_dropout<dropout_pairs(Traits::kScoreWarpsN)>(scores, grads, coords, params, seq, tile);
     }
   }
   CUTE_UNROLL

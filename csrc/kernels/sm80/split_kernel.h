@@ -21,9 +21,10 @@ __device__ void attend_to_part(const ForwardParams& params, const SplitTile& til
   static_assert(Traits::kMask == Mask::kGeneral, "packed rows are compiled with the general mask only");
   using Rows = PackedRowAddresses<typename Traits::Element>;
   using QLoader = ScatteredTileLoader<Traits, Traits::kTileM, Traits::kHeadDim, Rows>;
-  const PackedVisibleKeys keys{{tile.seq, params.window}, tile.rows};
+  using Keys = PackedKeys<Traits::kMask>;
+  const Keys keys{{tile.seq, params.window}, tile.rows};
   const int num_rows = tile.num_used_rows();
-  const ForwardTile<PackedRows, PackedVisibleKeys, QLoader> rows{
+  const ForwardTile<PackedRows, Keys, QLoader> forward_tile{
       .seq = tile.seq,
       .rows = tile.rows,
       .m_begin = tile.m_begin,
@@ -32,7 +33,7 @@ __device__ void attend_to_part(const ForwardParams& params, const SplitTile& til
                    .part(tile.split_idx, tile.num_splits),
       .kv_head_idx = tile.rows.first_head / params.heads.num_heads_per_kv,
       .load_q = QLoader(Rows(params.q, tile.seq, tile.rows), num_rows, params.heads.head_dim)};
-  forward_mainloop<Traits>(params, rows, smem, softmax, reducer, tOrO);
+  forward_mainloop<Traits>(params, forward_tile, smem, softmax, reducer, tOrO);
 }
 
 template <class Traits>
