@@ -8,7 +8,7 @@
 namespace flash_attn {
 namespace {
 
-// A warpgroup's rows: the copy engine brings and stores boxes of as many, which must hold whole queries.
+// A warpgroup's rows: O is stored in boxes of as many, which must hold whole queries.
 constexpr int64_t kMostPackedHeads = 64;
 
 // Of the rows of an entry's tiles, how many hold a query.

@@ -7,8 +7,8 @@
 #include <cstring>
 
 #include "api/cuda_stream.h"
-#include "dev/emulator/copy_engine.h"
 #include "dev/emulator/memory_check.h"
+#include "dev/emulator/tma.h"
 
 namespace {
 

@@ -24,7 +24,7 @@ constexpr int kMaxWarps = kMaxThreads / kWarpSize;
 
 enum class Content { kNone, kExpected, kThere };
 
-// kGeneric: a thread's loads and stores. kAsync: those of the copy engine and the tensor cores.
+// kGeneric: a thread's loads and stores. kAsync: those of TMA and the tensor cores.
 enum class Proxy { kGeneric, kAsync };
 
 struct Cell {
@@ -79,8 +79,8 @@ std::string byte_of(size_t cell_idx) {
 
 [[noreturn]] void fail_at(const char* what, size_t cell_idx, const char* other_did, int other) {
   fail(what + byte_of(cell_idx) + ", which " +
-       (other < kMaxThreads ? "thread " + std::to_string(other) : std::string("a copy of the copy engine")) + " " +
-       other_did + ", with no barrier between");
+       (other < kMaxThreads ? "thread " + std::to_string(other) : std::string("a copy of TMA")) + " " + other_did +
+       ", with no barrier between");
 }
 
 void mark_read(size_t idx, int thread, uint32_t time) {
@@ -96,8 +96,8 @@ void read_cell(size_t idx, Proxy proxy) {
   if (!ordering::is_over(cell.writer, cell.write_time)) fail_at("reads", idx, "wrote", cell.writer);
   const bool needs_fence = proxy == Proxy::kAsync && cell.proxy == Proxy::kGeneric;
   if (needs_fence && !ordering::is_fenced(cell.writer, cell.write_time)) {
-    fail("has the copy engine or the tensor cores read" + byte_of(idx) + ", which thread " +
-         std::to_string(cell.writer) + " wrote, with no fence after it");
+    fail("has TMA or the tensor cores read" + byte_of(idx) + ", which thread " + std::to_string(cell.writer) +
+         " wrote, with no fence after it");
   }
 }
 
@@ -107,8 +107,7 @@ void check_readers(size_t idx) {
     const Read& read = reads_of_warp[warp][idx];
     const int reader = warp * kWarpSize + static_cast<int>(read.lane);
     if (read.time == kUnderWay) {
-      fail("writes" + byte_of(idx) + ", which the copy engine or the tensor cores still read for thread " +
-           std::to_string(reader));
+      fail("writes" + byte_of(idx) + ", which TMA or the tensor cores still read for thread " + std::to_string(reader));
     }
     if (!ordering::is_over(reader, read.time)) fail_at("writes", idx, "or another one of its warp read", reader);
   }

@@ -38,10 +38,10 @@ int load_from_global(const int* from);
 // Until the next write to it, this shared memory may not be read.
 void expect(const void* smem, size_t num_bytes);
 
-// What the copy engine and the tensor cores do to shared memory, on behalf of the running thread. From begin to end of
-// a read nothing may write it; from begin to end of a write nothing may touch it, and who reads it then has to have
-// waited for the barrier in shared memory that the copy comes with. `thread` is the one that began the read. A copy
-// writes to any block of the cluster.
+// What TMA and the tensor cores do to shared memory, on behalf of the running thread. From begin to end of a read
+// nothing may write it; from begin to end of a write nothing may touch it, and who reads it then has to have waited for
+// the barrier in shared memory that the copy comes with. `thread` is the one that began the read. A copy writes to any
+// block of the cluster.
 void begin_async_read(const void* smem, size_t num_bytes);
 void continue_async_read(int thread, const void* smem, size_t num_bytes);
 void end_async_read(int thread, const void* smem, size_t num_bytes);

@@ -20,8 +20,8 @@ inline constexpr int kMaxAgents = kMaxThreads + kMaxMbarriers;
 
 constexpr Agent copies_of(int mbarrier_idx) { return kMaxThreads + mbarrier_idx; }
 
-// What is known: the accesses of each agent before a time. To the copy engine and the tensor cores a thread's writes
-// are there only if it fenced after them.
+// What is known: the accesses of each agent before a time. To TMA and the tensor cores a thread's writes are there only
+// if it fenced after them.
 struct Knowledge {
   Time done[kMaxAgents];
   Time fenced[kMaxAgents];
@@ -40,7 +40,7 @@ void acquire(const Knowledge& from);
 void acquire(int thread, const Knowledge& from);
 // What came with a barrier in shared memory so far can be learned from `to`.
 void release_copies(int mbarrier_idx, Knowledge& to);
-// The running thread's writes so far are there for the copy engine and the tensor cores, where barriers say so.
+// The running thread's writes so far are there for TMA and the tensor cores, where barriers say so.
 void fence();
 
 // All threads of a block learn of each other; those of a warp do.

@@ -14,11 +14,11 @@
 #include "dev/emulator/async_copies.h"
 #include "dev/emulator/barriers.h"
 #include "dev/emulator/cluster.h"
-#include "dev/emulator/copy_engine.h"
 #include "dev/emulator/launch_log.h"
 #include "dev/emulator/memory_check.h"
 #include "dev/emulator/ordering.h"
 #include "dev/emulator/register_file.h"
+#include "dev/emulator/tma.h"
 #include "dev/emulator/warpgroup_products.h"
 
 namespace flash_attn::emulator {
@@ -93,7 +93,7 @@ void release_barrier(int block) {
 
 void run_thread() {
   (*thread_body)();
-  end_thread_of_copy_engine();
+  end_thread_of_tma();
   end_thread_of_products();
   cluster.fibers[running_thread].state = State::kReturned;
   Block& block = cluster.blocks[block_of_cluster()];
@@ -198,7 +198,7 @@ void run_blocks(const Launch& launch, const std::function<void()>& thread) {
     memory::begin_cluster(launch.smem_bytes);
     drop_async_copies();
     drop_barriers();
-    drop_copies_of_engine();
+    drop_tma_copies();
     drop_products();
     begin_register_files();
     begin_cluster();

@@ -7,8 +7,8 @@
 
 namespace flash_attn {
 
-// Columns of a row that are together in shared memory, and that neighbouring threads, or a box of the copy engine,
-// take from global memory.
+// Columns of a row that lie together in shared memory: what neighbouring threads, or one box of TMA, take from global
+// memory.
 constexpr int block_cols(int cols) { return cols % 64 == 0 ? 64 : 32; }
 
 // A tile of rows in shared memory: blocks of columns one after another, in each of them row after row. The pieces of 16

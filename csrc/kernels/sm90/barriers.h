@@ -55,9 +55,9 @@ struct Turns {
   }
 };
 
-// The stages of one operand in shared memory. `full` has one arrival, the producer's, and counts the bytes that the
-// copy engine brings; `empty` one of each consumer warp, of all blocks where the producers of a cluster bring each
-// other parts of what the stage holds.
+// The stages of one operand in shared memory. `full` has one arrival, the producer's, and counts the bytes that TMA
+// brings. `empty` has one of each consumer warp; in a cluster, whose producers write into each other's stages, of each
+// one of all blocks.
 template <int kNumStages, int kClusterBlocks = 1>
 struct Stages {
   Mbarrier full[kNumStages];

@@ -1,4 +1,4 @@
-// Stores a tile of O through shared memory and the copy engine, and its log-sum-exp.
+// Stores a tile of O through shared memory and TMA, and its log-sum-exp.
 #pragma once
 
 #include <cute/tensor.hpp>

@@ -1,5 +1,5 @@
-// What of a Hopper GPU C++ has no name for: barriers in shared memory, the copy engine (TMA), a warpgroup's matrix
-// products, register reallocation.
+// Hardware operations of Hopper that C++ has no name for, each with its PTX instruction: barriers in shared memory, TMA
+// (the tensor memory accelerator), a warpgroup's matrix products, register reallocation.
 #pragma once
 
 #include <cuda.h>
@@ -102,10 +102,10 @@ class Mbarrier {
   uint64_t state_;
 };
 
-// Makes initialised barriers known to the copy engine.
+// Makes initialised barriers visible to TMA.
 __device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// ---- the copy engine
+// ---- TMA
 
 using CacheHint = TMA::CacheHintSm90;
 
@@ -139,7 +139,7 @@ __device__ inline void store_box(const CUtensorMap& map, const void* smem, const
 __device__ inline void commit_stores() { tma_store_arrive(); }
 __device__ inline void wait_for_stores() { tma_store_wait<0>(); }
 
-// What this thread wrote to shared memory can be read by the copy engine and the tensor cores.
+// fence.proxy.async: TMA and the tensor cores can read what this thread wrote to shared memory.
 __device__ inline void fence_smem_writes() { tma_store_fence(); }
 
 // Four matrices of 8 x 8 elements, of which each lane has two neighbours of a row; lane l has the address of row l % 8

@@ -1,4 +1,4 @@
-// The producer's side: one thread that keeps the copy engine busy.
+// The producer's side: one thread that starts the copies of TMA.
 #pragma once
 
 #include "kernels/sm90/forward_traits.h"
@@ -15,8 +15,8 @@ struct ForwardTensorMaps {
   CUtensorMap o;
 };
 
-// K and V of one head of one sequence, contiguous or strided, through the copy engine. Rows past the sequence arrive as
-// zeros, so that 0 V is 0 whatever memory holds there.
+// K and V of one head of one sequence, contiguous or strided, through TMA. Rows past the sequence arrive as zeros, so
+// that 0 V is 0 whatever memory holds there.
 template <class Traits>
 class TmaKvSource {
  public:

@@ -23,7 +23,7 @@ EncodeTiled find_encode_tiled() {
   return reinterpret_cast<EncodeTiled>(function);
 }
 
-// A dimension of one element may have any stride, which the copy engine wants in units of 16 bytes all the same.
+// A dimension of one element may have any stride, which TMA wants in units of 16 bytes all the same.
 cuuint64_t stride_bytes(int64_t stride, int64_t size) {
   return size > 1 ? static_cast<cuuint64_t>(stride) * kElementBytes : kStrideUnitBytes;
 }

@@ -1,4 +1,4 @@
-// Descriptors with which the copy engine (TMA) moves boxes of rows between global and shared memory.
+// Descriptors with which TMA moves boxes of rows between global and shared memory.
 #pragma once
 
 #include <cuda.h>
@@ -21,11 +21,11 @@ struct TensorMapSpec {
   int box_cols;
 };
 
-// A sequence's rows end anywhere within the tensor, and the copy engine must neither read nor write past them. The
-// descriptor therefore has two dimensions of rows with the same stride: (head_dim, heads, box_rows, num_rows + 1,
-// batch), on a base that lies box_rows rows before the tensor. The box of the `count` rows that start at `begin` is at
-// (box_rows - count, begin + count) of the two: of its box_rows rows those past `count` lie outside the first
-// dimension, so they are filled with zeros on a load and left out of a store.
+// A sequence's rows end anywhere within the tensor, and TMA must neither read nor write past them. The descriptor
+// therefore has two dimensions of rows with the same stride: (head_dim, heads, box_rows, num_rows + 1, batch), on a
+// base that lies box_rows rows before the tensor. The box of the `count` rows that start at `begin` is at (box_rows -
+// count, begin + count) of the two: of its box_rows rows those past `count` lie outside the first dimension, so they
+// are filled with zeros on a load and left out of a store.
 cudaError_t encode_tensor_map(const TensorMapSpec& spec, Dtype dtype, CUtensorMap* map);
 
 }  // namespace flash_attn::sm90

@@ -35,8 +35,8 @@ __device__ PackedTile locate_packed_tile(const ForwardParams& params, int idx) {
   return {entry_info(seq, slot.entry), rows, slot.row_begin};
 }
 
-// The tile, with the first key that any of its rows sees as key 0: the copy engine fills nothing with zeros in front of
-// it, and what lies there may be anything, NaN too, which even a probability of 0 would spread.
+// The tile, its keys counted from the first one that any of its rows sees: what lies before that may be anything, NaN
+// too, which even a probability of 0 would spread, and TMA can't replace it by zeros as it does past the last key.
 template <class Traits>
 __device__ PackedTile without_unseen_keys(const ForwardParams& params, PackedTile tile) {
   using Keys = PackedKeys<Traits::kMask>;

@@ -14,9 +14,9 @@
 
 #include "dev/emulator/barriers.h"
 #include "dev/emulator/cluster.h"
-#include "dev/emulator/copy_engine.h"
 #include "dev/emulator/ordering.h"
 #include "dev/emulator/register_file.h"
+#include "dev/emulator/tma.h"
 #include "dev/emulator/warp_instructions.h"
 #include "dev/emulator/warpgroup_products.h"
 #include "variant/tiles.h"

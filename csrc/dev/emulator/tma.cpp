@@ -1,4 +1,4 @@
-#include "dev/emulator/copy_engine.h"
+#include "dev/emulator/tma.h"
 
 #include <array>
 #include <cstdint>
@@ -135,7 +135,7 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
   return CUDA_SUCCESS;
 }
 
-void drop_copies_of_engine() {
+void drop_tma_copies() {
   for (Stores& stores : stores_of_threads) {
     stores.started.clear();
     stores.committed.clear();
@@ -188,7 +188,7 @@ void wait_for_box_stores() {
   committed.clear();
 }
 
-void end_thread_of_copy_engine() {
+void end_thread_of_tma() {
   const Stores& stores = stores_of_threads[running_thread];
   if (!stores.started.empty() || !stores.committed.empty()) fail("returns while its stores read shared memory");
 }

@@ -18,7 +18,7 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                       CUtensorMapFloatOOBfill fill);
 
 // Of all threads of the cluster before.
-void drop_copies_of_engine();
+void drop_tma_copies();
 
 // By the running thread.
 void start_box_load(const CUtensorMap& map, void* mbarrier, void* smem, const BoxOrigin& origin);
@@ -28,6 +28,6 @@ void start_box_store(const CUtensorMap& map, const void* smem, const BoxOrigin& 
 void commit_box_stores();
 void wait_for_box_stores();
 // A thread returns: nothing of it may be under way.
-void end_thread_of_copy_engine();
+void end_thread_of_tma();
 
 }  // namespace flash_attn::emulator
