@@ -50,7 +50,7 @@ class OnlineSoftmax {
     CUTE_UNROLL
     for (int row = 0; row < kNumRows; ++row) {
       const float max_log2 = finite(new_max(row)) * scale_log2_;
-      const float rescale = fast_exp2(growth(row, max_log2));
+      const float rescale = fast_exp2(rescale_exponent(row, max_log2));
       row_max_(row) = new_max(row);
       row_sum_(row) *= rescale;
       CUTE_UNROLL
@@ -87,7 +87,7 @@ class OnlineSoftmax {
       const bool stays = kSlack > 0 && (new_max(row) - row_max_(row)) * scale_log2_ <= kSlack;
       if (stays) new_max(row) = row_max_(row);
       const float max_log2 = finite(new_max(row)) * scale_log2_;
-      factors(row) = stays ? 1.f : fast_exp2(growth(row, max_log2));
+      factors(row) = stays ? 1.f : fast_exp2(rescale_exponent(row, max_log2));
       row_max_(row) = new_max(row);
       float chains[kNumChains] = {row_sum_(row) * factors(row), 0.f, 0.f, 0.f};
       CUTE_UNROLL
@@ -147,9 +147,10 @@ class OnlineSoftmax {
   }
 
  private:
-  // From the new maximum to the last one, which is rounded as the new one is: 0 if it stays. A fused multiplication
-  // would leave its rounding error, of the same sign in each step, and the first keys would lose 1e-3 in 1000 steps.
-  __device__ float growth(int row, float max_log2) const {
+  // The factor from the old maximum to the new one is 2 to this power. Both maxima are rounded alike, so that it is 0
+  // where the maximum stays: a fused multiply-add would leave a rounding error, of the same sign in each step, and the
+  // first keys would lose 1e-3 in 1000 steps.
+  __device__ float rescale_exponent(int row, float max_log2) const {
     return __fsub_rn(__fmul_rn(row_max_(row), scale_log2_), max_log2);
   }
   // A row without a visible key so far has maximum -inf; subtracting it would make NaN.

@@ -62,7 +62,7 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
     apply_score<Traits::kScore>(scores, coords, params.score, seq, tile.rows, tile.m_begin, n * kTileN);
     if (range.needs_mask(n)) apply_mask(scores, Traits::mask_coords(), tile.keys, tile.m_begin, n * kTileN);
     softmax.update(scores, output, reducer);
-    kv.on_maxima(n);
+    kv.after_row_max(n);
     if constexpr (Traits::kScore == Score::kGeneral && !Traits::kFewRows) {
       if (params.dropout.rng_state != nullptr) {
         DropoutMask(params.dropout, params.heads.num_heads, seq.batch_idx, tile.rows.head_idx)
@@ -73,7 +73,7 @@ __device__ void forward_mainloop(const ForwardParams& params, const Tile& tile, 
 
     kv.wait_for_v(n);
     gemm<Mma>(tOrO, p, v);
-    kv.on_product(n);
+    kv.after_product(n);
   }
   __syncthreads();  // O leaves through the shared memory of Q
 }

@@ -84,13 +84,13 @@ class LoadsInTurn {
     tiles_.load_v(n);
     tiles_.look_up(n - 1);
   }
-  __device__ void on_maxima(int) {}
+  __device__ void after_row_max(int) {}
   __device__ void wait_for_v(int n) {
     cp_async_wait<0>();
     __syncthreads();  // V(n) and the warps' shares of P are there, and every warp is done with K(n)
     tiles_.load_next_k(n);
   }
-  __device__ void on_product(int) {}
+  __device__ void after_product(int) {}
 
  private:
   KvTiles<Traits> tiles_;
@@ -114,12 +114,13 @@ class LoadsAhead {
     cp_async_wait<1>();
     __syncthreads();  // K(n) has landed
   }
-  __device__ void on_maxima(int n) { tiles_.load_next_k(n); }  // the reducer's barrier: every warp is done with K(n)
+  // The reducer had a barrier: every warp is done with K(n).
+  __device__ void after_row_max(int n) { tiles_.load_next_k(n); }
   __device__ void wait_for_v(int) {
     cp_async_wait<1>();
     __syncthreads();  // V(n) and the warps' shares of P are there
   }
-  __device__ void on_product(int n) {
+  __device__ void after_product(int n) {
     __syncthreads();  // every warp is done with V(n) and P
     tiles_.load_next_v(n);
   }

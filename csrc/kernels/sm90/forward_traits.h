@@ -49,10 +49,11 @@ struct ForwardTraits {
   // producer gives up of its share goes to the consumers, and nothing else can: they would wait for more for ever. Here
   // a lane of each group counts, all of them together. The producer of a cluster spills with 24.
   static constexpr int kNumGroups = kNumConsumerGroups + 1;
-  static constexpr int kRegistersOfLanes = 65536 / kNumThreads / 8 * 8 * kNumGroups;
-  static constexpr int kProducerNeeds = kClusterBlocks == 1 ? 24 : 32;
-  static constexpr int kConsumerRegisters = (kRegistersOfLanes - kProducerNeeds) / kNumConsumerGroups / 8 * 8;
-  static constexpr int kProducerRegisters = kRegistersOfLanes - kNumConsumerGroups * kConsumerRegisters;
+  static constexpr int kRegistersOfAllGroups = 65536 / kNumThreads / 8 * 8 * kNumGroups;
+  static constexpr int kMinProducerRegisters = kClusterBlocks == 1 ? 24 : 32;
+  static constexpr int kConsumerRegisters =
+      (kRegistersOfAllGroups - kMinProducerRegisters) / kNumConsumerGroups / 8 * 8;
+  static constexpr int kProducerRegisters = kRegistersOfAllGroups - kNumConsumerGroups * kConsumerRegisters;
   static_assert(kTileN / 2 + kTileN / 4 + kGroupCols / 2 < kConsumerRegisters, "S, P and O don't fit a lane");
 
   // ---- matrix products: S = Q K' from shared memory, O += P V with P in registers, or, where another group computed
