@@ -165,7 +165,7 @@ inline constexpr int kElementBytes = 2;
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kVectorElements = kVectorBytes / kElementBytes;
 inline constexpr int kFloatBytes = 4;
-// Parts of a tile's keys: as many as the merging kernel's shared memory holds the weights of.
+// Most parts of a tile's keys, which bounds the grid and the workspace.
 inline constexpr int kMaxSplits = 256;
 // Rows of a sequence, or of heads packed together: the end of the last tile is an int, too.
 inline constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1024;
