@@ -72,8 +72,7 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
   const Plan plan = make_plan_of_built(problem, arch_of(args.arch), gpu_of(args.q));
   const ForwardLaunch launch = find_forward_kernel(plan.variant);
   check(launch != nullptr, "the kernel for ", plan,
-        " was left out of this build by FLASH_ATTN_ARCHS, "
-        "FLASH_ATTN_HEAD_DIMS or FLASH_ATTN_DTYPES");
+        " was left out of this build by FLASH_ATTN_ARCHS, FLASH_ATTN_HEAD_DIMS or FLASH_ATTN_DTYPES");
 
   const torch::stable::accelerator::DeviceGuard guard(args.q.get_device_index());
   OutputTarget output = make_output(args, out);

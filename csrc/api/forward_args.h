@@ -15,8 +15,7 @@ namespace flash_attn {
   "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? leftpad_k, " \
   "Tensor? block_table, Tensor? cache_batch_idx, Tensor? scheduler_metadata, SymInt max_seqlen_q, "       \
   "SymInt max_seqlen_k, float softmax_scale, SymInt window_left, SymInt window_right, float softcap, "    \
-  "float dropout_p, SymInt num_splits, bool? pack_gqa, "                                                  \
-  "bool deterministic, int arch"
+  "float dropout_p, SymInt num_splits, bool? pack_gqa, bool deterministic, int arch"
 
 struct ForwardArgs {
   Tensor q;

@@ -65,8 +65,7 @@ inline constexpr TileRow kForwardTilesSm80[] = {
      SmemClass::k99KB,
      {128, 64, 4, 1},
      "registers: S (64) + O (128) of 255 per lane; n = 32 is slower, 329 for 373 full; shared memory 64 KB, two blocks "
-     "on "
-     "SM80 and SM90, one on SM86"},
+     "on SM80 and SM90, one on SM86"},
     {{192, 128}, SmemClass::k99KB, {64, 64, 4, 1}, "as 192/192, which it shares K's tile with"},
     {{192, 192},
      SmemClass::k99KB,
@@ -81,8 +80,7 @@ inline constexpr TileRow kForwardTilesSm80[] = {
      SmemClass::k227KB,
      {64, 64, 2, 4},
      "registers: O (128) leaves no more than 64 rows; shared memory 201 KB. Reading Q, K and V from it is the limit, "
-     "which "
-     "splitting columns over four warps, rather than rows, lowers"},
+     "which splitting columns over four warps, rather than rows, lowers"},
     {{512, 512}, SmemClass::k163KB, {64, 32, 4, 2}, "as above with half the keys a step: 133 KB for SM80"},
 };
 
@@ -107,8 +105,7 @@ inline constexpr TileRow kForwardTiles16Sm80[] = {
     {{512, 512},
      SmemClass::k163KB,
      {16, 64, 1, 4},
-     "146 KB: 128 KB on their way in one block; half the keys would "
-     "leave two warps without any"},
+     "146 KB: 128 KB on their way in one block; half the keys would leave two warps without any"},
 };
 
 // Thread blocks of a cluster where the head dim allows two. 1 until a GPU has said which is faster; the other is built

@@ -179,7 +179,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads) backward_kernel(const __g
   clear(tVrDv);
   backward_mainloop<Traits>(params, tile, column_block, smem, tKrDk, tVrDv);
 
+  CUTE_UNROLL
   for (int i = 0; i < size(tKrDk); ++i) tKrDk(i) *= params.grad_scale;
+  CUTE_UNROLL
   for (int i = 0; i < size(tVrDv); ++i) tVrDv(i) *= params.dropout.rescale;
   const RowBlock rows{tile.seq.batch_idx, tile.seq.row_begin_k, tile.n_begin, tile.seq.rows_k};
   store_tile<Traits, Mma, Traits::kTileN, Traits::kColumns>(
