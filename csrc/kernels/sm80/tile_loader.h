@@ -3,7 +3,6 @@
 #pragma once
 
 #include "kernels/common/kv_range.h"
-#include "kernels/common/params.h"
 #include "kernels/common/tensor.h"
 #include "kernels/sm80/instructions.h"
 #include "kernels/sm80/row_access.h"

@@ -4,7 +4,6 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/common/convert.h"
-#include "kernels/common/row_results.h"
 #include "kernels/sm90/producer.h"
 #include "kernels/sm90/wgmma.h"
 

@@ -4,6 +4,8 @@
 
 #include "kernels/common/instructions.h"
 #include "kernels/common/mask.h"
+#include "kernels/common/online_softmax.h"
+#include "kernels/common/row_results.h"
 #include "kernels/common/score.h"
 #include "kernels/sm90/consumer_schedule.h"
 #include "kernels/sm90/forward_epilogue.h"
