@@ -52,8 +52,8 @@ Tensor float_copy(const Tensor& tensor) {
 
 float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-// In float32, one after another: dQ's sums, of which each element has 4 bytes, its rows rounded up to tiles and its
-// columns to the head-dim bucket; the turns; log-sum-exp and delta, 8 bytes for each query row and head.
+// One allocation of float32: dQ's sums, its rows rounded up to tiles and its columns to the head-dim bucket; the turn
+// counters; log-sum-exp and delta of each query row and head.
 class Workspace {
  public:
   Workspace(const BackwardArgs& args, const BackwardPlan& plan)

@@ -7,8 +7,8 @@
 
 namespace flash_attn {
 
-// `parts` say what failed. The runtime keeps an error until it is asked for it, and is this module's own: left there,
-// it would be taken for one of the next call.
+// `parts` say what failed. The runtime, which is linked into this module, keeps an error until it is asked for it: left
+// there, it would be taken for one of the next call.
 template <class... Parts>
 void check_cuda(cudaError_t error, const Parts&... parts) {
   if (error == cudaSuccess) [[likely]]

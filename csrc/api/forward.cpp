@@ -30,7 +30,7 @@ OutputTarget make_output(const ForwardArgs& args, const std::optional<Tensor>& o
   return output_target_of(returned);
 }
 
-// Of the GPU that the kernels are tuned for.
+// What explain() plans for where there is no GPU: the one that the kernels are tuned for.
 constexpr Gpu kH200{.smem_limit = bytes_of(SmemClass::k227KB), .num_sms = 132};
 
 // The parts' results, until they are merged. Its size depends on shapes alone.
@@ -57,7 +57,7 @@ SplitWorkspace make_split_workspace(const ForwardArgs& args, const Problem& prob
   return workspace;
 }
 
-// A build without SM80's kernels does with SM90's what those would do better.
+// In a build without SM80's kernels SM90's serve the calls that those would serve better.
 Plan make_plan_of_built(Problem problem, Arch preferred, const Gpu& gpu) {
   const Plan plan = make_plan(problem, preferred, gpu);
   if (plan.variant.arch == preferred || find_forward_kernel(plan.variant) != nullptr) return plan;

@@ -23,8 +23,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Throws what Python sees as a RuntimeError. The Python interface has checked its arguments before; these checks are
-// the last line in front of memory, for callers of torch.ops.flash_attn. `parts` are evaluated whether they are needed
-// or not and written only if they are: a part that takes time to put into words is a type with an operator<<.
+// the last line in front of memory, for callers of torch.ops.flash_attn. `parts` are evaluated in any case and
+// formatted only on failure: what takes time to format is a type with an operator<<, such as Shape.
 template <class... Parts>
 void check(bool condition, const Parts&... parts) {
   if (condition) [[likely]]
@@ -125,9 +125,9 @@ class Extent {
 
 enum class OperandRole { kQueries, kKeys };
 
-// What the forward kernels of an architecture ask of an operand beside rows of whole vectors: TMA's descriptors have
-// rows that lie apart, and no stride of 2^40 bytes. A batch, and the heads of keys, may be broadcast: such a dimension
-// is one element long to them. Heads of queries may share a box, in which they have to lie apart too.
+// Whether the forward kernels of an architecture take a tensor as it is. All need rows of whole vectors; TMA's
+// descriptors have no stride of 2^40 bytes and no rows of stride 0. A batch, and the heads of keys, may be broadcast:
+// such a dimension is one element long to a descriptor. Heads of queries may not, since they may share a box.
 inline bool can_be_operand(const Tensor& tensor, OperandRole role, Arch arch) {
   if (!has_vector_rows(tensor)) return false;
   if (arch != Arch::kSm90) return true;

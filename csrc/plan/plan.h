@@ -17,8 +17,7 @@ struct Gpu {
   int num_sms;
 };
 
-// How a kernel shares its work out (SplitParams); those for many rows have, mostly, one split, and SM80's one head in a
-// tile.
+// How a kernel shares its work out (SplitParams). Kernels for many rows mostly have one split.
 struct SplitPlan {
   int packed_heads = 1;
   int64_t num_slots = 0;

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kRows16 = 16;
 constexpr int kRows64 = 64;
-// What the driver takes of an SM's shared memory for each block.
+// Bytes of an SM's shared memory that the driver reserves for each block.
 constexpr int kReservedSmem = 1024;
 
 // How kernels of one kind share keys out. Waves are launches of as many thread blocks as the GPU holds at once.

@@ -20,9 +20,9 @@ struct Tile {
   // SM90: how many tiles of K, and of V, and how many of Q are in shared memory at a time.
   int kv_stages = 1;
   int q_stages = 1;
-  int polynomial_exps = 0;  // SM90: of 16 exponentials, those computed by a polynomial
-  // SM90: by how many powers of two scores may pass the maximum that O was scaled to before O is rescaled.
-  int rescale_slack = 0;
+  // SM90: what benchmarks/tune_sm90.py varies. No row departs from these defaults yet.
+  int polynomial_exps = 0;  // of 16 exponentials, those computed by a polynomial
+  int rescale_slack = 0;    // by how many powers of two a row's maximum may grow before O is rescaled to it
   Turn turn = Turn::kProducts;
   // SM90: thread blocks with neighbouring tiles of rows that bring each other half of what they need of K and V.
   int cluster = 1;
@@ -203,9 +203,10 @@ constexpr int num_threads(Arch arch, const Tile& tile) {
   return tile.num_warps() * kThreadsPerWarp + (arch == Arch::kSm90 ? kThreadsPerWarpgroup : 0);
 }
 
-// The barriers of an SM90 kernel; as much as the tiles beside them are aligned to.
+// For the barriers of an SM90 kernel and the factors of shared rows: a multiple of what the tiles beside them are
+// aligned to.
 inline constexpr int kBarrierBytesSm90 = 1024;
-// Tiles of P between the warpgroups that share rows.
+// Stages of P between warpgroups that share rows.
 inline constexpr int kProbabilityStagesSm90 = 2;
 
 // Q, K and V; O leaves through Q's space. Warps that share rows exchange P and the rows' maxima.

@@ -23,7 +23,7 @@ struct HeadDimBucket {
   friend constexpr bool operator==(const HeadDimBucket&, const HeadDimBucket&) = default;
 };
 
-// The shared memory of a thread block that a kernel counts on: that of SM86 and SM89, of SM80, of SM90.
+// The shared memory that a kernel's thread blocks must be able to have: that of SM86 and SM89, of SM80, of SM90.
 enum class SmemClass { k99KB = 99, k163KB = 163, k227KB = 227 };
 
 constexpr int bytes_of(SmemClass smem) { return static_cast<int>(smem) * 1024; }

@@ -1,4 +1,4 @@
-// What a backward launch is told. Strides are in elements.
+// The parameters of a backward launch. Strides are in elements.
 #pragma once
 
 #include "kernels/common/params.h"
@@ -13,8 +13,9 @@ struct DqSums {
   int tiles_per_head;
 };
 
-// With a turn counter for each tile of dQ, thread blocks add to it in the order of their keys. Null: in any order.
-// Offsets that decrease may leave a turn to nobody, or to two: `are_lost` says that nobody is to wait.
+// Deterministic sums of dQ: by a counter for each tile, thread blocks add to it in the order of their keys. Null: they
+// add in any order. Where cu_seqlens decrease, a turn may be nobody's, or that of two: `are_lost` is then set, and
+// nobody waits.
 struct TurnParams {
   int* counters;
   int* are_lost;

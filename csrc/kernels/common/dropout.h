@@ -1,5 +1,4 @@
-// Dropout of probabilities by a mask that depends on seed, offset, batch entry, head, row and column alone, so that
-// every kernel, and the CPU path, draws the same.
+// Dropout of the probabilities that a lane holds, by the random bytes of philox.h.
 #pragma once
 
 #include "kernels/common/philox.h"

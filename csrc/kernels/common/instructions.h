@@ -1,5 +1,5 @@
-// What of the machine C++ has no name for. Kernels reach the hardware through this header and the one of the same name
-// in their architecture's folder; csrc/dev/emulator has its own of both, for the CPU.
+// Hardware operations that C++ has no name for. Kernels use them through this header and the one of the same name in
+// their architecture's folder; csrc/dev/emulator has its own versions of both, for the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,39 +13,40 @@ __device__ T& dynamic_smem() {
   return *reinterpret_cast<T*>(dynamic_smem_bytes);
 }
 
-// One instruction; exp2f would add the handling of subnormal results, which are nothing beside a row's maximum of 1.
+// One instruction. exp2f would also handle subnormal results, which are negligible beside the 1 of a row's maximum.
 __device__ inline float fast_exp2(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
-// The larger one; not a number where one of them is none, which fmaxf would hide.
+// The larger of the two, or NaN if either is NaN, which fmaxf would hide.
 __device__ inline float max_or_nan(float a, float b) {
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
   return result;
 }
 
-// What other thread blocks wrote before the store_release of the value that is read can be read after this.
+// What another thread block wrote before the store_release of the value read here can be read after this.
 __device__ inline int load_acquire(const int* from) {
   int value;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
 }
 
-// The same address, of which the compiler does not know how it came about: what lies at constant distances from it is
-// reached by immediates, not by sums of its own for each.
+// The same address, its origin hidden from the compiler: what lies at constant distances from it is then reached by
+// immediate offsets, not by an address computed for each.
 template <class T>
 __device__ T* as_base(T* address) {
   asm("" : "+l"(address));
   return address;
 }
 
-// Leaves the machine to others for a moment: 32 nanoseconds, more or less.
+// Yields to other warps for about 32 nanoseconds.
 __device__ inline void pause() { __nanosleep(32); }
 
-// Adds without a result. (nvcc 13.0 makes of atomicAdd, whose result nobody reads, an ATOMG that returns one.)
+// Adds without returning the old value. (nvcc 13.0 compiles an atomicAdd whose result is unused to an ATOMG, which
+// returns it.)
 __device__ inline void add_to_global(float* to, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
 }

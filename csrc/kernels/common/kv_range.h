@@ -30,9 +30,9 @@ struct KeySpan {
   int end;
 };
 
-// Tiles [begin, end) of keys, walked from the last to the first. Tiles [full_begin, full_end) are seen whole by every
-// row. What the tiles hold outside of `seen` no row sees: it may be anything, NaN too, which even a probability of 0
-// would spread.
+// Tiles [begin, end) of keys, walked from the last to the first. Tiles [full_begin, full_end), of which there may be
+// none (full_begin >= full_end), are seen whole by every row. No row sees what the tiles hold outside of `seen`: it may
+// be anything, NaN too, which even a probability of 0 would spread.
 struct KvRange {
   int begin;
   int end;
@@ -43,7 +43,7 @@ struct KvRange {
   __device__ bool is_empty() const { return begin >= end; }
   __device__ bool needs_mask(int n_idx) const { return n_idx < full_begin || n_idx >= full_end; }
 
-  // One of `count` parts of nearly equal size.
+  // One of `count` parts of nearly equal size. What is seen whole, and at all, is as for the whole range.
   __device__ KvRange part(int idx, int count) const {
     const int64_t num_tiles = max(end - begin, 0);
     return {begin + static_cast<int>(num_tiles * idx / count), begin + static_cast<int>(num_tiles * (idx + 1) / count),

@@ -9,7 +9,8 @@ namespace flash_attn {
 template <class Element>
 class KvRows {
  public:
-  // What the host knows is taken as it is, pages or not, so that it need not stay in registers.
+  // What is the same for all thread blocks is copied as it is, pages or not: the compiler then reads it from the params
+  // again instead of keeping it in registers.
   __device__ KvRows(const Operand& operand, const PageParams& page, const SeqInfo& seq, int head_idx)
       : head_(static_cast<const Element*>(operand.ptr) + head_idx * operand.head_stride),
         row_stride_(operand.row_stride),
@@ -25,10 +26,10 @@ class KvRows {
   __device__ const Element* head() const { return head_; }
   __device__ int64_t row_stride() const { return row_stride_; }
 
-  // Where there are pages: what the table says about a key that is in use.
+  // With pages: what the table says about a key that is in use.
   __device__ int page_of(int key) const { return __ldg(pages_ + page_size_.divide(first_row_ + key)); }
 
-  // From head() to that key; no id leads out of the pool, whatever the table holds.
+  // From head() to that key. The page is clamped, so that no address leaves the pool, whatever the table holds.
   __device__ int64_t offset(int key, int page) const {
     const int token = first_row_ + key;
     const int row = token - page_size_.divide(token) * page_size_.divisor();
@@ -44,7 +45,7 @@ class KvRows {
   int64_t page_stride_;
   FastDivisor page_size_;
   int last_page_;
-  int first_row_;  // the token that key 0 is
+  int first_row_;  // the token number of key 0
 };
 
 }  // namespace flash_attn

@@ -14,7 +14,7 @@
 namespace flash_attn {
 
 // Lets one kernel have more dynamic shared memory than the 48 KB that every launch may have. CUDA is asked once per
-// device, not once per launch, which takes a tenth of a small call's time (measured beside an H200).
+// device: once per launch would take a tenth of a small call's time (measured with an H200).
 class SmemOptIn {
  public:
   static constexpr int kWithoutOptIn = 48 * 1024;

@@ -1,4 +1,4 @@
-// Logarithms: LSE is natural, exponents are of 2, which the hardware computes.
+// LSE is a natural logarithm; exponentials are computed as powers of 2, as the hardware has them.
 #pragma once
 
 #include <cuda_runtime.h>

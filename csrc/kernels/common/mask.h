@@ -9,7 +9,7 @@ namespace flash_attn {
 using namespace cute;
 
 // `coords` holds the (row, column) within the tile of each score, both in (rows, columns) view. Columns are counted
-// from the lane's first one, so that they are constants.
+// from the lane's first one, so that they are compile-time constants.
 template <class Scores, class Coords, class Keys>
 __device__ void apply_mask(Scores&& scores, const Coords& coords, const Keys& keys, int m_begin, int n_begin) {
   const int first_key = n_begin + static_cast<int>(get<1>(coords(0, 0)));

@@ -11,11 +11,11 @@ using namespace cute;
 
 namespace detail {
 
-// 2^x for x <= 0 on the units that add and multiply, which have time where the unit for fast_exp2 has none: 2^n 2^f, n
-// the nearest integer, f of a cubic with relative error 1.01e-4 that is exact at 0, so that 2^-127 and
-// less becomes 0.
+// 2^x for x <= 0 on the FMA units, which have time where the special-function unit of fast_exp2 has none: 2^n 2^f, n
+// the nearest integer, 2^f by a cubic with relative error 1.01e-4 that is exact at 0, so that 2^-127 and less becomes
+// 0.
 __device__ inline float polynomial_exp2(float x) {
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: its last bit is 1
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: a sum with it is rounded to an integer
   constexpr int kMantissaBits = 23;
   const float clamped = max_or_nan(x, -127.f);
   const float shifted = clamped + kRound;
@@ -63,10 +63,11 @@ class OnlineSoftmax {
     }
   }
 
-  // As update(), for an output that is not at hand yet: returns what each of its rows must be multiplied by. Maxima and
-  // sums are taken along several chains, since one warp alone must keep its scheduler busy. Of 16 exponentials,
-  // kNumPolynomials are computed by polynomial_exp2. The maximum that a row is scaled to stays until another one passes
-  // it by more than kSlack powers of two, which 16-bit probabilities can do without harm: its factor is exactly 1 then.
+  // As update(), for an output that matrix products still write: returns the factor that each of its rows must be
+  // multiplied by. Maxima and sums are taken along several chains, since one warp alone must keep its scheduler busy.
+  // Of 16 exponentials, kNumPolynomials are computed by polynomial_exp2. A row keeps the maximum that it is scaled to,
+  // with a factor of exactly 1, until a new one exceeds it by more than kSlack powers of two: 16-bit probabilities have
+  // room for that.
   template <int kNumPolynomials, int kSlack, class Scores, class Reducer>
   __device__ RowTensor exponentiate(Scores&& scores, const Reducer& reducer) {
     constexpr int kNumChains = 4;
@@ -111,7 +112,7 @@ class OnlineSoftmax {
     }
   }
 
-  // The same, by the lanes of a warp together, where all factors often are 1.
+  // The same, skipped where all factors of the warp are 1.
   template <class Output, class Factors>
   static __device__ void rescale_if_needed(Output&& output, const Factors& factors) {
     bool needed = false;

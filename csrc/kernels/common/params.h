@@ -1,4 +1,4 @@
-// What a forward launch is told, for every kernel. Strides are in elements.
+// The parameters of a forward launch, the same for all kernels. Strides are in elements.
 #pragma once
 
 #include <cstdint>
@@ -30,26 +30,26 @@ struct HeadParams {
   int head_dim_v;
 };
 
-// Lengths of a dense batch, or of all entries together where cu_seqlens are given (int32, batch + 1 of them). seqused
-// are the lengths in use of each entry's rows (int32, batch of them), or null for all.
+// How many rows the entries of a batch have. cu_seqlens (int32, batch + 1 of them) are null where a tensor has a batch
+// dimension. seqused are the lengths in use of each entry's rows (int32, batch of them), or null for all.
 struct SeqParams {
   int batch;
-  int rows_q;
-  int rows_k;
+  int rows_q;  // of each entry, or of all together where cu_seqlens are given
+  int rows_k;  // likewise
   const int* cu_seqlens_q;
   const int* cu_seqlens_k;
   const int* seqused_q;
   const int* seqused_k;
   const int* leftpad_k;  // keys at each entry's start that it leaves out (int32, batch of them), or null
-  // The row of K, or of the page table, that each entry has (int32, batch of them), or null for its own.
+  // Row of K's batch dimension, or of the page table, that each entry uses (int32, batch of them), or null for its own.
   const int* cache_batch_idx;
-  int num_cache_rows;
-  // K and V lie in pages: rows_k is what an entry's pages hold, and cu_seqlens_k says no more than lengths.
+  int num_cache_rows;  // of K's batch dimension, or of the page table
+  // K and V lie in pages: rows_k is what an entry's pages hold, and cu_seqlens_k gives lengths only.
   bool has_pages;
 };
 
 // Key t of an entry is row t % page_size of page table[t / page_size]: K's and V's batch dimension counts pages. Null
-// table: there are none. Kernels with Mask::kGeneral read it.
+// table: no pages. Kernels with Mask::kGeneral read it.
 struct PageParams {
   const int* table;  // (rows, pages of each)
   int64_t table_stride;
@@ -63,7 +63,7 @@ struct WindowParams {
   int right;
 };
 
-// Scores are multiplied by `factor` first and by `softmax_scale`, which is positive, within the softmax.
+// Scores are multiplied by `factor` first, and by `softmax_scale`, which is positive, within the softmax (score.h).
 struct ScoreParams {
   float factor;
   float softmax_scale;
@@ -85,15 +85,15 @@ struct DropoutParams {
   float rescale;  // 1 / (1 - p)
 };
 
-// Kernels with few rows, and those with the general mask, whose num_splits is at least 1 and packed_heads 1. Rows of a
-// tile are the queries of `packed_heads` neighbouring heads. A slot of the grid is a tile of rows and one part of the
-// keys that it sees; the parts' results are merged by a kernel of its own.
+// How tiles of rows and of keys are shared out. A tile's rows are the queries of `packed_heads` neighbouring heads: of
+// 1 in SM80's kernels for many rows. SM80's kernels with the general mask may split keys: a slot of the grid is then a
+// tile of rows and one part of the keys that it sees, and a kernel of its own merges the parts.
 struct SplitParams {
   FastDivisor packed_heads;
   int num_slots;
-  int num_splits;  // of each tile's keys; 0: thread blocks derive it from the lengths, entry by entry
-  // With num_splits 0: tiles of keys are shared out so that about so many slots have some, no more where that works
-  // out, but no less than min_tiles.
+  int num_splits;  // of each tile's keys; 0, for few rows only: thread blocks derive it from the lengths of each entry
+  // With num_splits 0: about target_slots slots have keys, no more if possible, and each at least min_tiles tiles of
+  // them.
   int target_slots;
   int min_tiles;
   // Of each slot and run of packed heads: O (tile rows, head_dim_v) and LSE (tile rows). Null if nothing is split.
@@ -103,7 +103,7 @@ struct SplitParams {
     int first_slot;
     int num_splits;
   };
-  Entry* entries;  // what became of each batch entry
+  Entry* entries;  // where the parts of each batch entry are
 };
 
 struct ForwardParams {

@@ -1,4 +1,4 @@
-// Makes one value per row out of what each lane has of it.
+// Reduces what several lanes hold of a row to one value.
 #pragma once
 
 #include "kernels/common/tensor.h"
@@ -28,8 +28,8 @@ struct QuadReducer {
   }
 };
 
-// Warps that own different columns hold a row; they meet in shared memory, (kNumWarps, kTileM). Each reduction has one
-// barrier of the thread block, and the caller another one before the next reduction.
+// Warps that own different columns hold a row; they meet in shared memory, (kNumWarps, kTileM). A reduction contains
+// one barrier of the thread block; the caller has another one before the next reduction.
 template <int kNumWarps, int kTileM, class Coords>  // coords: (row, column) within the tile, in (rows, columns) view
 class CrossWarpReducer {
  public:

@@ -1,4 +1,4 @@
-// What becomes of a tile's rows once their sums are known, whatever the architecture.
+// The epilogue's part that all forward kernels share: rows that are not in use, sinks and LSE.
 #pragma once
 
 #include "kernels/common/params.h"

@@ -17,8 +17,8 @@ __device__ inline float fast_tanh(float x) { return 1.f - __fdividef(2.f, __expf
 
 }  // namespace detail
 
-// The scores of one tile still have to be multiplied by softmax_scale, which the softmax does. It takes its maximum
-// before it scales, which only a positive scale allows: another one is multiplied in here, and the softmax's is 1.
+// The softmax multiplies by softmax_scale itself, after it has taken the row maximum: only a positive scale allows
+// that. Any other one is `factor`, and softmax_scale is then 1.
 template <class Scores>
 __device__ void apply_factor(Scores&& scores, const ScoreParams& score) {
   if (score.factor == 1.f) return;

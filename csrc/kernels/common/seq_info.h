@@ -33,7 +33,7 @@ struct TileCoord {
 
 __device__ inline int clamp_to(int value, int low, int high) { return min(max(value, low), high); }
 
-// cu_seqlens[idx], held within the tensor: whatever the metadata says, no address leaves it.
+// cu_seqlens[idx], clamped to the tensor: whatever the metadata says, no address leaves it.
 __device__ inline int row_at(const int* cu_seqlens, int idx, int num_rows) {
   return clamp_to(cu_seqlens[idx], 0, num_rows);
 }
@@ -56,7 +56,7 @@ __device__ inline int entry_of_slot(const int* cu_seqlens, int batch, int num_ro
   return low;
 }
 
-// The entry's length in use, held within the rows that it has.
+// The entry's length in use, clamped to the rows that it has.
 __device__ inline int length_in_use(const int* seqused, int entry, int num_rows) {
   return seqused == nullptr ? num_rows : clamp_to(seqused[entry], 0, num_rows);
 }

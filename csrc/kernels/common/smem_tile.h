@@ -1,4 +1,4 @@
-// Tiles in shared memory, whose 16-byte pieces are permuted.
+// Swizzled tiles in shared memory.
 #pragma once
 
 #include <cute/config.hpp>
@@ -11,8 +11,8 @@ namespace flash_attn {
 // memory.
 constexpr int block_cols(int cols) { return cols % 64 == 0 ? 64 : 32; }
 
-// A tile of rows in shared memory: blocks of columns one after another, in each of them row after row. The pieces of 16
-// bytes of a block's row are permuted, so that neither rows as a whole nor the eight pieces of ldmatrix meet in a bank.
+// A swizzled tile: blocks of columns one after another, in each of them row after row. The 16-byte pieces of a block's
+// row are permuted, so that neither a whole row nor the eight rows of one of ldmatrix's matrices conflict in a bank.
 template <int kRowsValue, int kColsValue>
 struct SmemTile {
   static constexpr int kRows = kRowsValue;
@@ -22,11 +22,11 @@ struct SmemTile {
   static constexpr int kBlockSize = kRows * kBlockCols;
   static_assert(kCols % kBlockCols == 0 && kRows % 8 == 0);
 
-  // What the column within a block is combined with by exclusive or.
+  // The swizzle: what the column within a block is XORed with.
   static __device__ int permutation(int row) { return (kBlockCols == 64 ? row % 8 : row / 2 % 4) * kVectorElements; }
 };
 
-// One lane's element of a tile, and those at distances known when compiled.
+// A lane's element of a tile, and those at compile-time distances from it.
 template <class Element, class Tile>
 class TilePlace {
  public:
@@ -36,12 +36,12 @@ class TilePlace {
       : permuted_col_((col % Tile::kBlockCols) ^ Tile::permutation(row)),
         place_(tile + col / Tile::kBlockCols * Tile::kBlockSize + row * Tile::kBlockCols + permuted_col_) {}
 
-  // So many rows further on, a multiple of 8, and so many columns: a multiple of 8 and of a power of two above the
-  // lane's own column in its block, so that the two share no bit.
+  // The element `rows` further down, a multiple of 8, and `cols` further right: a multiple of 8 and of a power of two
+  // above the lane's own column in its block, so that the two columns share no bit.
   __device__ Element* at(int rows, int cols) const {
     constexpr int kBlockCols = Tile::kBlockCols;
     Element* place = place_ + rows * kBlockCols + cols / kBlockCols * Tile::kBlockSize;
-    // An exclusive or, bit by bit: sums cost fewer registers than the four pointers that it would come to.
+    // The XOR bit by bit: sums cost fewer registers than the four pointers that it would make otherwise.
     CUTE_UNROLL
     for (int bit = kVectorElements; bit < kBlockCols; bit *= 2) {
       if (cols & bit) place += (permuted_col_ & bit) ? -bit : bit;

@@ -1,6 +1,6 @@
 // Which tile of rows, and which part of its keys, a thread block of a kernel with few rows has. The host knows neither
 // lengths nor how many splits they need: the grid has a fixed number of slots, and each thread block reads the lengths
-// itself, which takes less time than a kernel that would do so before.
+// itself, which takes less time than a scheduling kernel before it.
 #pragma once
 
 #include <limits>
@@ -36,7 +36,7 @@ namespace detail {
 
 inline constexpr unsigned kWholeWarp = ~0u;
 
-// A batch entry's run of slots: parts of its keys, and for each part its tiles of rows.
+// The slots of a batch entry, one after another: for each part of its keys, all of its tiles of rows.
 struct SlotRun {
   int entry;
   int64_t first_slot;
@@ -78,7 +78,7 @@ __device__ SlotRun find_fixed_run(const ForwardParams& params, int slot) {
   return {entry, first_varlen_slot(first_row, entry, kTileM) * num_splits, num_splits};
 }
 
-// How much an entry asks for, in tiles.
+// The work of an entry, in tiles.
 struct EntryWork {
   int64_t row_tiles;
   int key_tiles;
@@ -100,7 +100,7 @@ __device__ inline int num_splits_of(const EntryWork& work, unsigned tiles_per_sp
   return min(max(splits, 1u), static_cast<unsigned>(kMaxSplits));
 }
 
-// A lane's run of batch entries, each warp walking the batch on its own.
+// The batch entries that a lane looks at, one after another. Each warp goes through the whole batch on its own.
 struct LaneEntries {
   int begin;
   int end;
@@ -112,7 +112,7 @@ __device__ inline LaneEntries entries_of_lane(int num_entries, int lane) {
   return {begin, min(begin + entries_per_lane, num_entries)};
 }
 
-// How many longer parts are tried for all slots to fit at once.
+// How many longer parts are tried until all slots fit at once.
 inline constexpr int kMaxTries = 3;
 
 // The common length of parts, in tiles, and the slots that the lane's entries have with it.
@@ -121,9 +121,9 @@ struct PartLength {
   int64_t slots_of_lane;
 };
 
-// About target_slots parts have some of all `tiles`: of the shortest length for which all fit at once if a few tries
-// find it, since one slot too many may cost as much time as all others; else of the mean length. A length past all
-// numbers of tiles that an entry can have serves as any such. flash_attn/_schedule.py has the same in torch.
+// The length that cuts all `tiles` into about target_slots parts: the first of a few tried that needs no more slots
+// than that, since one slot too many may cost as much time as all others; else the mean. Lengths past INT_MAX, which no
+// entry has, serve as INT_MAX. flash_attn/_schedule.py does the same in torch.
 template <class CountSlots>
 __device__ PartLength find_part_length(const SplitParams& split, int64_t tiles, const CountSlots& count_slots) {
   constexpr int64_t kLongest = std::numeric_limits<int>::max();
@@ -192,7 +192,7 @@ __device__ SlotRun find_run_by_lengths(const ForwardParams& params, int slot) {
 
 }  // namespace detail
 
-// Decodes a block index: through heads first, whose keys lie side by side, then through slots.
+// Decodes a block index. Indices run through heads first, whose keys lie side by side, then through slots.
 template <int kTileM, int kTileN>
 __device__ SplitTile locate_split_tile(const ForwardParams& params, int block_idx) {
   const SplitParams& split = params.split;

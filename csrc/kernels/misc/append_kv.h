@@ -24,7 +24,7 @@ struct CachePlaces {
 
 struct AppendParams {
   TokenLayout tokens;
-  int* lengths;  // that the entries have then: the attention's, which would take a launch to compute
+  int* lengths;  // of the entries with their new tokens, for the attention, which would need a launch to compute them
   TokenOperand k;
   TokenOperand v;
   TokenOperand k_cache;

@@ -1,5 +1,5 @@
-// S_dmask of return_attn_probs: the softmax's probabilities, negative where dropout drops them. For tests: it has the
-// size that attention avoids, so its kernel is only right.
+// S_dmask of return_attn_probs: the softmax's probabilities, negative where dropout drops them. For tests: the result
+// has the size that attention avoids, so its kernel is simple, not fast.
 #pragma once
 
 #include <cuda_runtime.h>

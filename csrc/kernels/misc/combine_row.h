@@ -52,7 +52,7 @@ __device__ float combined_lse(const RowParts<Element>& parts) {
   return max + logf(sum);
 }
 
-// What a lane has of a row: kPieces times kColumns columns side by side, those of all lanes between one and the next.
+// What a lane has of a row: kPieces pieces of kColumns columns side by side, with those of the other lanes in between.
 template <class Lanes, int kPieces, int kColumns>
 struct LaneColumns {
   float at[kPieces][kColumns];

@@ -15,7 +15,8 @@ namespace {
 
 constexpr int kNumThreads = 256;
 constexpr int kColumns = 4;  // that a lane loads at once
-// What an H200 holds at a time. Where rows are too few for so many, several groups of lanes share a row's parts.
+// Threads that an H200 holds at a time. Where rows are too few for so many, several groups of lanes share a row's
+// parts.
 constexpr int64_t kThreadsEnough = 132 * 2048;
 
 // How the groups of lanes of all thread blocks share rows out: `num_shares` neighbouring ones have one.
@@ -50,7 +51,7 @@ __device__ OutputRow locate_row(const ForwardParams& params, int64_t row_idx) {
   return {info, row - static_cast<int>(info.row_begin_q), head_idx};
 }
 
-// What the thread blocks wrote down, held within the workspace whatever the lengths were.
+// Where the thread blocks noted that the parts are; none, should that lie outside of the workspace.
 __device__ RowParts<float> find_parts(const ForwardParams& params, const OutputRow& row, int tile_m) {
   const SplitParams& split = params.split;
   const SplitParams::Entry entry = split.entries[row.seq.batch_idx];

@@ -16,8 +16,7 @@ struct TokenOperand {
 };
 
 // Tokens of a dense batch, `num_rows` of each entry, or of all entries together where cu_seqlens are given (int32,
-// batch
-// + 1 of them).
+// batch + 1 of them).
 struct TokenLayout {
   int batch;
   int64_t num_rows;

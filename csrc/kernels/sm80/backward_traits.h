@@ -68,7 +68,7 @@ struct BackwardTraits {
   static CUTE_DEVICE auto score_coords() { return MmaScores::template coords<kTileM, kTileN>(threadIdx.x); }
 };
 
-// First element of the column block's part of a tile, whose 64 columns are together in memory.
+// First element of a column block's part of a tile, which SmemTile's blocks of columns keep in one piece.
 template <int kRows, int kCols, class Element>
 CUTE_DEVICE Element* columns_of(Element* tile, int column_block) {
   return tile + column_block * kRows * kCols;

@@ -18,8 +18,9 @@ namespace flash_attn::sm80 {
 
 using namespace cute;
 
-// Kernels with the general mask may be told to split keys, of every tile into as many parts: the parts of a tile are a
-// whole grid of tiles apart. Nothing of this is worth a register in the main loop: it is read off the launch again.
+// Kernels with the general mask may split the keys of every tile into the same number of parts; the parts of a tile are
+// a whole grid of tiles apart. The part's index is computed anew where it is needed, which saves a register in the main
+// loop.
 template <class Traits>
 __device__ int num_splits_of(const ForwardParams& params) {
   return Traits::kMask == Mask::kGeneral ? params.split.num_splits : 1;
@@ -37,7 +38,7 @@ __device__ TileCoord locate_tile_or_part(const ForwardParams& params) {
   return locate_tile<Traits::kTileM>(params.seq, params.heads.num_heads, params.tiles_per_head, tile_idx);
 }
 
-// Stores one of several parts where SplitParams has it, and the first of an entry tells where they are.
+// Stores one of several parts in the workspace of SplitParams. An entry's first thread block notes where its parts are.
 template <class Traits, class Softmax, class Reducer, class AccO>
 __device__ void store_part(const ForwardParams& params, const TileCoord& tile, Softmax& softmax, const Reducer& reducer,
                            AccO& output) {

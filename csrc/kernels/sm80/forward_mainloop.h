@@ -1,4 +1,4 @@
-// O over the keys that a tile of rows sees, whatever its rows are.
+// The main loop: O over the keys that a tile of rows sees, be they the queries of one head or of several.
 #pragma once
 
 #include "kernels/common/dropout.h"
@@ -19,7 +19,7 @@ namespace flash_attn::sm80 {
 
 using namespace cute;
 
-// What the main loop is told about its rows and keys.
+// The rows and keys of one main loop.
 template <class RowMap, class Keys, class QLoader>
 struct ForwardTile {
   const SeqInfo& seq;

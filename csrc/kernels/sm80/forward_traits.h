@@ -56,9 +56,9 @@ struct ForwardTraits {
   static CUTE_DEVICE auto score_coords() { return Mma::template coords<kTileM, kTileN>(threadIdx.x); }
   static CUTE_DEVICE auto output_coords() { return Mma::template coords<kTileM, kHeadDimV>(threadIdx.x); }
 
-  // Those of S for a step that masks. From the thread's index as it always is, nvcc 13.0 works out before the main loop
-  // where each row's window begins and ends, and spills that: 72 bytes, not 32, at head dim 64, 24, not 8, at 128. Few
-  // rows leave registers enough.
+  // Those of S for a step that masks, from a thread index that is read anew: otherwise nvcc 13.0 computes before the
+  // main loop where each row's window begins and ends, and spills it (72 bytes, not 32, at head dim 64; 24, not 8, at
+  // 128). Kernels for few rows have registers enough.
   static CUTE_DEVICE auto mask_coords() {
     if constexpr (kMask == Mask::kGeneral && !kFewRows) {
       return Mma::template coords<kTileM, kTileN>(thread_idx_anew());

@@ -21,8 +21,8 @@ using AsyncCopy = cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>;
 using cute::cp_async_fence;
 using cute::cp_async_wait;
 
-// threadIdx.x, read each time: what a loop makes of it is made in each step, and stays in no register from one to the
-// next.
+// threadIdx.x, read each time: what a loop computes from it is computed in each step and occupies no register in
+// between.
 __device__ inline int thread_idx_anew() {
   int idx;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));

@@ -1,4 +1,4 @@
-// When the tiles of K and V set out for shared memory, which holds one of each, and when they are there.
+// When the copies of K and V to shared memory, which holds one tile of each, start and are waited for.
 #pragma once
 
 #include <type_traits>
@@ -96,8 +96,8 @@ class LoadsInTurn {
   KvTiles<Traits> tiles_;
 };
 
-// K and V are both under way nearly all the time: each sets out as soon as its space is free. Where few rows leave the
-// time to memory, and warps share rows, so that they meet over the maxima of S.
+// Each copy starts as soon as its space is free, so that K and V are both under way nearly all the time. For few rows,
+// where memory is the limit, and warps that share rows: they meet when they reduce S to row maxima, and K is free.
 template <class Traits>
 class LoadsAhead {
  public:

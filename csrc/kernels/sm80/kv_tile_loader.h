@@ -11,8 +11,8 @@ namespace flash_attn::sm80 {
 
 using namespace cute;
 
-// Which rows of a tile a warp copies: in each pass kRows neighbouring ones, a lane its part of one of them. There are
-// no more than it has lanes, so that each lane knows one row's page, and the others ask it.
+// The rows of a tile that a warp copies: kRows neighbouring ones in each pass, a lane its part of one of them. They are
+// no more than the warp has lanes, so that each lane looks up one row's page, and the others get it by a shuffle.
 template <class Traits, int kCols>
 struct WarpRows {
   using Access = typename Traits::template Access<kCols>;
@@ -32,7 +32,7 @@ struct WarpRows {
   }
 };
 
-// K or V. Pages, and keys that come before those that are seen, are met by kernels with the general mask only.
+// K or V. Only kernels with the general mask meet pages, and keys before those that are seen.
 template <class Traits, int kCols>
 class KvTileLoader {
  public:
@@ -43,8 +43,8 @@ class KvTileLoader {
   __device__ KvTileLoader(const KvRows<Element>& rows, const Bounds& bounds, int num_cols)
       : rows_(rows), bounds_(bounds), num_cols_(num_cols) {}
 
-  // What load() has to be told about the same tile: the page that this lane knows, if there are any. Nothing waits for
-  // it before load() does.
+  // The page that this lane looks up for load() of the same tile, if there are pages. Nothing waits for it before
+  // load() does.
   __device__ int look_up(int row_begin) const {
     if constexpr (kIsGeneral) {
       if (rows_.in_pages()) return rows_.page_of(bounds_.nearest(row_begin + WarpRows<Traits, kCols>::known()));

@@ -51,8 +51,8 @@ __device__ void store_packed_output(const ForwardParams& params, const SplitTile
   }
 }
 
-// A part of the tile's first `num_rows`, the workspace's tile `tile_idx`, in float32, straight from the registers: a
-// lane has pairs of columns, and four lanes a sector.
+// One part of the tile's first `num_rows` rows, to the workspace's tile `tile_idx`, in float32 and straight from the
+// registers: a lane has pairs of columns, and four lanes write a sector.
 template <class Traits, class Output, class LseRows>
 __device__ void store_partial(const ForwardParams& params, int64_t tile_idx, int num_rows, const Output& output,
                               const LseRows& lse) {

@@ -21,7 +21,7 @@ class RowsBelow {
   int end_;
 };
 
-// The rows of a sequence that are seen, of which there is one at least.
+// The rows of a sequence that are seen. There is at least one.
 class RowsBetween {
  public:
   __device__ RowsBetween(const KeySpan& seen) : begin_(seen.begin), count_(seen.end - seen.begin) {}
@@ -69,8 +69,7 @@ class TileLoader {
   int num_cols_;
 };
 
-// Rows that lie apart: `Rows::row(i)` is where row i begins, for any i below `num_rows`, of which there is one at
-// least.
+// Rows that lie apart: `Rows::row(i)` is where row i begins, for any i below `num_rows`, which is at least 1.
 template <class Traits, int kRows, int kCols, class Rows>
 class ScatteredTileLoader {
  public:

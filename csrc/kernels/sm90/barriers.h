@@ -39,7 +39,8 @@ __device__ inline void arrive_at(NamedBarrier barrier, int offset, int num_threa
 }
 
 // Groups start their matrix products one after the other, so that the softmax of one runs beside the products of
-// another. The last group of the ring opens it by passing the first turn.
+// another (FlashAttention-3 calls it ping-pong scheduling). The last group of the ring opens it by passing the first
+// turn.
 template <int kNumGroups>
 struct Turns {
   static_assert(kNumGroups <= kMaxConsumerGroups);

@@ -106,7 +106,7 @@ class OverlappedSchedule {
  private:
   using GroupTurns = Turns<Traits::kNumConsumerGroups>;
 
-  // Steps that others' rows alone see: they take their turn and give back what they don't read.
+  // Steps that only other groups' rows see: this one takes its turn and releases the stages unread.
   __device__ void skip(int num_steps) {
     for (int i = 0; i < num_steps; ++i) {
       GroupTurns::wait(group_);
@@ -114,8 +114,9 @@ class OverlappedSchedule {
       give_back();
     }
   }
-  // Only what has come can be given back, and what a warp has given back may come again twice over before a lane that
-  // lags behind has seen it: where products follow, they bring the lanes together.
+  // A stage can be released only when it is full. The warp's lanes meet before that: otherwise the stage could be
+  // filled twice more before a lane that lags looks, and finds the parity that it takes for "not yet". In accumulate()
+  // the matrix products bring the lanes together.
   __device__ void give_back() {
     wait_full(smem_.barriers.k, k_);
     __syncwarp();

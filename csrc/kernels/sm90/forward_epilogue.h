@@ -35,8 +35,8 @@ __device__ void store_output(const ForwardParams& params, const ForwardTensorMap
   }
 }
 
-// Q's stages after their use: O leaves through them, and only then does the producer get them back. With a stage to
-// spare nobody waits for that: it is looked after while the next tile's first product runs.
+// Releases Q's stages to the producer once O has left through them. With two stages the wait is put off until the next
+// tile's first product runs.
 template <class Traits>
 class LeavingOutput {
  public:
@@ -51,6 +51,7 @@ class LeavingOutput {
   __device__ void release_stage() {
     if (!is_pending_) return;
     is_pending_ = false;
+    // The thread that stored waits; its warp arrives after that, and the stage needs every warp.
     if (threadIdx.x % kThreadsPerWarpgroup == 0) wait_for_stores();
     release(smem_.barriers.q, cursor_);
   }

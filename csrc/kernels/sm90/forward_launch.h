@@ -57,16 +57,16 @@ cudaError_t make_tensor_maps(const ForwardParams& params, ForwardTensorMaps& map
                 {Traits::kGroupRows, packed_heads, kBoxV}, maps.o);
 }
 
-// Equal units are dealt to as many thread blocks as the GPU holds, which then load the next tile while one ends. The
-// lengths of a variable-length batch aren't known here: its blocks are as many as the tiles, and the hardware deals
-// them.
+// Where all entries have the same lengths there are as many thread blocks as the GPU holds, each of which loads its
+// next tile while one ends. Lengths on the device aren't known here: there is a block for each tile, and the hardware
+// schedules them.
 inline bool is_persistent(const ForwardParams& params) {
   const SeqParams& seq = params.seq;
   return seq.cu_seqlens_q == nullptr && seq.seqused_q == nullptr && seq.seqused_k == nullptr;
 }
 
-// The step with which a cluster comes by all places of a run in turn, short ones among them: an entry's end, or the
-// tile without a partner.
+// The step with which each cluster comes by all places of a run in turn, so that none gets the short ones every time:
+// an entry's last rows, or the tile without a partner.
 inline int find_step(int num_clusters, int units_per_run) {
   for (int step = 0; step < num_clusters; ++step) {
     if (std::gcd(num_clusters + step, units_per_run) == 1) return step;

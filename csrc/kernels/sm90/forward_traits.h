@@ -45,9 +45,9 @@ struct ForwardTraits {
   static_assert(kGroupRows == 64, "a warpgroup's matrix product has 64 rows");
   static_assert(kRowGroups == 1 || kColumnGroups == 1, "no schedule shares rows among some groups only");
 
-  // A launch gives each of its threads as many of the SM's 64 K registers, in the hardware's steps of eight; what the
-  // producer gives up of its share goes to the consumers, and nothing else can: they would wait for more for ever. Here
-  // a lane of each group counts, all of them together. The producer of a cluster spills with 24.
+  // A launch gives each thread the same share of the SM's 64 K registers, in steps of eight. What the producer gives up
+  // goes to the consumers; if they took more than that, they would wait for ever. The sums count one lane of each
+  // warpgroup. The producer of a cluster spills with 24.
   static constexpr int kNumGroups = kNumConsumerGroups + 1;
   static constexpr int kRegistersOfAllGroups = 65536 / kNumThreads / 8 * 8 * kNumGroups;
   static constexpr int kMinProducerRegisters = kClusterBlocks == 1 ? 24 : 32;
@@ -103,8 +103,9 @@ struct ForwardTraits {
   static constexpr int kVSliceBytes = kTileN * kGroupCols * sizeof(Element);
 
   static constexpr int kSwizzleBytes = 1024;
-  // From the group that computes the softmax to those that share its rows, in stages: P, and what each row of O must be
-  // multiplied by first; at the end, what it must be multiplied by last.
+  // From the group that computes the softmax to the one that shares its rows: for each stage P and the factors that
+  // rescale the rows of O before P V is added; at the end, the rows' last factors. The factors lie beside the barriers,
+  // in what these leave of kBarrierBytesSm90.
   static constexpr int kPStages = kProbabilityStagesSm90;
   struct Exchange {
     alignas(kSwizzleBytes) Element p[kPStages][kTileM * kTileN];

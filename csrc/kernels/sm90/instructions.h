@@ -29,6 +29,7 @@ __device__ inline int warp_idx() { return __shfl_sync(~0u, threadIdx.x / kThread
 
 __device__ inline bool is_elected_lane() { return elect_one_sync(); }
 
+// setmaxnreg.inc and .dec, by all threads of a warpgroup.
 template <int kRegisters>
 __device__ void take_registers() {
   cutlass::arch::warpgroup_reg_alloc<kRegisters>();
@@ -65,7 +66,7 @@ class Mbarrier {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(num_arrivals) : "memory");
   }
   __device__ void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory"); }
-  // At the barrier that lies where this one does in a block of the cluster.
+  // At the barrier at the same place in any block of the cluster.
   __device__ void arrive_in_block(int block) {
     asm volatile(
         "{\n"
@@ -80,7 +81,7 @@ class Mbarrier {
   __device__ void arrive_and_expect(int num_bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(num_bytes) : "memory");
   }
-  // Until the phase of this parity has ended. A new barrier's first phase has parity 0.
+  // Waits until the phase of this parity has ended. A new barrier's first phase has parity 0.
   __device__ void wait(unsigned parity) {
     asm volatile(
         "{\n"
@@ -134,33 +135,36 @@ __device__ inline void load_box_to_blocks(const CUtensorMap& map, CacheHint hint
 __device__ inline void store_box(const CUtensorMap& map, const void* smem, const BoxCoord& at) {
   SM90_TMA_STORE_5D::copy(&map, smem, at.col, at.head, at.row, at.row_end, at.batch);
 }
-// The stores that this thread started since the last commit are one group; waits until all groups have read their
-// shared memory.
+// cp.async.bulk.commit_group and wait_group.read: the stores that this thread started since the last commit are one
+// group; the wait is until all groups have read their shared memory.
 __device__ inline void commit_stores() { tma_store_arrive(); }
 __device__ inline void wait_for_stores() { tma_store_wait<0>(); }
 
 // fence.proxy.async: TMA and the tensor cores can read what this thread wrote to shared memory.
 __device__ inline void fence_smem_writes() { tma_store_fence(); }
 
-// Four matrices of 8 x 8 elements, of which each lane has two neighbours of a row; lane l has the address of row l % 8
-// of matrix l / 8.
+// stmatrix: four matrices of 8 x 8 elements, of which each lane has two neighbours of a row; lane l has the address of
+// row l % 8 of matrix l / 8.
 __device__ inline void store_matrices(uint32_t a, uint32_t b, uint32_t c, uint32_t d, void* row) {
   SM90_U32x4_STSM_N::copy(a, b, c, d, *static_cast<uint128_t*>(row));
 }
 
-// ---- matrix products of a warpgroup. Between the fence before they start and the wait their registers are the tensor
-// cores'.
+// ---- matrix products of a warpgroup (wgmma). Between the fence before they start and the wait their registers belong
+// to the tensor cores.
 
+// Keeps the compiler from moving uses of the registers across; no instruction.
 template <class Fragment>
 __device__ void fence_fragment(Fragment& fragment) {
   warpgroup_fence_operand(fragment);
 }
+// wgmma.fence: before the first product that reads or writes registers which this thread wrote.
 __device__ inline void fence_products() { warpgroup_arrive(); }
-// acc += a b over 16 columns of a.
+// wgmma.mma_async: acc += a b over 16 columns of a.
 template <class TiledMma, class FragA, class FragB, class Acc>
 __device__ void start_product(const TiledMma& mma, const FragA& a, const FragB& b, Acc& acc) {
   gemm(mma, a, b, acc);
 }
+// wgmma.commit_group and wait_group.
 __device__ inline void commit_products() { warpgroup_commit_batch(); }
 template <int kNumPending>
 __device__ void wait_for_products() {

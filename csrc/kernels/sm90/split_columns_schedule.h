@@ -46,7 +46,7 @@ class SplitColumnsSchedule {
     }
   }
 
-  // Groups share their rows: what one sees none of, none is brought for.
+  // Groups share their rows: where one sees no keys, none are brought.
   __device__ void skip_all(int) {}
 
   // Group 0 alone has the rows' sums, and tells group 1 what they make of O.
