@@ -1,6 +1,7 @@
 // Where a thread block's tile lies: its batch entry, head and query rows, for dense and variable-length batches.
 #pragma once
 
+#include "kernels/common/bisection.h"
 #include "kernels/common/params.h"
 #include "variant/varlen_tiles.h"
 
@@ -42,18 +43,10 @@ __device__ inline int row_at(const int* cu_seqlens, int idx, int num_rows) {
 // row of the tensor makes.
 __device__ inline int entry_of_slot(const int* cu_seqlens, int batch, int num_rows, int slot, int tile_rows,
                                     int factor = 1) {
-  int low = 0;
-  int high = batch;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    const int64_t row = static_cast<int64_t>(row_at(cu_seqlens, middle, num_rows)) * factor;
-    if (first_varlen_slot(row, middle, tile_rows) <= slot) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
+  return last_entry(batch, [=](int entry) {
+    const int64_t row = static_cast<int64_t>(row_at(cu_seqlens, entry, num_rows)) * factor;
+    return first_varlen_slot(row, entry, tile_rows) <= slot;
+  });
 }
 
 // The entry's length in use, clamped to the rows that it has.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "kernels/common/bisection.h"
 #include "kernels/common/row_address.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/common/start_kernel.h"
@@ -37,17 +38,8 @@ __device__ OutputRow locate_row(const ForwardParams& params, int64_t row_idx) {
   const int row = static_cast<int>(row_idx / params.heads.num_heads);
   const SeqParams& seq = params.seq;
   if (seq.cu_seqlens_q == nullptr) return {entry_info(seq, row / seq.rows_q), row % seq.rows_q, head_idx};
-  int low = 0;
-  int high = seq.batch;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (row_at(seq.cu_seqlens_q, middle, seq.rows_q) <= row) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  const SeqInfo info = entry_info(seq, low);
+  const auto begins = [&](int entry) { return row_at(seq.cu_seqlens_q, entry, seq.rows_q) <= row; };
+  const SeqInfo info = entry_info(seq, last_entry(seq.batch, begins));
   return {info, row - static_cast<int>(info.row_begin_q), head_idx};
 }
 

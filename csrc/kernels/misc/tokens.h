@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__) || defined(FLASH_ATTN_EMULATED)
+#include "kernels/common/bisection.h"
+#endif
+
 namespace flash_attn {
 
 // A (batch, row, head, head_dim) tensor of any strides, in elements. Packed tensors have batch_stride 0; a paged
@@ -44,18 +48,9 @@ __device__ inline TokenCoord locate_token(const TokenLayout& layout, int64_t tok
     const int64_t row = token % layout.num_rows;
     return {entry, row, static_cast<int>(entry), row};
   }
-  int low = 0;
-  int high = layout.batch;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (layout.cu_seqlens[middle] <= token) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  const bool inside = low < layout.batch && layout.cu_seqlens[low] <= token && token < layout.cu_seqlens[low + 1];
-  return {0, token, inside ? low : -1, inside ? token - layout.cu_seqlens[low] : 0};
+  const int entry = last_entry(layout.batch, [&](int entry) { return layout.cu_seqlens[entry] <= token; });
+  const bool inside = entry < layout.batch && layout.cu_seqlens[entry] <= token && token < layout.cu_seqlens[entry + 1];
+  return {0, token, inside ? entry : -1, inside ? token - layout.cu_seqlens[entry] : 0};
 }
 
 // One head of one token.
