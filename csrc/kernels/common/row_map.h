@@ -23,6 +23,19 @@ struct PackedRows {
   __device__ int head(int row) const { return first_head + row - query(row) * num_heads.divisor(); }
 };
 
+// A tile of packed rows of one batch entry.
+struct PackedTile {
+  SeqInfo seq;
+  PackedRows rows;
+  int m_begin;  // first packed row within the entry
+
+  __device__ int num_rows() const { return seq.rows_q * rows.num_heads.divisor(); }
+  __device__ int num_used_rows() const { return seq.seqlen_q * rows.num_heads.divisor(); }
+  // A slot may lie past its entry's rows, or, where the first offset isn't 0, before them.
+  __device__ bool has_rows() const { return m_begin >= 0 && m_begin < num_rows(); }
+  __device__ bool has_used_rows() const { return m_begin < num_used_rows(); }
+};
+
 // The keys that packed row i may see, [begin, end).
 template <Mask kMask>
 struct PackedKeys {

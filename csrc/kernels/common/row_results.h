@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/params.h"
+#include "kernels/common/row_map.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/common/tensor.h"
 
@@ -38,8 +39,8 @@ __device__ void store_lse(const ForwardParams& params, const TileCoord& tile, co
 }
 
 // Of packed rows: the LSE of each that the entry has, where its query and head belong.
-template <class Tile, class Coords, class LseRows>
-__device__ void store_packed_lse(const ForwardParams& params, const Tile& tile, const Coords& coords,
+template <class Coords, class LseRows>
+__device__ void store_packed_lse(const ForwardParams& params, const PackedTile& tile, const Coords& coords,
                                  const LseRows& lse) {
   if (static_cast<int>(get<1>(coords(0, 0))) != 0) return;
   float* entry = params.lse.ptr + tile.seq.batch_idx * params.lse.batch_stride + tile.seq.row_begin_q;
@@ -51,8 +52,8 @@ __device__ void store_packed_lse(const ForwardParams& params, const Tile& tile, 
 }
 
 // The sink of each packed row that a lane holds.
-template <class Softmax, class Tile, class Coords>
-__device__ typename Softmax::RowTensor sinks_of_rows(const ForwardParams& params, const Tile& tile,
+template <class Softmax, class Coords>
+__device__ typename Softmax::RowTensor sinks_of_rows(const ForwardParams& params, const PackedTile& tile,
                                                      const Coords& coords) {
   typename Softmax::RowTensor sinks;
   CUTE_UNROLL

@@ -13,17 +13,12 @@
 
 namespace flash_attn {
 
-struct SplitTile {
-  SeqInfo seq;
-  PackedRows rows;
-  int m_begin;  // first packed row within the entry
-  int split_idx;
+// A tile of packed rows, and the part of its keys.
+struct SplitTile : PackedTile {
+  int split_idx;  // negative: the slot has no tile
   int num_splits;
 
-  __device__ int num_rows() const { return seq.rows_q * rows.num_heads.divisor(); }
-  __device__ int num_used_rows() const { return seq.seqlen_q * rows.num_heads.divisor(); }
-  __device__ bool has_rows() const { return split_idx >= 0 && split_idx < num_splits; }
-  __device__ bool has_used_rows() const { return m_begin < num_used_rows(); }
+  __device__ bool has_part() const { return split_idx >= 0 && split_idx < num_splits; }
 };
 
 // Tiles of the rows of an entry, of which each row of the tensor makes `factor`.
@@ -202,11 +197,7 @@ __device__ SplitTile locate_split_tile(const ForwardParams& params, int block_id
   const int slot = block_idx / num_head_runs;
   const detail::SlotRun run = split.num_splits > 0 ? detail::find_fixed_run<kTileM>(params, slot)
                                                    : detail::find_run_by_lengths<kTileM, kTileN>(params, slot);
-  SplitTile tile{.seq = {},
-                 .rows = {head_run * factor, split.packed_heads},
-                 .m_begin = 0,
-                 .split_idx = -1,
-                 .num_splits = run.num_splits};
+  SplitTile tile{{.seq = {}, .rows = {head_run * factor, split.packed_heads}, .m_begin = 0}, -1, run.num_splits};
   const int64_t place = slot - run.first_slot;
   if (place < 0 || run.num_splits == 0) return tile;
   tile.seq = entry_info(params.seq, run.entry);

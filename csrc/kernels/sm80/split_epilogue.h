@@ -1,9 +1,9 @@
-// Stores a tile of packed rows: O and LSE where they belong, or a part's share of them in the workspace.
+// Stores a tile of packed rows: O where it belongs, or a part's O and LSE in the workspace.
 #pragma once
 
 #include "kernels/common/params.h"
 #include "kernels/common/row_address.h"
-#include "kernels/common/split_schedule.h"
+#include "kernels/common/row_map.h"
 #include "kernels/common/tensor.h"
 #include "kernels/sm80/forward_traits.h"
 #include "kernels/sm80/tile_loader.h"
@@ -35,7 +35,7 @@ class PackedRowAddresses {
 };
 
 template <class Traits, class AccO>
-__device__ void store_packed_output(const ForwardParams& params, const SplitTile& tile,
+__device__ void store_packed_output(const ForwardParams& params, const PackedTile& tile,
                                     typename Traits::SharedStorage& smem, const AccO& tOrO) {
   using Element = typename Traits::Element;
   using Access = typename Traits::template Access<Traits::kHeadDimV>;

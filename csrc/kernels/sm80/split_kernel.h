@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid
   auto& smem = dynamic_smem<typename Traits::SharedStorage>();
 
   const SplitTile tile = locate_split_tile<Traits::kTileM, Traits::kTileN>(params, blockIdx.x);
-  if (!tile.has_rows()) return;
+  if (!tile.has_part()) return;
 
   Tensor tOrO = Traits::Mma::template make_accumulator<Traits::kTileM, Traits::kHeadDimV>();
   clear(tOrO);

@@ -8,19 +8,6 @@
 
 namespace flash_attn::sm90 {
 
-// Rows that are the queries of one head, or of all heads that share a key-value head, a query's heads side by side.
-struct PackedTile {
-  SeqInfo seq;
-  PackedRows rows;
-  int m_begin;  // first packed row within the entry
-
-  __device__ int num_rows() const { return seq.rows_q * rows.num_heads.divisor(); }
-  __device__ int num_used_rows() const { return seq.seqlen_q * rows.num_heads.divisor(); }
-  // A slot may lie past its entry's rows, or, where the first offset isn't 0, before them.
-  __device__ bool has_rows() const { return m_begin >= 0 && m_begin < num_rows(); }
-  __device__ bool has_used_rows() const { return m_begin < num_used_rows(); }
-};
-
 // As flash_attn::locate_tile, for packed rows.
 template <int kTileM>
 __device__ PackedTile locate_packed_tile(const ForwardParams& params, int idx) {
