@@ -1,5 +1,6 @@
 #include "plan/plan.h"
 
+#include <span>
 #include <sstream>
 
 #include "plan/grid.h"
@@ -19,6 +20,15 @@ Mask mask_of(const Problem& problem, Rows rows) {
   if (problem.window_right < 0) return Mask::kFull;
   return problem.window_right == 0 ? Mask::kCausal : Mask::kGeneral;
 }
+
+// Calls that split keys run in the general mask's kernel, on tiles that were chosen by their own mask.
+constexpr bool serve_every_mask(std::span<const TileRow> rows) {
+  for (const TileRow& row : rows) {
+    if (row.masks != MaskSet::kAll) return false;
+  }
+  return true;
+}
+static_assert(serve_every_mask(kForwardTilesSm80), "the general mask's kernel may have another tile than the plan");
 
 // Whose kernel serves a call.
 Arch serving_arch(const Problem& problem, Arch preferred, const Gpu& gpu) {
@@ -42,15 +52,15 @@ Plan make_plan(const Problem& problem, Arch preferred, const Gpu& gpu) {
   if (arch == Arch::kSm80 && can_split(problem, rows)) split = make_split_plan(problem, rows, row->tile, smem, gpu);
   const Mask mask = split.needs_merge() ? Mask::kGeneral : mask_of(problem, rows);
   const Variant variant{arch, problem.dtype, row->head_dim, row->smem, mask, score_of(problem), rows};
-  int64_t tiles_per_head = 0;
-  int64_t num_blocks = split.num_slots * (problem.num_heads / split.packed_heads);
-  if (rows == Rows::kMany) {
-    if (arch == Arch::kSm90) split.packed_heads = packed_heads_on_sm90(problem, row->tile);
-    tiles_per_head =
-        count_tiles(problem.layout, problem.rows_q * split.packed_heads, problem.batch, row->tile.cluster_rows());
-    num_blocks = tiles_per_head * row->tile.cluster * (problem.num_heads / split.packed_heads) *
-                 problem.num_tile_runs() * split.num_splits;
-  }
+  if (arch == Arch::kSm90) split.packed_heads = packed_heads_on_sm90(problem, row->tile);
+  const int64_t head_runs = problem.num_heads / split.packed_heads;
+  const int64_t packed_rows = problem.rows_q * split.packed_heads;
+  const bool by_slots = rows != Rows::kMany;
+  const int64_t tiles_per_head =
+      by_slots ? 0 : count_tiles(problem.layout, packed_rows, problem.batch, row->tile.cluster_rows());
+  const int64_t num_blocks =
+      by_slots ? split.num_slots * head_runs
+               : tiles_per_head * row->tile.cluster * head_runs * problem.num_tile_runs() * split.num_splits;
   check_num_blocks("q", num_blocks);
   return {.variant = variant,
           .tile = row->tile,
