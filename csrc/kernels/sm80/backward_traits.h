@@ -1,6 +1,7 @@
 // Everything about an SM80 backward kernel that is known when it is compiled, derived once from its tile row.
 #pragma once
 
+#include "kernels/common/element.h"
 #include "kernels/sm80/row_access.h"
 #include "kernels/sm80/warp_mma.h"
 #include "variant/backward_tiles.h"

@@ -84,7 +84,7 @@ __device__ auto make_row_reducer(typename Traits::SharedStorage& smem) {
   if constexpr (Traits::kWarpsN > 1) {
     const auto coords = Traits::score_coords();
     return CrossWarpReducer<Traits::kWarpsN, Traits::kTileM, decltype(coords)>(
-        smem.rows, Traits::Mma::warp_n(threadIdx.x), coords);
+        smem.reduction, Traits::Mma::warp_n(threadIdx.x), coords);
   } else {
     return QuadReducer{};
   }

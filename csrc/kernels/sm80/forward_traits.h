@@ -1,6 +1,7 @@
 // Everything about an SM80 forward kernel that is known when it is compiled, derived once from its tile row.
 #pragma once
 
+#include "kernels/common/element.h"
 #include "kernels/sm80/row_access.h"
 #include "kernels/sm80/warp_mma.h"
 #include "variant/tiles.h"
@@ -37,7 +38,7 @@ struct ForwardTraits {
   // Between warps that share rows: P, which each reads whole, and the rows' maxima and sums.
   struct Exchange {
     alignas(128) Element p[kTileM * kTileN];
-    float rows[kWarpsN * kTileM];
+    float reduction[kWarpsN * kTileM];
   };
   struct NoExchange {};
 

@@ -2,9 +2,6 @@
 // derived by CuTe's tiled products and copies, whose layout algebra took most of a build's time.
 #pragma once
 
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
-
 #include <bit>
 #include <type_traits>
 
@@ -15,9 +12,6 @@
 namespace flash_attn::sm80 {
 
 using namespace cute;
-
-template <Dtype kDtype>
-using ElementOf = std::conditional_t<kDtype == Dtype::kFp16, cutlass::half_t, cutlass::bfloat16_t>;
 
 // Rows and columns of one mma.m16n8k16, and its depth.
 inline constexpr int kMmaRows = 16;

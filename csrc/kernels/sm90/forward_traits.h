@@ -1,12 +1,10 @@
 // Everything about an SM90 forward kernel that is known when it is compiled, derived once from its tile row.
 #pragma once
 
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
-
 #include <cute/tensor.hpp>
 #include <type_traits>
 
+#include "kernels/common/element.h"
 #include "kernels/common/smem_tile.h"
 #include "kernels/sm90/barriers.h"
 #include "kernels/sm90/wgmma_shapes.h"
@@ -32,7 +30,7 @@ struct ForwardTraits {
   static constexpr int kClusterBlocks = kTile.cluster;
   static constexpr int kClusterM = kTile.cluster_rows();
 
-  using Element = std::conditional_t<kVariant.dtype == Dtype::kFp16, cutlass::half_t, cutlass::bfloat16_t>;
+  using Element = ElementOf<kVariant.dtype>;
 
   // ---- threads: one warpgroup brings the tiles, the others own 64 rows of O each, or some columns of the same 64 rows
   static constexpr int kRowGroups = kTile.warps_m * kThreadsPerWarp / kThreadsPerWarpgroup;
