@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif args.command == "explain":
         return _explain(args)
     elif args.command == "check":
-        return 1 if _self_check.run(args.path) else 0
+        return _self_check.run(args.path)
     elif args.command == "bench":
         return bench.run(args)
     return 0

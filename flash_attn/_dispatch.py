@@ -41,7 +41,7 @@ FEATURES = {
     "backward": "backward",
 }
 
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
@@ -249,7 +249,7 @@ def plan_objections(
 ) -> list[str]:
     """Why a path's kernels can't serve a call on a GPU whose thread blocks have `smem_bytes` of shared memory."""
     reasons = []
-    dtype_name = _DTYPE_NAMES[dtype]
+    dtype_name = DTYPE_NAMES[dtype]
     attends = features != {"combine"}
     dtypes = path.dtypes if attends else path.combine_dtypes
     if dtypes and dtype_name not in dtypes:  # no dtype at all: the feature is missing, which is said below
@@ -336,7 +336,7 @@ def support_table() -> str:
         ["---", *(":---:" for _ in paths)],
         [
             "dtypes",
-            *(", ".join(name for name in _DTYPE_NAMES.values() if name in path.dtypes) for path in paths),
+            *(", ".join(name for name in DTYPE_NAMES.values() if name in path.dtypes) for path in paths),
         ],
         ["head dims (q and v independent)", *(f"1 to {path.max_head_dim}" for path in paths)],
     ]

@@ -10,9 +10,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from flash_attn._dispatch import DTYPE_NAMES
+
 Window = tuple[int, int]
 FULL: Window = (-1, -1)
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Measure(Enum):
