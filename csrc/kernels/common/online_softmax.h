@@ -74,12 +74,13 @@ class OnlineSoftmax {
     RowTensor new_max;
     CUTE_UNROLL
     for (int row = 0; row < kNumRows; ++row) {
-      float chains[kNumChains] = {row_max_(row), -INFINITY, -INFINITY, -INFINITY};
+      float chains[kNumChains];
       CUTE_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
-        chains[col % kNumChains] = fmaxf(chains[col % kNumChains], scores(row, col));
+        float& chain = chains[col % kNumChains];
+        chain = col < kNumChains ? scores(row, col) : fmaxf(chain, scores(row, col));
       }
-      new_max(row) = fmaxf(fmaxf(chains[0], chains[1]), fmaxf(chains[2], chains[3]));
+      new_max(row) = fmaxf(row_max_(row), fmaxf(fmaxf(chains[0], chains[1]), fmaxf(chains[2], chains[3])));
     }
     reducer.max(new_max);
     RowTensor factors;
@@ -90,15 +91,16 @@ class OnlineSoftmax {
       const float max_log2 = finite(new_max(row)) * scale_log2_;
       factors(row) = stays ? 1.f : fast_exp2(rescale_exponent(row, max_log2));
       row_max_(row) = new_max(row);
-      float chains[kNumChains] = {row_sum_(row) * factors(row), 0.f, 0.f, 0.f};
+      float chains[kNumChains];
       CUTE_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
         const float exponent = fmaf(scores(row, col), scale_log2_, -max_log2);
         const bool polynomial = col * kNumPolynomials % 16 < kNumPolynomials;
         scores(row, col) = polynomial ? detail::polynomial_exp2(exponent) : fast_exp2(exponent);
-        chains[col % kNumChains] += scores(row, col);
+        float& chain = chains[col % kNumChains];
+        chain = col < kNumChains ? scores(row, col) : chain + scores(row, col);
       }
-      row_sum_(row) = (chains[0] + chains[1]) + (chains[2] + chains[3]);
+      row_sum_(row) = row_sum_(row) * factors(row) + ((chains[0] + chains[1]) + (chains[2] + chains[3]));
     }
     return factors;
   }
