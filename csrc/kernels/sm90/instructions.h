@@ -157,6 +157,12 @@ template <class Fragment>
 __device__ void fence_fragment(Fragment& fragment) {
   warpgroup_fence_operand(fragment);
 }
+// Hides where the descriptors of an operand in shared memory come from: the compiler then adds each one's offset where
+// it is used, and doesn't keep it in registers over the loop. No instruction.
+template <class Fragment>
+__device__ void hide_origin(Fragment& descriptors) {
+  asm volatile("" : "+r"(descriptors.data().desc_.reg32_[0]));
+}
 // wgmma.fence: before the first product that reads or writes registers which this thread wrote.
 __device__ inline void fence_products() { warpgroup_arrive(); }
 // wgmma.mma_async: acc += a b over 16 columns of a.

@@ -20,13 +20,21 @@ template <class Traits>
 CUTE_DEVICE int column_group_of(int group) {
   return Traits::kColumnGroups == 1 ? 0 : group;
 }
+// Of Q's descriptors, as many fit the 63 uniform registers over the loop; with more, the compiler puts them and the
+// stages' indices into the lanes' registers, and a move (R2UR) in front of each product.
+inline constexpr int kMaxLastingDescriptors = 12;
+
 // Starts acc = A B, or acc += A B, over kNumSteps of the steps from `first_step` on; B is in shared memory, A there or
 // in registers. Until wait_for_gemms() the registers belong to the tensor cores.
 template <int kNumSteps, class TiledMma, class FragA, class FragB, class Acc>
 CUTE_DEVICE void start_gemm_steps(TiledMma mma, FragA& a, const FragB& b, Acc& acc, int first_step,
                                   GMMA::ScaleOut accumulate) {
   constexpr bool kRegisterA = !is_base_of<GMMA::DescriptorIterator, typename TiledMma::FrgTypeA>::value;
-  if constexpr (kRegisterA) fence_fragment(a);
+  if constexpr (kRegisterA) {
+    fence_fragment(a);
+  } else if constexpr (kNumSteps > kMaxLastingDescriptors) {
+    hide_origin(a);
+  }
   fence_fragment(acc);
   fence_products();
   mma.accumulate_ = accumulate;

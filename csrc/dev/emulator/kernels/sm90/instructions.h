@@ -94,6 +94,8 @@ inline void store_matrices(uint32_t a, uint32_t b, uint32_t c, uint32_t d, void*
 
 template <class Fragment>
 void fence_fragment(Fragment&) {}
+template <class Fragment>
+void hide_origin(Fragment&) {}
 inline void fence_products() {}
 
 // The major dimension of an operand in shared memory.
