@@ -80,7 +80,7 @@ class SplitColumnsSchedule {
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
     Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
 
-    start_scores(q_stage, range.end - 1, tSrS);
+    start_scores(q_stage, tSrS);
     meanwhile();
     wait_for_scores<0>(tSrS);
     score(scores, range.end - 1);
@@ -90,14 +90,12 @@ class SplitColumnsSchedule {
       wait_for_gemms<0>(tOrO);
       if (n < range.end - 2) release(smem_.barriers.v[0], v_);
       round_to(tOrP, tSrS);
-      rescale_output<Traits, Softmax>(output, factors);
-      const int p_stage = hand_over(make_tensor(tOrP.data(), tSrS.layout()), factors);
-      if (n < range.begin) {
-        arrive_at(NamedBarrier::kFollow, p_stage, kNumThreads);
-        break;
-      }
+      if (n < range.begin) break;
 
-      start_scores(q_stage, n, tSrS);
+      // All that doesn't have to come before S is beside it.
+      start_scores(q_stage, tSrS);
+      const int p_stage = hand_over(make_tensor(tOrP.data(), tSrS.layout()), factors);
+      rescale_output<Traits, Softmax>(output, factors);
       wait_full(smem_.barriers.v[0], v_);
       start_gemm(mma_pv, tOrP, tOrV, tOrO, GMMA::ScaleOut::One);
       wait_for_scores<1>(tSrS);
@@ -106,6 +104,9 @@ class SplitColumnsSchedule {
       factors = exponentiate_scores<Traits>(softmax, scores);
     }
 
+    const int p_stage = hand_over(make_tensor(tOrP.data(), tSrS.layout()), factors);
+    arrive_at(NamedBarrier::kFollow, p_stage, kNumThreads);
+    rescale_output<Traits, Softmax>(output, factors);
     wait_full(smem_.barriers.v[0], v_);
     start_gemm(mma_pv, tOrP, tOrV, tOrO, GMMA::ScaleOut::One);
     wait_for_gemms<0>(tOrO);
@@ -140,19 +141,19 @@ class SplitColumnsSchedule {
     }
   }
 
-  // S = Q K(n)', a slice of columns as it comes, each a group of products of its own.
+  // S = Q K' of the tile of keys that comes next, a slice of columns as it comes, each a group of products of its own.
   template <class AccS>
-  __device__ void start_scores(int q_stage, int n_idx, AccS& tSrS) {
-    // The descriptors of Q and K are the same in each step, and nvcc 13.0 keeps all 64 at hand, in spilled registers,
-    // unless they seem to depend on the step; n_idx is never negative.
-    const int zero = n_idx >> 31;
-    Tensor sQ = make_tensor(make_smem_ptr(&smem_.q_or_o[q_stage][0] + zero), typename Traits::SmemLayoutQ{});
-    Tensor sK = make_tensor(make_smem_ptr(&smem_.k[0][0] + zero), typename Traits::SmemLayoutK{});
+  __device__ void start_scores(int q_stage, AccS& tSrS) {
+    Tensor sQ = make_tensor(make_smem_ptr(&smem_.q_or_o[q_stage][0]), typename Traits::SmemLayoutQ{});
+    Tensor sK = make_tensor(make_smem_ptr(&smem_.k[0][0]), typename Traits::SmemLayoutK{});
     typename Traits::TiledMmaQK mma;
     const auto group_mma = mma.get_slice(0);
-    Tensor tSrQ = group_mma.partition_fragment_A(sQ)(_, _, _, _0{});        // (MMA, MMA_M, MMA_K)
-    const Tensor tSrK = group_mma.partition_fragment_B(sK)(_, _, _, _0{});  // (MMA, MMA_N, MMA_K)
+    Tensor tSrQ = group_mma.partition_fragment_A(sQ)(_, _, _, _0{});  // (MMA, MMA_M, MMA_K)
+    Tensor tSrK = group_mma.partition_fragment_B(sK)(_, _, _, _0{});  // (MMA, MMA_N, MMA_K)
     constexpr int kSteps = decltype(size<2>(tSrK))::value / Traits::kKSlices;
+    // The descriptors are the same in each step: nvcc 13.0 would keep all 64 at hand, in spilled registers.
+    hide_origin(tSrQ);
+    hide_origin(tSrK);
     CUTE_UNROLL
     for (int slice = 0; slice < Traits::kKSlices; ++slice) {
       wait_full(smem_.barriers.k, k_);
