@@ -33,6 +33,7 @@ SECONDS_OF_A_HANG = 20
 # (rows, keys, warps along rows, warps along columns, stages of K and V, stages of Q, exponentials of 16 by polynomial,
 # powers of two before O is rescaled, what groups take turns in, blocks of a cluster): tiles.h says more
 IN_TURNS = "Turn::kExponentials"
+WITHOUT_TURNS = "Turn::kNone"
 IN_PAIRS = ("Turn::kProducts", 2)
 TILES = {
     (64, 64): (
@@ -41,6 +42,7 @@ TILES = {
         (192, 128, 12, 1, 2, 2, 2, 8),
         (192, 128, 12, 1, 2, 2, 0, 8, IN_TURNS),
         (192, 128, 12, 1, 2, 2, 0, 0, IN_TURNS),
+        (192, 128, 12, 1, 2, 2, 0, 0, WITHOUT_TURNS),
         (192, 128, 12, 1, 2, 2, 2),
         (192, 128, 12, 1, 2, 2, 4),
         (128, 128, 8, 1, 2, 2, 0),
@@ -53,6 +55,7 @@ TILES = {
         (128, 128, 8, 1, 2, 2, 0),
         (128, 128, 8, 1, 2, 2, 0, 8),
         (128, 128, 8, 1, 2, 2, 0, 0, IN_TURNS),
+        (128, 128, 8, 1, 2, 2, 0, 0, WITHOUT_TURNS),
         (128, 128, 8, 1, 2, 2, 0, 0, *IN_PAIRS),
         (128, 128, 8, 1, 2, 1, 0),
         (128, 160, 8, 1, 2, 2, 0),
@@ -60,9 +63,15 @@ TILES = {
         (128, 192, 8, 1, 2, 1, 0),
     ),
     (192, 128): ((128, 128, 8, 1, 2, 1, 0), (128, 112, 8, 1, 2, 1, 0)),
-    (192, 192): ((128, 112, 8, 1, 2, 1, 0), (128, 96, 8, 1, 2, 1, 0), (128, 80, 8, 1, 2, 2, 0)),
+    (192, 192): (
+        (128, 112, 8, 1, 2, 1, 0),
+        (128, 112, 8, 1, 2, 1, 0, 0, WITHOUT_TURNS),
+        (128, 96, 8, 1, 2, 1, 0),
+        (128, 80, 8, 1, 2, 2, 0),
+    ),
     (256, 256): (
         (128, 80, 8, 1, 2, 1, 0),
+        (128, 80, 8, 1, 2, 1, 0, 0, WITHOUT_TURNS),
         (128, 64, 8, 1, 2, 1, 0),
         (128, 80, 8, 1, 2, 1, 0, 8),
         (128, 80, 8, 1, 2, 1, 0, 0, *IN_PAIRS),

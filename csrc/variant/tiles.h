@@ -10,7 +10,7 @@
 namespace flash_attn {
 
 // SM90: what the warpgroups of a thread block take turns in.
-enum class Turn { kProducts, kExponentials };
+enum class Turn { kProducts, kExponentials, kNone };
 
 struct Tile {
   int m;        // query rows per thread block

@@ -40,7 +40,7 @@ __device__ inline void arrive_at(NamedBarrier barrier, int offset, int num_threa
 
 // Groups start their matrix products one after the other, so that the softmax of one runs beside the products of
 // another (FlashAttention-3 calls it ping-pong scheduling). The last group of the ring opens it by passing the first
-// turn.
+// turn. One group alone has no turns.
 template <int kNumGroups>
 struct Turns {
   static_assert(kNumGroups <= kMaxConsumerGroups);

@@ -61,12 +61,13 @@ class OverlappedSchedule {
       wait_for_gemms<0>(tOrO);
       if (n < range.end - 2) release(smem_.barriers.v[0], v_);
       round_to(tOrP, tSrS);
-      rescale_output<Traits, Softmax>(output, factors);
+      if constexpr (!kRescaleBesideScores) rescale_output<Traits, Softmax>(output, factors);
       if (n < range.begin) break;
 
       wait_full(smem_.barriers.k, k_);
       if constexpr (Traits::kTile.turn == Turn::kProducts) GroupTurns::wait(group_);
       start_gemm(mma_qk, tSrQ, tSrK(_, _, _, k_.idx), tSrS, GMMA::ScaleOut::Zero);
+      if constexpr (kRescaleBesideScores) rescale_output<Traits, Softmax>(output, factors);
       wait_full(smem_.barriers.v[0], v_);
       start_gemm(mma_pv, tOrP, tOrV(_, _, _, v_.idx), tOrO, GMMA::ScaleOut::One);
       if constexpr (Traits::kTile.turn == Turn::kProducts) GroupTurns::pass(group_);
@@ -77,6 +78,7 @@ class OverlappedSchedule {
       factors = exponentiate(softmax, scores);
     }
 
+    if constexpr (kRescaleBesideScores) rescale_output<Traits, Softmax>(output, factors);
     wait_full(smem_.barriers.v[0], v_);
     start_gemm(mma_pv, tOrP, tOrV(_, _, _, v_.idx), tOrO, GMMA::ScaleOut::One);
     wait_for_gemms<0>(tOrO);
@@ -104,7 +106,10 @@ class OverlappedSchedule {
   __device__ bool owns_lse() const { return true; }
 
  private:
-  using GroupTurns = Turns<Traits::kNumConsumerGroups>;
+  using GroupTurns = Turns<Traits::kTile.turn == Turn::kNone ? 1 : Traits::kNumConsumerGroups>;
+  // A wide O takes longer to rescale than anything else between the softmax and the next product: S goes first, and O
+  // is rescaled beside it.
+  static constexpr bool kRescaleBesideScores = Traits::kHeadDimV > 128;
 
   // Steps that only other groups' rows see: this one takes its turn and releases the stages unread.
   __device__ void skip(int num_steps) {
