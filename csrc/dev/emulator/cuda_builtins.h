@@ -104,8 +104,6 @@ template <class T>
 T __ldg(const T* from) {
   return *from;
 }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float x) { return std::exp(x); }
 // These round, whatever the compiler would fuse them with.
 inline float rounded(float x) {
   const volatile float result = x;

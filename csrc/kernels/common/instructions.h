@@ -20,6 +20,13 @@ __device__ inline float fast_exp2(float x) {
   return result;
 }
 
+// 1 / x with an error of one unit in the last place; 0 for infinity.
+__device__ inline float fast_reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The larger of the two, or NaN if either is NaN, which fmaxf would hide.
 __device__ inline float max_or_nan(float a, float b) {
   float result;

@@ -1,6 +1,8 @@
 // What happens to a score between Q K' and the softmax, but for the mask: scale, softcap, ALiBi, in that order.
 #pragma once
 
+#include "kernels/common/instructions.h"
+#include "kernels/common/logarithm.h"
 #include "kernels/common/params.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/common/tensor.h"
@@ -12,8 +14,11 @@ using namespace cute;
 
 namespace detail {
 
-// 1 - 2 / (e^2x + 1): its absolute error is a few roundings of 1, where tanh.approx has 2^-11.
-__device__ inline float fast_tanh(float x) { return 1.f - __fdividef(2.f, __expf(2.f * x) + 1.f); }
+// 1 - 2 / (e^2x + 1): its absolute error is a few roundings of 1, where tanh.approx has 2^-11. __expf and __fdividef
+// would also handle subnormal numbers, with twice as many instructions.
+__device__ inline float fast_tanh(float x) {
+  return fmaf(-2.f, fast_reciprocal(fast_exp2(2.f * kLog2E * x) + 1.f), 1.f);
+}
 
 }  // namespace detail
 

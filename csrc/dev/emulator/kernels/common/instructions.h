@@ -19,6 +19,8 @@ inline float fast_exp2(float x) {
   return result < FLT_MIN ? 0.f : result;
 }
 
+inline float fast_reciprocal(float x) { return 1.f / x; }
+
 inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 
 inline int load_acquire(const int* from) {
