@@ -47,6 +47,13 @@ def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], layou
         raise ValueError(f"{name} must have the shape {layout} = {shape}, got {tuple(tensor.shape)}")
 
 
+def require_writable_rows(name: str, strides: tuple[int, ...], shape: torch.Size) -> None:
+    """Of a tensor that receives results."""
+    if shape[-1] > 1 and strides[-1] != 1:
+        raise ValueError(f"{name} must have stride 1 in its last dimension, got stride {strides}")
+    require_no_overlap(name, strides, shape)
+
+
 def require_no_overlap(name: str, strides: tuple[int, ...], shape: torch.Size) -> None:
     """Of a tensor that is written."""
     if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, shape, strict=True)):
@@ -292,9 +299,6 @@ def out_of(out: Any, q: torch.Tensor, shape_q: torch.Size, head_dim_v: int, need
         require_device("out", out, q.device)
         require_dtype("out", out, q.dtype, "q's ")
         require_shape("out", out, (*shape_q[:-1], head_dim_v), "q's with head_dim_v")
-    strides = out.stride()
-    if head_dim_v > 1 and strides[-1] != 1:
-        raise ValueError(f"out must have stride 1 in its last dimension, got stride {strides}")
-    require_no_overlap("out", strides, shape)
+    require_writable_rows("out", out.stride(), shape)
     if needs_grad or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError("out must not be given when a gradient is needed; got tensors with requires_grad=True")
