@@ -220,10 +220,11 @@ def _ninja_file(compiler: str, includes: list[Path], generated: list[Path], own_
 
 
 def _assemble_package(build: Path, chosen: list[Group]) -> None:
-    """Links to the package's Python files, beside the emulated extension."""
+    """Links to the Python files that are installed, beside the emulated extension."""
     package = build / "package" / "flash_attn"
     shutil.rmtree(package.parent, ignore_errors=True)
     package.mkdir(parents=True)
+    (package.parent / "flash_attn_2_cuda.py").symlink_to(ROOT / "flash_attn_2_cuda.py")
     for file in (ROOT / "flash_attn").iterdir():
         if file.suffix == ".py" or (file.is_dir() and file.name != "__pycache__"):
             (package / file.name).symlink_to(file)

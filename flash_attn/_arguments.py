@@ -302,3 +302,19 @@ def out_of(out: Any, q: torch.Tensor, shape_q: torch.Size, head_dim_v: int, need
     require_writable_rows("out", out.stride(), shape)
     if needs_grad or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError("out must not be given when a gradient is needed; got tensors with requires_grad=True")
+
+
+def generator_of(name: str, generator: Any, device: torch.device) -> None:
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"{name} must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {generator.device}")
+
+
+def rng_state_of(rng_state: Any, device: torch.device) -> None:
+    require_tensor("rng_state", rng_state)
+    require_device("rng_state", rng_state, device)
+    require_dtype("rng_state", rng_state, torch.int64)
+    require_shape("rng_state", rng_state, (2,), "(2,)")
+    if not rng_state.is_contiguous():
+        raise ValueError(f"rng_state must be contiguous, got stride {rng_state.stride()}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flash_attn import _dispatch, _extension
 from flash_attn._checks import ForwardCall
+from flash_attn._checks_backward import BackwardCall
 from flash_attn._plain import is_plain, is_plain_without_grad, refuse_transforms
 from flash_attn.backends import cpu
 
@@ -319,6 +320,26 @@ def _write_forward(path: str, arguments: tuple[Any, ...], out: Tensor) -> Tensor
         return _forward_out(*arguments, out)
     torch.autograd.graph.increment_version(out)
     return _run_kernel("forward_out", (*arguments, out))
+
+
+def backward(path: str, call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of a checked call; what its caller gave of them is written and returned."""
+    a = call.forward
+    arguments = (
+        call.dout, None, a.q, a.k, a.v, call.out, call.lse, a.s_aux, a.alibi_slopes, a.rng_state, a.cu_seqlens_q,
+        a.cu_seqlens_k, a.seqused_q, a.seqused_k, *a[_SCORE_ARGUMENTS], a.deterministic,
+    )  # fmt: skip
+    ops, given = torch.ops.flash_attn, (call.dq, call.dk, call.dv)
+    if path == "cpu":
+        computed = ops.cpu_backward(*arguments)
+    else:
+        arguments = (*arguments, _dispatch.PATHS[path].arch)
+        if all(grad is not None for grad in given):
+            ops.backward_out(*arguments, *given)
+            return given
+        computed = ops.backward(*arguments)
+    dq, dk, dv = (new if grad is None else grad.copy_(new) for grad, new in zip(given, computed[:3], strict=True))
+    return dq, dk, dv
 
 
 def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flash_attn import _dispatch, _ops
 from flash_attn._checks import ForwardCall
+from flash_attn._checks_backward import BackwardCall
 from flash_attn._checks_kvcache import KvCacheCall
 
 Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
@@ -15,13 +16,20 @@ Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 def run(call: ForwardCall) -> Result:
     """out, or (out, lse), or (out, lse, S_dmask): what the public functions return."""
     path = _dispatch.choose_path(call.q, call.head_dims, call.features)
-    if call.dropout_p > 0:
-        call = call._replace(rng_state=_draw_rng_state(call.q.device))
+    if call.dropout_p > 0 and call.rng_state is None:
+        call = call._replace(rng_state=draw_rng_state(call.q.device))
     out, lse = _ops.forward(path, call)
     if call.return_attn_probs:
         probs = _ops.attn_probs(path, call, lse) if call.dropout_p > 0 else call.q.new_empty(0)
         return out, lse, probs
     return (out, lse) if call.return_softmax_lse else out
+
+
+def run_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv; what the caller gave of them is written."""
+    forward = call.forward
+    path = _dispatch.choose_path(forward.q, forward.head_dims, forward.features | {"backward"})
+    return _ops.backward(path, call)
 
 
 def run_kvcache(call: KvCacheCall) -> Result:
@@ -41,7 +49,7 @@ def run_combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype
     return _ops.combine(path, out_partial, lse_partial, out_dtype)
 
 
-def _draw_rng_state(device: torch.device) -> Tensor:
-    """A fresh dropout [seed, offset] from the device's default generator, so that torch's own means of repeating
-    random numbers (manual_seed, checkpointing, CUDA graphs) apply."""
-    return torch.randint(2**62, (2,), dtype=torch.int64, device=device)
+def draw_rng_state(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A fresh dropout [seed, offset], by default from the device's default generator, so that torch's own means of
+    repeating random numbers (manual_seed, checkpointing, CUDA graphs) apply."""
+    return torch.randint(2**62, (2,), generator=generator, dtype=torch.int64, device=device)

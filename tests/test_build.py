@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,28 @@ def test_metadata_needs_neither_torch_nor_nvcc(tmp_path):
     fields = metadata.read_text()
     assert "\nName: flash-attn\n" in fields
     assert "\nRequires-Dist: torch>=2.10\n" in fields
+
+
+def test_every_module_is_built_and_distributed(tmp_path):
+    files = {"flash_attn_2_cuda.py", *(str(f.relative_to(ROOT)) for f in (ROOT / "flash_attn").rglob("*.py"))}
+    built, source = tmp_path / "built", tmp_path / "source"
+    for command in (
+        ["build_py", f"--build-lib={built}"],
+        ["egg_info", f"--egg-base={tmp_path}", "sdist", "--formats=tar", f"--dist-dir={source}"],
+    ):
+        run = subprocess.run(
+            [sys.executable, "setup.py", *command],
+            cwd=ROOT,
+            env={**os.environ, "FLASH_ATTN_SKIP_CUDA": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+    assert {str(file.relative_to(built)) for file in built.rglob("*.py")} == files
+    (archive,) = source.iterdir()
+    with tarfile.open(archive) as tar:
+        distributed = {name.partition("/")[2] for name in tar.getnames()}
+    assert not files - distributed
 
 
 # The toolkit

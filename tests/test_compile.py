@@ -6,6 +6,7 @@ from valid_calls import Q, grad, i32, rand
 
 from flash_attn import (
     flash_attn_func,
+    flash_attn_interface,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
@@ -162,6 +163,27 @@ def test_compile_paged_decode_into_out():
         for function in (fast, decode):
             out = torch.full((batch, 1, 4, 8), float("nan"))
             results.append((*function(*arguments, lengths, table, out), out))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_compile_single_passes():
+    def both(q, k, v, dout):
+        out, lse, _, rng_state = flash_attn_interface._flash_attn_forward(
+            q, k, v, 0.2, 0.3, True, -1, -1, 0.0, None, False
+        )
+        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        softmax_d = flash_attn_interface._flash_attn_backward(
+            dout, q, k, v, out, lse, dq, dk, None, 0.2, 0.3, True, -1, -1, 0.0, None, False, rng_state
+        )
+        return out, lse, dq, dk, softmax_d
+
+    fast = compiled(both)
+    for batch, length in ((2, 5), (3, 9)):
+        inputs = [grad(rand(batch, length, heads, 16)) for heads in (4, 2, 2)]
+        results = []
+        for function in (fast, both):
+            torch.manual_seed(5)
+            results.append(function(*inputs, torch.ones(batch, length, 4, 16)))
         torch.testing.assert_close(*results, rtol=0, atol=0)
 
 

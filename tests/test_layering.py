@@ -24,10 +24,11 @@ FOREIGN = ("torch", "ATen", "c10", "pybind11", "Python.h")
 # Lowest first. A module imports from its own layer or a lower one.
 PYTHON_LAYERS = (
     ("version", "_extension", "_arguments", "_plain", "backends", "bert_padding"),
-    ("_dispatch", "_checks", "_checks_kvcache", "_checks_packed"),
+    ("_dispatch", "_checks", "_checks_backward", "_checks_kvcache", "_checks_packed"),
     ("_ops",),
     ("_run", "_schedule"),
-    ("interface", "interface_kvcache", "interface_varlen"),
+    ("_fa2", "interface", "interface_kvcache", "interface_varlen"),
+    ("flash_attn_interface",),
     ("_report", "_self_check"),
     ("__init__", "__main__", "bench"),
 )

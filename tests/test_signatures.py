@@ -1,11 +1,13 @@
 """The public signatures, word for word: clients pass positionally, by keyword, and by inspect.signature."""
 
 import inspect
+import re
 
 import pytest
 
 import flash_attn
-from flash_attn import bert_padding, interface
+import flash_attn_2_cuda
+from flash_attn import bert_padding, flash_attn_interface, interface
 
 _DENSE = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, "
@@ -50,6 +52,27 @@ BERT_PADDING = {
     "pad_input": "(hidden_states, indices, batch, seqlen)",
 }
 
+_WINDOW = "window_size_left, window_size_right, softcap, alibi_slopes"
+_LENGTHS = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
+_OF_BACKWARD = "dout, q, k, v, out, softmax_lse, dq, dk, dv"
+FA2_INTERFACE = {
+    "_flash_attn_forward": f"(q, k, v, dropout_p, softmax_scale, causal, {_WINDOW}, return_softmax)",
+    "_flash_attn_varlen_forward": (
+        f"(q, k, v, {_LENGTHS}, dropout_p, softmax_scale, causal, window_size_left=-1, window_size_right=-1, "
+        "softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, "
+        "zero_tensors=False)"
+    ),
+    "_flash_attn_backward": (
+        f"({_OF_BACKWARD}, dropout_p, softmax_scale, causal, {_WINDOW}, deterministic, rng_state=None)"
+    ),
+    "_flash_attn_varlen_backward": (
+        f"({_OF_BACKWARD}, {_LENGTHS}, dropout_p, softmax_scale, causal, {_WINDOW}, deterministic, rng_state=None, "
+        "zero_tensors=False)"
+    ),
+}
+# How many arguments FlashAttention-2's compiled functions take, by position, and how many may be left out.
+FA2_CUDA = {"fwd": (13, 0), "varlen_fwd": (22, 1), "bwd": (19, 0), "varlen_bwd": (24, 0)}
+
 
 def without_annotations(function) -> str:
     signature = inspect.signature(function)
@@ -91,3 +114,22 @@ def test_dense_options_exist_everywhere(packed):
     dense = list(inspect.signature(interface.flash_attn_func).parameters)[3:]
     other = inspect.signature(getattr(interface, packed)).parameters
     assert [name for name in dense if name not in other] == []
+
+
+@pytest.mark.parametrize("name", FA2_INTERFACE)
+def test_fa2_interface(name):
+    """ring-flash-attention finds the arguments by inspect.getfullargspec, which sees through no wrapper."""
+    function = getattr(flash_attn_interface, name)
+    assert without_annotations(function) == FA2_INTERFACE[name]
+    assert getattr(flash_attn_interface, f"_wrapped{name}") is function
+    parameters = list(inspect.signature(function).parameters)
+    assert inspect.isfunction(function) and inspect.getfullargspec(function).args == parameters
+    words = set(re.findall(r"\w+", inspect.getdoc(function)))
+    assert [parameter for parameter in parameters if parameter not in words] == []
+
+
+@pytest.mark.parametrize("name", FA2_CUDA)
+def test_fa2_cuda(name):
+    parameters = inspect.signature(getattr(flash_attn_2_cuda, name)).parameters.values()
+    assert all(p.kind is p.POSITIONAL_ONLY for p in parameters)
+    assert (len(parameters), sum(p.default is not p.empty for p in parameters)) == FA2_CUDA[name]
