@@ -12,6 +12,7 @@ import re
 import checks
 import pytest
 import reference
+import test_fa2_interface
 import torch
 from cases import ALL
 from tolerance import assert_close
@@ -65,6 +66,7 @@ BACKWARD = (
     "bwd-33x7-everything",
     "bwd-16x16-full",
 )
+GIVEN_MEMORY = ("fa2-window-dims", "fa2-varlen-alibi-dropout")
 
 # Kernels of csrc/dev/emulator/faulty_kernels.cu, and what is said of them.
 FAULTS = {
@@ -126,6 +128,12 @@ def test_longest_cache(window):
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(name):
     checks.check_backward("sm80", CASES[name])
+
+
+@pytest.mark.parametrize("name", GIVEN_MEMORY)
+def test_backward_into_given_memory(name):
+    (case,) = (case for case in test_fa2_interface.CASES if case.id == name)
+    test_fa2_interface.test_backward_into_given_memory("sm80", case)
 
 
 @pytest.mark.parametrize("name", SPLIT)

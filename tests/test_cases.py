@@ -4,6 +4,7 @@ import cases
 import conftest
 import pytest
 import test_determinism as determinism
+import test_fa2_interface as fa2
 import test_hard_cases as hard
 import test_sanitize
 import test_serving as serving
@@ -24,6 +25,7 @@ SM80_SERVES = [
     *test_sanitize.DECODE, *test_sanitize.RACES, *serving.PAGED, *serving.PAGED_DECODE, *serving.DECODE, *serving.MIXED,
     *serving.SPECULATIVE_APPEND, *hard.UNUSED_CACHE, *(case for case, _ in serving_gpu.GRAPHS), *serving_gpu.CALLS,
     *determinism.MULTIHEAD, *determinism.GROUPED, *(case for case in cases.KVCACHE if case.dtype is not cases.FP32),
+    *(case for case in (*fa2.CASES, *fa2.FORWARD_ONLY) if case.dtype is cases.BF16),
 ]  # fmt: skip
 
 
