@@ -31,10 +31,11 @@ ROUNDS = 5
 SECONDS_OF_A_HANG = 20
 
 # (rows, keys, warps along rows, warps along columns, stages of K and V, stages of Q, exponentials of 16 by polynomial,
-# powers of two before O is rescaled, what groups take turns in, blocks of a cluster): tiles.h says more
+# powers of two before O is rescaled, what groups take turns in, blocks of a cluster, where Q is): tiles.h says more
 IN_TURNS = "Turn::kExponentials"
 WITHOUT_TURNS = "Turn::kNone"
 IN_PAIRS = ("Turn::kProducts", 2)
+WITH_Q_IN_REGISTERS = ("Turn::kProducts", 1, "QueriesIn::kRegisters")
 TILES = {
     (64, 64): (
         (192, 128, 12, 1, 2, 2, 0),
@@ -47,15 +48,22 @@ TILES = {
         (192, 128, 12, 1, 2, 2, 4),
         (128, 128, 8, 1, 2, 2, 0),
         (128, 192, 8, 1, 2, 2, 0),
+        (128, 192, 8, 1, 2, 2, 0, 0, *WITH_Q_IN_REGISTERS),
         (128, 128, 8, 1, 2, 2, 0, 8),
         (192, 96, 12, 1, 3, 2, 0),
     ),
-    (96, 96): ((128, 128, 8, 1, 2, 2, 0), (128, 176, 8, 1, 2, 2, 0), (128, 160, 8, 1, 2, 2, 0)),
+    (96, 96): (
+        (128, 128, 8, 1, 2, 2, 0),
+        (128, 128, 8, 1, 2, 2, 0, 0, *WITH_Q_IN_REGISTERS),
+        (128, 176, 8, 1, 2, 2, 0),
+        (128, 160, 8, 1, 2, 2, 0),
+    ),
     (128, 128): (
         (128, 128, 8, 1, 2, 2, 0),
         (128, 128, 8, 1, 2, 2, 0, 8),
         (128, 128, 8, 1, 2, 2, 0, 0, IN_TURNS),
         (128, 128, 8, 1, 2, 2, 0, 0, WITHOUT_TURNS),
+        (128, 128, 8, 1, 2, 2, 0, 0, *WITH_Q_IN_REGISTERS),
         (128, 128, 8, 1, 2, 2, 0, 0, *IN_PAIRS),
         (128, 128, 8, 1, 2, 1, 0),
         (128, 160, 8, 1, 2, 2, 0),

@@ -12,6 +12,10 @@ namespace flash_attn {
 // SM90: what the warpgroups of a thread block take turns in.
 enum class Turn { kProducts, kExponentials, kNone };
 
+// SM90: where Q is for the products with K. In registers it costs head_dim / 4 of a lane's, and the tensor cores read
+// shared memory for K alone.
+enum class QueriesIn { kSharedMemory, kRegisters };
+
 struct Tile {
   int m;        // query rows per thread block
   int n;        // keys per step
@@ -26,6 +30,7 @@ struct Tile {
   Turn turn = Turn::kProducts;
   // SM90: thread blocks with neighbouring tiles of rows that bring each other half of what they need of K and V.
   int cluster = 1;
+  QueriesIn queries = QueriesIn::kSharedMemory;
 
   constexpr int num_warps() const { return warps_m * warps_n; }
   constexpr int cluster_rows() const { return m * cluster; }

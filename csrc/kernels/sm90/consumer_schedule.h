@@ -31,16 +31,15 @@ class OverlappedSchedule {
   __device__ void accumulate(const GroupKeys& seen, int q_stage, const Score& score, const Meanwhile& meanwhile,
                              Softmax& softmax, AccO& tOrO) {
     const KvRange& range = seen.range;
-    Tensor sQ = make_tensor(make_smem_ptr(&smem_.q_or_o[0][0]), typename Traits::SmemLayoutQ{});
     Tensor sK = make_tensor(make_smem_ptr(&smem_.k[0][0]), typename Traits::SmemLayoutK{});
     Tensor sVt = make_tensor(make_smem_ptr(&smem_.v[0][0]), typename Traits::SmemLayoutVt{});
     typename Traits::TiledMmaQK mma_qk;
     typename Traits::TiledMmaPV mma_pv;
     const auto group_qk = mma_qk.get_slice(group_ * kThreadsPerWarpgroup);
     const auto group_pv = mma_pv.get_slice(group_ * kThreadsPerWarpgroup);
-    Tensor tSrQ = group_qk.partition_fragment_A(sQ)(_, _, _, q_stage);  // (MMA, MMA_M, MMA_K)
-    const Tensor tSrK = group_qk.partition_fragment_B(sK);              // (MMA, MMA_N, MMA_K, stage)
-    const Tensor tOrV = group_pv.partition_fragment_B(sVt);             // (MMA, MMA_N over head_dim_v, MMA_K, stage)
+    Tensor tSrQ = queries(group_qk, q_stage);                // (MMA, MMA_M, MMA_K)
+    const Tensor tSrK = group_qk.partition_fragment_B(sK);   // (MMA, MMA_N, MMA_K, stage)
+    const Tensor tOrV = group_pv.partition_fragment_B(sVt);  // (MMA, MMA_N over head_dim_v, MMA_K, stage)
     Tensor tSrS = make_accumulator<Traits::kTileN>();
     Tensor tOrP = make_tensor<Element>(as_a_operand(tSrS.layout()));  // (MMA, MMA_M, MMA_K)
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
@@ -111,6 +110,16 @@ class OverlappedSchedule {
   // is rescaled beside it.
   static constexpr bool kRescaleBesideScores = Traits::kHeadDimV > 128;
 
+  // As the first product takes them: descriptors, or the rows themselves.
+  template <class GroupMma>
+  __device__ auto queries(const GroupMma& group_qk, int q_stage) const {
+    if constexpr (Traits::kQueriesInRegisters) {
+      return load_a_operand<Traits::kTileM, Traits::kHeadDim>(smem_.q_or_o[q_stage], group_ * Traits::kGroupRows);
+    } else {
+      Tensor sQ = make_tensor(make_smem_ptr(&smem_.q_or_o[0][0]), typename Traits::SmemLayoutQ{});
+      return group_qk.partition_fragment_A(sQ)(_, _, _, q_stage);
+    }
+  }
   // Steps that only other groups' rows see: this one takes its turn and releases the stages unread.
   __device__ void skip(int num_steps) {
     for (int i = 0; i < num_steps; ++i) {

@@ -52,14 +52,18 @@ struct ForwardTraits {
   static constexpr int kConsumerRegisters =
       (kRegistersOfAllGroups - kMinProducerRegisters) / kNumConsumerGroups / 8 * 8;
   static constexpr int kProducerRegisters = kRegistersOfAllGroups - kNumConsumerGroups * kConsumerRegisters;
-  static_assert(kTileN / 2 + kTileN / 4 + kGroupCols / 2 < kConsumerRegisters, "S, P and O don't fit a lane");
 
-  // ---- matrix products: S = Q K' from shared memory, O += P V with P in registers, or, where another group computed
-  // it, in shared memory
+  // ---- matrix products: S = Q K' from shared memory or with Q in registers, O += P V with P in registers, or, where
+  // another group computed it, in shared memory
   using TileQK = Shape<Int<kTileM>, Int<kTileN>, Int<kHeadDim>>;
   using TilePV = Shape<Int<kTileM>, Int<kGroupCols>, Int<kTileN>>;
   using GroupLayout = Layout<Shape<Int<kRowGroups>, _1, _1>>;
-  using TiledMmaQK = decltype(make_tiled_mma(select_score_product<Element, TileQK>(), GroupLayout{}));
+  static constexpr bool kQueriesInRegisters = kTile.queries == QueriesIn::kRegisters;
+  using TiledMmaQK =
+      decltype(make_tiled_mma(select_score_product<Element, TileQK, kQueriesInRegisters>(), GroupLayout{}));
+  static_assert(kTileN / 2 + kTileN / 4 + kGroupCols / 2 + (kQueriesInRegisters ? kHeadDim / 4 : 0) <
+                    kConsumerRegisters,
+                "S, P, O and Q don't fit a lane");
   using TiledMmaPV = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float, TilePV, GMMA::Major::K, GMMA::Major::MN>(), GroupLayout{}));
   using TiledMmaSharedPV = decltype(make_tiled_mma(

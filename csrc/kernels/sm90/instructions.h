@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -147,6 +148,11 @@ __device__ inline void fence_smem_writes() { tma_store_fence(); }
 // row l % 8 of matrix l / 8.
 __device__ inline void store_matrices(uint32_t a, uint32_t b, uint32_t c, uint32_t d, void* row) {
   SM90_U32x4_STSM_N::copy(a, b, c, d, *static_cast<uint128_t*>(row));
+}
+
+// ldmatrix, the same the other way round.
+__device__ inline void load_matrices(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* row) {
+  SM75_U32x4_LDSM_N::copy(*static_cast<const uint128_t*>(row), a, b, c, d);
 }
 
 // ---- matrix products of a warpgroup (wgmma). Between the fence before they start and the wait their registers belong

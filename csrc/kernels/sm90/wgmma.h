@@ -108,6 +108,22 @@ CUTE_DEVICE void store_accumulator(Element* tile, int first_row, const Rounded& 
   }
 }
 
+// A warpgroup's 64 rows of a tile in shared memory as an A operand in registers: ((2, 2, 2), 1, columns / 16), the two
+// rows of every eight columns.
+template <int kTileRows, int kCols, class Element>
+CUTE_DEVICE auto load_a_operand(Element* tile, int first_row) {
+  Tensor operand = make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<kCols / 16>>{});
+  Tensor pairs = recast<uint32_t>(operand);
+  const int lane = threadIdx.x % kThreadsPerWarp;
+  const TilePlace<Element, SmemTile<kTileRows, kCols>> place(tile, first_row_of_warp(first_row) + lane % kRowsPerWarp,
+                                                             lane / kRowsPerWarp * 8);
+  CUTE_UNROLL
+  for (int k = 0; k < kCols / 16; ++k) {
+    load_matrices(pairs(4 * k), pairs(4 * k + 1), pairs(4 * k + 2), pairs(4 * k + 3), place.at(0, 16 * k));
+  }
+  return operand;
+}
+
 // Accumulator ((2, 2, N / 8), 1, 1) -> A operand ((2, 2, 2), 1, N / 16): two blocks of eight columns side by side are
 // what a lane owns of 16 columns of A.
 template <class Layout>

@@ -84,13 +84,16 @@ FLASH_ATTN_WGMMA_TYPES(176, 87, 88, 89, 90)
 #undef FLASH_ATTN_TEN
 
 // The instruction for S = Q K' of a tile: CuTe's choice where it has one of this width.
-template <class Element, class TileShape>
+template <class Element, class TileShape, bool kQueriesInRegisters>
 auto select_score_product() {
+  using cute::GMMA::Major;
   constexpr int kN = size<1>(TileShape{});
-  if constexpr (kN == 80 || kN == 112 || kN == 160 || kN == 176) {
+  if constexpr (kQueriesInRegisters) {
+    return cute::GMMA::rs_op_selector<Element, Element, float, TileShape, Major::K, Major::K>();
+  } else if constexpr (kN == 80 || kN == 112 || kN == 160 || kN == 176) {
     return WgmmaSharedShared<Element, kN>{};
   } else {
-    return cute::GMMA::ss_op_selector<Element, Element, float, TileShape, cute::GMMA::Major::K, cute::GMMA::Major::K>();
+    return cute::GMMA::ss_op_selector<Element, Element, float, TileShape, Major::K, Major::K>();
   }
 }
 

@@ -92,6 +92,15 @@ inline void store_matrices(uint32_t a, uint32_t b, uint32_t c, uint32_t d, void*
   emulator::store_matrices({a, b, c, d}, static_cast<uint128_t*>(row));
 }
 
+inline void load_matrices(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* row) {
+  uint32_t own[4];
+  emulator::load_matrices<emulator::MatrixOrder::kRows>(row, own);
+  a = own[0];
+  b = own[1];
+  c = own[2];
+  d = own[3];
+}
+
 template <class Fragment>
 void fence_fragment(Fragment&) {}
 template <class Fragment>
