@@ -71,6 +71,15 @@ def test_smallest_bucket_that_holds_both_head_dims(head_dim, head_dim_v, bucket)
     assert (made.head_dim, made.head_dim_v) == bucket
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "bucket"),
+    [(1, 32, (32, 32)), (40, 32, (64, 64)), (129, 8, (160, 160)), (160, 160, (160, 160)), (161, 128, (192, 128))],
+)
+def test_smallest_bucket_of_sm90(head_dim, head_dim_v, bucket):
+    made = plan(arch=planner.Arch.SM90, head_dim=head_dim, head_dim_v=head_dim_v)
+    assert (made.head_dim, made.head_dim_v) == bucket
+
+
 def test_no_bucket_names_the_head_dims():
     with pytest.raises(planner.UnsupportedProblem, match="head_dim.*513/128"):
         plan(head_dim=513, head_dim_v=128)

@@ -126,6 +126,12 @@ constexpr Tile clustered(Tile tile) {
 
 // A warpgroup owns 64 rows of S and of O; one more, of which a single thread works, brings the tiles.
 inline constexpr TileRow kForwardTilesSm90[] = {
+    {
+        {32, 32},
+        SmemClass::k227KB,
+        {192, 128, 12, 1, 2, 2},
+        "exponentials: twice the matrix products' time, whatever the tile; three warpgroups keep them busy",
+    },
     {{64, 64},
      SmemClass::k227KB,
      {192, 128, 12, 1, 2, 2},
@@ -141,6 +147,7 @@ inline constexpr TileRow kForwardTilesSm90[] = {
      SmemClass::k227KB,
      clustered({128, 128, 8, 1, 2, 2}),
      "registers: S (64) + O (64) + P (32) of 240 per lane"},
+    {{160, 160}, SmemClass::k227KB, {128, 128, 8, 1, 2, 1}, "shared memory: 201 KB with one stage of Q"},
     {{192, 128}, SmemClass::k227KB, {128, 128, 8, 1, 2, 1}, "shared memory: 209 KB with one stage of Q"},
     {{192, 192},
      SmemClass::k227KB,

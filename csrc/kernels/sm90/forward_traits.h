@@ -64,8 +64,7 @@ struct ForwardTraits {
   static_assert(kTileN / 2 + kTileN / 4 + kGroupCols / 2 + (kQueriesInRegisters ? kHeadDim / 4 : 0) <
                     kConsumerRegisters,
                 "S, P, O and Q don't fit a lane");
-  using TiledMmaPV = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Element, Element, float, TilePV, GMMA::Major::K, GMMA::Major::MN>(), GroupLayout{}));
+  using TiledMmaPV = decltype(make_tiled_mma(select_output_product<Element, TilePV>(), GroupLayout{}));
   using TiledMmaSharedPV = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, TilePV, GMMA::Major::K, GMMA::Major::MN>(), GroupLayout{}));
 

@@ -1,5 +1,6 @@
-// m64nNk16 for sizes N that CuTe has only in a header which takes 40 seconds to read: both operands in shared memory, A
-// along K. The registers are passed one by one, hence the lists.
+// m64nNk16 for sizes N that CuTe has only in a header which takes 40 seconds to read: S = Q K' with both operands in
+// shared memory along K, and O += P V with P in registers and V along its columns. The accumulator's registers are
+// passed one by one, hence the lists.
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -43,6 +44,8 @@ namespace flash_attn::sm90 {
 
 template <class Element, int kN>
 struct WgmmaSharedShared;
+template <class Element, int kN>
+struct WgmmaRegisterShared;
 
 // `last` is N / 2 - 1, the operands after it are numbered `a` to `scale`.
 #define FLASH_ATTN_WGMMA(kN, last, a, b, scale, Element, type)                                                      \
@@ -71,6 +74,28 @@ FLASH_ATTN_WGMMA_TYPES(112, 55, 56, 57, 58)
 FLASH_ATTN_WGMMA_TYPES(160, 79, 80, 81, 82)
 FLASH_ATTN_WGMMA_TYPES(176, 87, 88, 89, 90)
 
+#define FLASH_ATTN_WGMMA_RS(kN, last, a0, a1, a2, a3, b, scale, Element, type)                                         \
+  template <>                                                                                                          \
+  struct WgmmaRegisterShared<Element, kN> {                                                                            \
+    using DRegisters = void;                                                                                           \
+    using ARegisters = uint32_t[4];                                                                                    \
+    using BRegisters = uint64_t[1];                                                                                    \
+    using CRegisters = float[kN / 2];                                                                                  \
+    CUTE_DEVICE static void fma(const uint32_t& a0_, const uint32_t& a1_, const uint32_t& a2_, const uint32_t& a3_,    \
+                                const uint64_t& desc_b, FLASH_ATTN_LIST_##kN(FLASH_ATTN_PARAMETER) float& d##last,     \
+                                cute::GMMA::ScaleOut scale_d = cute::GMMA::ScaleOut::One) {                            \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #scale ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN           \
+                   "k16.f32." type "." type " {" FLASH_ATTN_LIST_##kN(FLASH_ATTN_NAME) "%" #last "}, {%" #a0 ", %" #a1 \
+                                                                                       ", %" #a2 ", %" #a3 "}, %" #b   \
+                                                                                       ", p, 1, 1, 1;\n}\n"            \
+                   : FLASH_ATTN_LIST_##kN(FLASH_ATTN_OPERAND) "+f"(d##last)                                            \
+                   : "r"(a0_), "r"(a1_), "r"(a2_), "r"(a3_), "l"(desc_b), "r"(static_cast<int>(scale_d)));             \
+    }                                                                                                                  \
+  };
+FLASH_ATTN_WGMMA_RS(160, 79, 80, 81, 82, 83, 84, 85, cutlass::half_t, "f16")
+FLASH_ATTN_WGMMA_RS(160, 79, 80, 81, 82, 83, 84, 85, cutlass::bfloat16_t, "bf16")
+
+#undef FLASH_ATTN_WGMMA_RS
 #undef FLASH_ATTN_WGMMA_TYPES
 #undef FLASH_ATTN_WGMMA
 #undef FLASH_ATTN_OPERAND
@@ -96,6 +121,17 @@ auto select_score_product() {
     return cute::GMMA::ss_op_selector<Element, Element, float, TileShape, Major::K, Major::K>();
   }
 }
+// The instruction for O += P V with P in registers.
+template <class Element, class TileShape>
+auto select_output_product() {
+  using cute::GMMA::Major;
+  constexpr int kN = size<1>(TileShape{});
+  if constexpr (kN == 160) {
+    return WgmmaRegisterShared<Element, kN>{};
+  } else {
+    return cute::GMMA::rs_op_selector<Element, Element, float, TileShape, Major::K, Major::MN>();
+  }
+}
 
 }  // namespace flash_attn::sm90
 
@@ -117,6 +153,14 @@ struct MMA_Traits<flash_attn::sm90::WgmmaSharedShared<Element, kN>> {
                          Stride<Stride<_128, _1, _16>, Stride<_64, _8, _512>>>;
 
   GMMA::ScaleOut accumulate_ = GMMA::ScaleOut::One;
+};
+
+template <class Element, int kN>
+struct MMA_Traits<flash_attn::sm90::WgmmaRegisterShared<Element, kN>>
+    : MMA_Traits<flash_attn::sm90::WgmmaSharedShared<Element, kN>> {
+  using FrgTypeA = Element;
+  using FrgTypeB = GMMA::smem_desc<GMMA::Major::MN>;
+  using ALayout = GMMA::ALayout_64x16;
 };
 
 }  // namespace cute
