@@ -14,7 +14,7 @@ _FEW_HEADS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (5, 1)]
 HEADS = st.sampled_from([*_FEW_HEADS, (6, 3), (7, 1), (12, 2), (17, 1)])
 
 
-HEAD_DIMS = (32, 64, 96, 128, 160, 192, 256, 512)  # the buckets of head dims; SM80 has none of 160
+HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)  # the buckets of head dims; SM80 has none of 80 and 160
 
 
 class Sizes(NamedTuple):

@@ -73,7 +73,16 @@ def test_smallest_bucket_that_holds_both_head_dims(head_dim, head_dim_v, bucket)
 
 @pytest.mark.parametrize(
     ("head_dim", "head_dim_v", "bucket"),
-    [(1, 32, (32, 32)), (40, 32, (64, 64)), (129, 8, (160, 160)), (160, 160, (160, 160)), (161, 128, (192, 128))],
+    [
+        (1, 32, (32, 32)),
+        (40, 32, (64, 64)),
+        (80, 65, (80, 96)),
+        (81, 80, (96, 96)),
+        (64, 96, (80, 96)),
+        (129, 8, (160, 160)),
+        (160, 160, (160, 160)),
+        (161, 128, (192, 128)),
+    ],
 )
 def test_smallest_bucket_of_sm90(head_dim, head_dim_v, bucket):
     made = plan(arch=planner.Arch.SM90, head_dim=head_dim, head_dim_v=head_dim_v)

@@ -142,6 +142,7 @@ inline constexpr TileRow kForwardTilesSm90[] = {
      {128, 128, 8, 1, 2, 2},
      "as above, but for what a window's edges and a general score need beside: 160 registers spill, 240 don't",
      MaskSet::kGeneral},
+    {{80, 96}, SmemClass::k227KB, {128, 128, 8, 1, 2, 2}, "as 96/96, which has one step more in Q K'"},
     {{96, 96}, SmemClass::k227KB, {128, 128, 8, 1, 2, 2}, "as 128/128"},
     {{128, 128},
      SmemClass::k227KB,
@@ -221,10 +222,14 @@ inline constexpr int kBarrierBytesSm90 = 1024;
 // Stages of P between warpgroups that share rows.
 inline constexpr int kProbabilityStagesSm90 = 2;
 
+// Of a row of Q or K in shared memory, which is made of blocks of 32 or 64 columns.
+constexpr int smem_cols(int head_dim) { return (head_dim + 31) / 32 * 32; }
+
 // Q, K and V; O leaves through Q's space. Warps that share rows exchange P and the rows' maxima.
 constexpr int smem_bytes(Arch arch, HeadDimBucket d, const Tile& tile) {
-  const int q_or_o = tile.q_stages * tile.m * (d.qk > d.v ? d.qk : d.v);
-  const int tiles = (q_or_o + tile.kv_stages * tile.n * (d.qk + d.v)) * kElementBytes;
+  const int cols = smem_cols(d.qk);
+  const int q_or_o = tile.q_stages * tile.m * (cols > d.v ? cols : d.v);
+  const int tiles = (q_or_o + tile.kv_stages * tile.n * (cols + d.v)) * kElementBytes;
   const bool shares_rows = tile.warps_n > 1;
   if (arch == Arch::kSm90) {
     const int exchange = shares_rows ? kProbabilityStagesSm90 * tile.m * tile.n * kElementBytes : 0;

@@ -47,7 +47,7 @@ class OverlappedSchedule {
 
     skip(seen.num_before);
     wait_full(smem_.barriers.k, k_);
-    start_gemm(mma_qk, tSrQ, tSrK(_, _, _, k_.idx), tSrS, GMMA::ScaleOut::Zero);
+    start_scores(mma_qk, tSrQ, tSrK(_, _, _, k_.idx), tSrS);
     meanwhile();
     wait_for_gemms<0>(tSrS);
     release(smem_.barriers.k, k_);
@@ -65,7 +65,7 @@ class OverlappedSchedule {
 
       wait_full(smem_.barriers.k, k_);
       if constexpr (Traits::kTile.turn == Turn::kProducts) GroupTurns::wait(group_);
-      start_gemm(mma_qk, tSrQ, tSrK(_, _, _, k_.idx), tSrS, GMMA::ScaleOut::Zero);
+      start_scores(mma_qk, tSrQ, tSrK(_, _, _, k_.idx), tSrS);
       if constexpr (kRescaleBesideScores) rescale_output<Traits, Softmax>(output, factors);
       wait_full(smem_.barriers.v[0], v_);
       start_gemm(mma_pv, tOrP, tOrV(_, _, _, v_.idx), tOrO, GMMA::ScaleOut::One);
@@ -119,6 +119,10 @@ class OverlappedSchedule {
       Tensor sQ = make_tensor(make_smem_ptr(&smem_.q_or_o[0][0]), typename Traits::SmemLayoutQ{});
       return group_qk.partition_fragment_A(sQ)(_, _, _, q_stage);
     }
+  }
+  template <class TiledMma, class FragQ, class FragK, class AccS>
+  static __device__ void start_scores(const TiledMma& mma, FragQ& q, const FragK& k, AccS& tSrS) {
+    start_gemm_steps<Traits::kScoreSteps>(mma, q, k, tSrS, 0, GMMA::ScaleOut::Zero);
   }
   // Steps that only other groups' rows see: this one takes its turn and releases the stages unread.
   __device__ void skip(int num_steps) {

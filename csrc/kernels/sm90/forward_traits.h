@@ -22,7 +22,9 @@ struct ForwardTraits {
   static constexpr Score kScore = kVariant.score;
   static constexpr int kTileM = kTile.m;
   static constexpr int kTileN = kTile.n;
-  static constexpr int kHeadDim = kVariant.head_dim.qk;
+  static constexpr int kHeadDim = smem_cols(kVariant.head_dim.qk);
+  static constexpr int kScoreSteps = kVariant.head_dim.qk / 16;  // of Q K': a product takes 16 columns
+  static_assert(kVariant.head_dim.qk % 16 == 0);
   static constexpr int kHeadDimV = kVariant.head_dim.v;
   static constexpr int kKvStages = kTile.kv_stages;
   static constexpr int kQStages = kTile.q_stages;
