@@ -51,7 +51,7 @@ def test_subset_keeps_the_table_order():
     ("name", "value", "message"),
     [
         ("FLASH_ATTN_ARCHS", "70", "FLASH_ATTN_ARCHS must be a comma-separated list of 80, 90; got '70'"),
-        ("FLASH_ATTN_HEAD_DIMS", "64,65", "FLASH_ATTN_HEAD_DIMS must be .* 64, 96, 128.*; got '64,65'"),
+        ("FLASH_ATTN_HEAD_DIMS", "64,65", "FLASH_ATTN_HEAD_DIMS must be .* 64, 80, 96, 128.*; got '64,65'"),
         ("FLASH_ATTN_DTYPES", "fp8", "FLASH_ATTN_DTYPES must be .* fp16, bf16; got 'fp8'"),
         ("FLASH_ATTN_SKIP_CUDA", "perhaps", "FLASH_ATTN_SKIP_CUDA must be 0 or 1; got 'perhaps'"),
     ],
