@@ -52,40 +52,30 @@ def plan(smem=LARGEST_SMEM, arch=planner.Arch.SM80, **changes):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "head_dim_v", "bucket"),
+    ("arch", "head_dim", "head_dim_v", "bucket"),
     [
-        (1, 1, (32, 32)),
-        (32, 33, (64, 64)),
-        (64, 64, (64, 64)),
-        (65, 64, (96, 96)),
-        (64, 97, (128, 128)),
-        (128, 8, (128, 128)),
-        (129, 128, (192, 128)),
-        (192, 129, (192, 192)),
-        (64, 256, (256, 256)),
-        (257, 1, (512, 512)),
+        ("SM80", 1, 1, (32, 32)),
+        ("SM80", 32, 33, (64, 64)),
+        ("SM80", 64, 64, (64, 64)),
+        ("SM80", 65, 64, (96, 96)),
+        ("SM80", 64, 97, (128, 128)),
+        ("SM80", 128, 8, (128, 128)),
+        ("SM80", 129, 128, (192, 128)),
+        ("SM80", 192, 129, (192, 192)),
+        ("SM80", 64, 256, (256, 256)),
+        ("SM80", 257, 1, (512, 512)),
+        ("SM90", 1, 32, (32, 32)),
+        ("SM90", 40, 32, (64, 64)),
+        ("SM90", 80, 65, (80, 96)),
+        ("SM90", 64, 96, (80, 96)),
+        ("SM90", 81, 80, (96, 96)),
+        ("SM90", 129, 8, (160, 160)),
+        ("SM90", 160, 160, (160, 160)),
+        ("SM90", 161, 128, (192, 128)),
     ],
 )
-def test_smallest_bucket_that_holds_both_head_dims(head_dim, head_dim_v, bucket):
-    made = plan(head_dim=head_dim, head_dim_v=head_dim_v)
-    assert (made.head_dim, made.head_dim_v) == bucket
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "head_dim_v", "bucket"),
-    [
-        (1, 32, (32, 32)),
-        (40, 32, (64, 64)),
-        (80, 65, (80, 96)),
-        (81, 80, (96, 96)),
-        (64, 96, (80, 96)),
-        (129, 8, (160, 160)),
-        (160, 160, (160, 160)),
-        (161, 128, (192, 128)),
-    ],
-)
-def test_smallest_bucket_of_sm90(head_dim, head_dim_v, bucket):
-    made = plan(arch=planner.Arch.SM90, head_dim=head_dim, head_dim_v=head_dim_v)
+def test_smallest_bucket_that_holds_both_head_dims(arch, head_dim, head_dim_v, bucket):
+    made = plan(arch=getattr(planner.Arch, arch), head_dim=head_dim, head_dim_v=head_dim_v)
     assert (made.head_dim, made.head_dim_v) == bucket
 
 

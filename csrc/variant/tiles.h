@@ -126,12 +126,10 @@ constexpr Tile clustered(Tile tile) {
 
 // A warpgroup owns 64 rows of S and of O; one more, of which a single thread works, brings the tiles.
 inline constexpr TileRow kForwardTilesSm90[] = {
-    {
-        {32, 32},
-        SmemClass::k227KB,
-        {192, 128, 12, 1, 2, 2},
-        "exponentials: twice the matrix products' time, whatever the tile; three warpgroups keep them busy",
-    },
+    {{32, 32},
+     SmemClass::k227KB,
+     {192, 128, 12, 1, 2, 2},
+     "exponentials: twice the matrix products' time, whatever the tile; three warpgroups keep them busy"},
     {{64, 64},
      SmemClass::k227KB,
      {192, 128, 12, 1, 2, 2},
