@@ -20,8 +20,9 @@ template <class Traits>
 CUTE_DEVICE int column_group_of(int group) {
   return Traits::kColumnGroups == 1 ? 0 : group;
 }
-// Of Q's descriptors, as many stay in uniform registers over the loop. More would crowd out what else belongs there, the
-// stages' indices first: it would take the lanes' registers, which then spill, and a move (R2UR) before each product.
+// Of Q's descriptors, as many stay in uniform registers over the loop. More would crowd out what else belongs there,
+// the stages' indices first: it would take the lanes' registers, which then spill, and a move (R2UR) before each
+// product.
 inline constexpr int kMaxLastingDescriptors = 8;
 
 // Starts acc = A B, or acc += A B, over kNumSteps of the steps from `first_step` on; B is in shared memory, A there or
