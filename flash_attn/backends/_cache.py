@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._rotary import rotate, token_positions
+from ._sequences import cache_rows
 
 
 def _check_capacity(cache_seqlens: Tensor, positions: Tensor, capacity: int) -> None:
@@ -20,12 +21,15 @@ def _check_capacity(cache_seqlens: Tensor, positions: Tensor, capacity: int) -> 
         )
 
 
-def _check_ids(name: str, rule: str, ids: Tensor, limit: int) -> None:
+def _check_pages(ids: Tensor, num_pages: int) -> None:
     if ids.device.type != "cpu" or not ids.numel():
         return
     low, high = ids.min().item(), ids.max().item()
-    if low < 0 or high >= limit:
-        raise ValueError(f"{name} must be {rule} {limit}, got {low if low < 0 else high}")
+    if low < 0 or high >= num_pages:
+        raise ValueError(
+            f"block_table must hold ids of at least 0 and below {num_pages} for pages in use, "
+            f"got {low if low < 0 else high}"
+        )
 
 
 def append_kv(
@@ -63,13 +67,13 @@ def append_kv(
         k = rotate(k, rotary_cos, rotary_sin, positions, rotary_interleaved)
     rows = entries
     if cache_batch_idx is not None:
-        rows = cache_batch_idx.to(torch.int64)[entries]
         whose, table = ("the cache's", k_cache) if block_table is None else ("block_table's", block_table)
-        _check_ids("cache_batch_idx", f"at least 0 and below {whose} number of rows", rows, table.shape[0])
+        cache_rows(cache_batch_idx, whose, table.shape[0])
+        rows = cache_batch_idx.to(torch.int64)[entries]
     if block_table is not None:
         rows = block_table[rows, positions // page_size].to(torch.int64)
         positions = positions % page_size
-        _check_ids("block_table", "ids of used pages, at least 0 and below", rows, k_cache.shape[0])
+        _check_pages(rows, k_cache.shape[0])
     k_cache[rows, positions] = k
     v_cache[rows, positions] = v
     return cache_seqlens + num_new

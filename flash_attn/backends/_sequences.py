@@ -129,14 +129,15 @@ def _entry_rows(name, tensor, cu_seqlens, seqused, used_name, count=None, index=
         if index is None:
             starts = list(range(tensor.shape[0] if count is None else count))
         else:
-            starts = _cache_rows(index, "the cache's", tensor.shape[0])
+            starts = cache_rows(index, "the cache's", tensor.shape[0])
         slots = [tensor.shape[1]] * len(starts)
     used = _used(used_name, seqused, slots)
     packed = cu_seqlens is not None
     return [Rows(packed, a, slot, 0, length) for a, slot, length in zip(starts, slots, used, strict=False)]
 
 
-def _cache_rows(cache_batch_idx: Tensor, whose: str, num_rows: int) -> list[int]:
+def cache_rows(cache_batch_idx: Tensor, whose: str, num_rows: int) -> list[int]:
+    """The row of each entry, checked: of the cache, or with pages of block_table."""
     rows = cache_batch_idx.tolist()
     for index, row in enumerate(rows):
         _check(
@@ -158,7 +159,8 @@ def _check_pages(ids: list[int], num_pages: int, index: int) -> None:
     for page in ids:
         _check(
             0 <= page < num_pages,
-            f"block_table must hold ids below {num_pages} for pages in use, got {page} in row {index}",
+            f"block_table must hold ids of at least 0 and below {num_pages} for pages in use, "
+            f"got {page} in row {index}",
         )
 
 
@@ -221,7 +223,7 @@ def split(
     if block_table is not None:
         page_size = k.shape[1]
         if cache_batch_idx is not None:
-            block_table = block_table[_cache_rows(cache_batch_idx, "block_table's", block_table.shape[0])]
+            block_table = block_table[cache_rows(cache_batch_idx, "block_table's", block_table.shape[0])]
         for batch, (rows, (length, ids)) in enumerate(zip(q_rows, _paged_rows(k, block_table, seqused_k), strict=True)):
             low = _left_pad(leftpad[batch], length, batch)
             first_key = low + trim(rows.high, length - low, window_left, window_right).skipped_keys
