@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,7 +209,8 @@ def no_cuda(monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("torch.cuda was touched")
 
-    for name in ("is_available", "synchronize", "empty_cache", "get_device_name", "current_device", "_lazy_init"):
+    asked = ("is_available", "synchronize", "empty_cache", "get_device_name", "get_device_properties", "_lazy_init")
+    for name in asked:
         monkeypatch.setattr(torch.cuda, name, forbidden)
 
 
@@ -229,6 +231,21 @@ def few_cases(monkeypatch):
 
 def bench(*arguments):
     return main_module.main(["bench", *map(str, arguments)])
+
+
+def test_driver_is_asked_about_the_same_gpu_as_torch(monkeypatch):
+    """CUDA_VISIBLE_DEVICES changes torch's indices, not those of nvidia-smi."""
+    asked = []
+
+    def answer(command, folder=None):
+        asked.append(command)
+        return "580.1, 700.00 W, 1980 MHz"
+
+    gpu = SimpleNamespace(uuid="12345678-9abc-def0-1234-56789abcdef0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: gpu)
+    monkeypatch.setattr(report, "_output_of", answer)
+    assert report._nvidia_smi() == {"driver": "580.1", "power_limit": "700.00 W", "max_clock": "1980 MHz"}
+    assert asked[0][-2:] == ["-i", f"GPU-{gpu.uuid}"]
 
 
 def test_run_end_to_end(tmp_path, capsys, no_cuda, few_cases, monkeypatch):

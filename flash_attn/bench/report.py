@@ -76,8 +76,9 @@ def _cpu_model() -> str:
 
 def _nvidia_smi() -> dict[str, str]:
     fields = ("driver_version", "power.limit", "clocks.max.sm")
-    index = torch.cuda.current_device()
-    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", str(index)]
+    # Not by its index, which CUDA_VISIBLE_DEVICES shifts for torch and not for nvidia-smi.
+    gpu = "GPU-" + str(torch.cuda.get_device_properties().uuid).removeprefix("GPU-")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", gpu]
     output = _output_of(query)
     values = [value.strip() for value in output.split(",")] if output else []
     names = ("driver", "power_limit", "max_clock")
