@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# What a release must show on a GPU, on a machine that has torch and nvcc but no network and perhaps no history of git.
+#
+#   bash benchmarks/on_gpu.sh OUT STAGE...        from the repository's root; the last lines of each stage are printed
+#
+# Stages, in the order in which they make sense; with 16 cores each takes less than ten minutes:
+#   build     the package with all kernels, those for few rows on for every call; again only when a source has changed
+#   smoke     `check`, then SM90's kernels one head dim at a time, so that one that hangs is known by name
+#   tests80   the GPU tests, but for those of SM90's kernels, on several processes
+#   tests90   those of SM90's kernels
+#   suite     all of them in one process, timed
+#   sanitize  compute-sanitizer's tools on their selection
+#   fuzz      2,000 drawn calls, seed 0
+#   forward, short, backward, serving, sm90   beside the peers: WHEELS/peers.py with what it imports
+#   own       the package's own suites that no peer has: deterministic, pages, latency, tiny; host time
+#   train     the small GPT
+#   tune      tiles of SM90's kernels: TUNE="128/128 64/64"
+#
+# WHEELS (.whl): wheels that the machine lacks (nvidia-cutlass, expecttest; for the peers fa3-fwd), and peers.py.
+# SITE (/tmp/site): where they and the package are installed.
+set -uo pipefail
+
+OUT=$(mkdir -p "$1" && cd "$1" && pwd)
+shift
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+WHEELS=$(realpath "${WHEELS:-$ROOT/.whl}")
+SITE=${SITE:-/tmp/site}
+PYTHON=${PYTHON:-python3}
+JOBS=${JOBS:-8} # processes that share the GPU
+TUNE=${TUNE:-512/512 128/128 64/64 256/256}
+export PYTHONPATH=$SITE PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+
+say() { echo "==== $(date +%T) $*"; }
+
+build() {
+  local sources
+  sources=$(cd "$ROOT" && find csrc flash_attn build_support setup.py -type f -not -name '*.pyc' -not -name '*.so' \
+    -not -name _build_info.json -print0 | sort -z | xargs -0 sha256sum | sha256sum)
+  [ "$(cat "$SITE/built_from" 2>/dev/null)" = "$sources" ] && return
+  rm -rf "$SITE" && mkdir -p "$SITE"
+  $PYTHON -m pip install -q --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl || return
+  (cd "$ROOT" && CFLAGS="-DFLASH_ATTN_FEW_ROWS=true" $PYTHON -m pip install -q --no-index --no-build-isolation \
+    --no-deps --no-compile --upgrade --target "$SITE" .) && echo "$sources" >"$SITE/built_from"
+}
+
+# GPU tests: the folder of tests alone, so that the source tree hides no installed package.
+pytest() { (cd "$ROOT/tests" && $PYTHON -m pytest -q --ignore=test_build.py -p no:cacheprovider "$@"); }
+beside_each_other() { pytest -n "$JOBS" --dist worksteal --timeout 150 --max-worker-restart 20 "$@"; }
+bench() { (cd "$OUT" && $PYTHON -m flash_attn bench "$@"); }
+peers() { (cd "$OUT" && timeout 540 $PYTHON "$WHEELS/peers.py" "$@"); }
+
+smoke() {
+  local failed=0
+  (cd "$OUT" && timeout 120 $PYTHON -m flash_attn check) || failed=$?
+  for d in 64 128 256 512 96 192 32 80 160; do
+    (cd "$OUT" && timeout 60 $PYTHON - "$d") <<'PYTHON' || { failed=$?; say "head dim $d: exit $failed"; }
+import sys, torch, flash_attn
+d = int(sys.argv[1])
+for causal in (False, True):
+    q, k, v = (torch.randn(2, 1030, 4, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    with flash_attn.use_path("sm90"):
+        o = flash_attn.flash_attn_func(q, k, v, causal=causal).float()
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    print(f"sm90 head dim {d}, causal {causal}: largest error {(o - want).abs().max().item():.1e}")
+PYTHON
+  done
+  return $failed
+}
+tests80() { beside_each_other -k "not sm90"; }
+tests90() { beside_each_other -k "sm90"; }
+suite() { time pytest --timeout 150; }
+sanitize() { (cd "$ROOT" && PYTHONPATH=$SITE make --no-print-directory sanitize PYTHON3="$PYTHON"); }
+fuzz() { (cd "$ROOT/tests" && $PYTHON fuzz.py --calls 2000 --seed 0); }
+
+forward() { peers fwd,hdim ours,ours80,fa2,mem --out forward.json; }
+short() { peers fwd_short,gemma,local ours,ours80,fa2,cudnn --out short.json; }
+backward() { peers bwd,hdim_bwd ours80,fa2,cudnn,mem --out backward.json; }
+serving() { peers decode,paged ours80 --out serving.json; }
+sm90() { peers fwd,fwd_short,hdim,gemma,local ours,fa2,cudnn,fa3w --out sm90.json; }
+own() {
+  bench --suites bwd_det,pages,latency,tiny,varlen,varlen_bwd --json own.json &&
+    (cd "$OUT" && $PYTHON "$ROOT/benchmarks/host_overhead.py")
+}
+train() { (cd "$OUT" && $PYTHON "$ROOT/benchmarks/train_gpt.py" --json train.json); }
+tune() { (cd "$OUT" && $PYTHON "$ROOT/benchmarks/tune_sm90.py" $TUNE); }
+
+status=0
+for stage in "$@"; do
+  say "$stage"
+  "$stage" >"$OUT/$stage.log" 2>&1 || { status=$?; say "$stage: exit $status"; }
+  tail -n "${LINES_SHOWN:-40}" "$OUT/$stage.log"
+done
+say "done"
+exit $status
