@@ -28,7 +28,8 @@ PYTHON_LAYERS = (
     ("_ops",),
     ("_run", "_schedule"),
     ("_fa2", "interface", "interface_kvcache", "interface_varlen"),
-    ("flash_attn_interface",),
+    ("flash_attn_interface", "layers"),
+    ("ops",),
     ("_report", "_self_check"),
     ("__init__", "__main__", "bench"),
 )

@@ -35,19 +35,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
             raise ValueError(
                 f"rotary_cos and rotary_sin must hold the positions {low} to {high}, got {cos.shape[0]} rows"
             )
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    half = cos.shape[-1]
-    cos = cos[positions].to(dtype).unsqueeze(-2)
-    sin = sin[positions].to(dtype).unsqueeze(-2)
     out = x.clone(memory_format=torch.contiguous_format)
+    rotate_columns(out, x, cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2), interleaved)
+    return out
+
+
+def rotate_columns(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """Writes the rotated columns of x (..., H, D) to those of out, which may be x; cos and sin (..., 1, rotary_dim / 2)
+    are those of each token. Computed in float32 or above.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    half = cos.shape[-1]
     if interleaved:
         first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
     else:
         first, second = slice(0, half), slice(half, 2 * half)
     a, b = x[..., first].to(dtype), x[..., second].to(dtype)
-    out[..., first] = a * cos - b * sin
-    out[..., second] = a * sin + b * cos
-    return out
+    # Both before either is written: a and b may be views of out.
+    rotated_a, rotated_b = a * cos - b * sin, a * sin + b * cos
+    out[..., first] = rotated_a
+    out[..., second] = rotated_b
 
 
 def rotary(

@@ -1,0 +1,1 @@
+"""Single operations, under the names that other libraries import from FlashAttention-2."""

@@ -1,0 +1,1 @@
+"""Named after where FlashAttention-2 keeps them: nothing here needs Triton."""

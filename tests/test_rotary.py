@@ -1,0 +1,351 @@
+"""flash_attn.layers.rotary against complex numbers in float64, and as other libraries call it."""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+from flash_attn.layers import rotary
+from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary, apply_rotary_emb
+
+BATCH, SEQLEN, HEADS, HEAD_DIM, ROWS = 3, 7, 2, 24, 40
+LENGTHS = (4, 0, 7)
+CU_SEQLENS = torch.tensor([0, 4, 4, 11], dtype=torch.int32)
+OFFSETS = torch.tensor([5, 0, 21], dtype=torch.int32)
+
+
+def tables(rotary_dim, dtype=torch.float64, rows=ROWS):
+    angles = torch.outer(
+        torch.arange(rows, dtype=torch.float64), 100.0 ** -torch.linspace(0, 1, rotary_dim // 2).double()
+    )
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def expected(x, cos, sin, positions, interleaved, conjugate=False):
+    """Token by token: a pair of columns is a complex number, which cos + i sin turns."""
+    result = x.double().clone()
+    rotary_dim = 2 * cos.shape[1]
+    for token, position in positions.items():
+        turn = torch.complex(cos[position].double(), sin[position].double())
+        columns = result[token][:, :rotary_dim]
+        a, b = (columns[:, 0::2], columns[:, 1::2]) if interleaved else columns.chunk(2, dim=-1)
+        turned = torch.complex(a, b) * (turn.conj() if conjugate else turn)
+        parts = (turned.real, turned.imag)
+        result[token][:, :rotary_dim] = torch.stack(parts, dim=-1).flatten(1) if interleaved else torch.cat(parts, -1)
+    return result
+
+
+def positions_of(packed, offsets):
+    """{token: position}"""
+    offsets = offsets.tolist() if isinstance(offsets, torch.Tensor) else [offsets] * BATCH
+    if not packed:
+        return {(b, i): offsets[b] + i for b in range(BATCH) for i in range(SEQLEN)}
+    starts = CU_SEQLENS.tolist()
+    return {(starts[b] + i,): offsets[b] + i for b in range(BATCH) for i in range(LENGTHS[b])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    name: str
+    packed: bool = False
+    offsets: object = 0
+    interleaved: bool = False
+    conjugate: bool = False
+    rotary_dim: int = HEAD_DIM
+    dtype: torch.dtype = torch.float64
+    table_dtype: torch.dtype | None = None
+
+    def make(self):
+        x = torch.randn(13, HEADS, HEAD_DIM) if self.packed else torch.randn(BATCH, SEQLEN, HEADS, HEAD_DIM)
+        cos, sin = tables(self.rotary_dim, self.table_dtype or self.dtype)
+        return x.to(self.dtype), cos, sin
+
+    @property
+    def options(self):
+        layout = {"cu_seqlens": CU_SEQLENS, "max_seqlen": max(LENGTHS)} if self.packed else {}
+        return dict(seqlen_offsets=self.offsets, interleaved=self.interleaved, conjugate=self.conjugate, **layout)
+
+
+CALLS = [
+    Call("dense"),
+    Call("dense_offset", offsets=9),
+    Call("dense_offsets", offsets=OFFSETS),
+    Call("dense_offsets_int64", offsets=OFFSETS.long()),
+    Call("dense_interleaved", interleaved=True),
+    Call("dense_partial", rotary_dim=10),
+    Call("dense_partial_interleaved", rotary_dim=10, interleaved=True, offsets=OFFSETS),
+    Call("dense_nothing_rotated", rotary_dim=0),
+    Call("dense_conjugate", conjugate=True, offsets=3),
+    Call("dense_bfloat16", dtype=torch.bfloat16),
+    Call("dense_float16_tables_float32", dtype=torch.float16, table_dtype=torch.float32),
+    Call("packed_with_unused_tokens", packed=True),
+    Call("packed_offset", packed=True, offsets=9),
+    Call("packed_offsets_interleaved", packed=True, offsets=OFFSETS, interleaved=True),
+    Call("packed_conjugate_float32", packed=True, offsets=OFFSETS, conjugate=True, dtype=torch.float32),
+]
+
+
+@pytest.mark.parametrize("inplace", (False, True))
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_values(call, inplace):
+    x, cos, sin = call.make()
+    want = expected(x, cos, sin, positions_of(call.packed, call.offsets), call.interleaved, call.conjugate)
+    before = x.clone()
+    out = apply_rotary(x, cos, sin, inplace=inplace, **call.options)
+    assert out.dtype == x.dtype and (out is x) == inplace and (inplace or torch.equal(x, before))
+    # Half a unit of the result's last place, and two products and a sum in the type that computes.
+    unit = torch.finfo(call.dtype).eps / 2
+    computed = torch.finfo(torch.promote_types(call.dtype, torch.float32)).eps
+    assert ((out.double() - want).abs() <= unit * want.abs() + 4 * computed * before.double().abs().amax()).all()
+
+
+def test_strided_input_in_place():
+    """A view of the queries of a fused projection: the keys and values beside it stay."""
+    qkv = torch.randn(BATCH, SEQLEN, 3, HEADS, HEAD_DIM)
+    before = qkv.clone()
+    cos, sin = tables(HEAD_DIM, torch.float32)
+    apply_rotary_emb(qkv[:, :, 0], cos, sin, inplace=True)
+    assert torch.equal(qkv[:, :, 1:], before[:, :, 1:])
+    assert torch.equal(qkv[:, :, 0], apply_rotary_emb(before[:, :, 0], cos, sin))
+
+
+@pytest.mark.parametrize("inplace", (False, True))
+def test_gradient_is_the_conjugate_rotation(inplace):
+    x, cos, sin = CALLS[0].make()
+    leaf = x.requires_grad_()
+    dout = torch.randn_like(x)
+    apply_rotary_emb(leaf * 1, cos, sin, inplace=inplace, seqlen_offsets=OFFSETS).backward(dout)
+    torch.testing.assert_close(leaf.grad, apply_rotary(dout, cos, sin, OFFSETS, conjugate=True))
+
+
+def test_compiles_without_breaks_or_new_graphs():
+    def both(x, packed, cos, sin, offsets, cu_seqlens):
+        rotated = apply_rotary_emb(x, cos, sin, seqlen_offsets=2)
+        rotated = apply_rotary_emb(rotated, cos, sin, interleaved=True, seqlen_offsets=offsets)
+        return rotated, apply_rotary_emb(packed * 1, cos, sin, inplace=True, cu_seqlens=cu_seqlens)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
+    cos, sin = tables(HEAD_DIM, torch.float32)
+    for batch, seqlen in ((2, 5), (3, 9)):
+        x = torch.randn(batch, seqlen, HEADS, HEAD_DIM)
+        offsets = torch.arange(batch, dtype=torch.int32)
+        cu_seqlens = torch.arange(0, batch * seqlen + 1, seqlen, dtype=torch.int32)
+        arguments = (x, x.flatten(0, 1), cos, sin, offsets, cu_seqlens)
+        for ours, eager in zip(compiled(*arguments), both(*arguments), strict=True):
+            torch.testing.assert_close(ours, eager)
+
+
+def test_positions_without_a_row():
+    """A value that the CPU looks at; nobody may read it from another device, where such tokens stay as they are."""
+    x, cos, sin = CALLS[0].make()
+    far = torch.tensor([0, ROWS - SEQLEN + 1, 0], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cos and sin must have a row for each position, got 40 of 40"):
+        apply_rotary(x, cos, sin, far)
+    with pytest.raises(ValueError, match="got -1 of 40"):
+        apply_rotary(x, cos, sin, far.clamp(max=0) - 1)
+    empty, lengths = torch.randn(0, HEADS, HEAD_DIM), torch.zeros(1, dtype=torch.int32)
+    assert apply_rotary(empty, *tables(HEAD_DIM, rows=0), cu_seqlens=lengths).shape == empty.shape
+
+
+X, COS, SIN = torch.randn(BATCH, SEQLEN, HEADS, HEAD_DIM), *tables(HEAD_DIM, torch.float32)
+ERRORS = [
+    ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+    ({"x": X.int()}, ValueError, "x must have dtype float16, bfloat16, float32 or float64, got torch.int32"),
+    ({"x": X[0]}, ValueError, r"x must have the shape \(batch, seqlen, num_heads, head_dim\), got \(7, 2, 24\)"),
+    ({"cu_seqlens": CU_SEQLENS}, ValueError, r"x must have the shape \(total, num_heads, head_dim\)"),
+    ({"cos": COS[0]}, ValueError, r"cos must have the shape \(seqlen_rotary, rotary_dim / 2\), got \(12,\)"),
+    ({"sin": SIN[1:]}, ValueError, r"sin must have the shape cos's = \(40, 12\), got \(39, 12\)"),
+    ({"sin": SIN.to("meta")}, ValueError, "sin must be on x's device cpu, got meta"),
+    ({"x": X[..., :22]}, ValueError, "cos must have at most head_dim / 2 columns of 22 / 2, got 12"),
+    ({"seqlen_offsets": -1}, ValueError, "seqlen_offsets must be at least 0, got -1"),
+    ({"seqlen_offsets": 34}, ValueError, "cos and sin must have rows for the positions below 41, got 40 rows"),
+    ({"seqlen_offsets": 1.5}, TypeError, "seqlen_offsets must be an int, got 1.5"),
+    (
+        {"seqlen_offsets": OFFSETS[:2]},
+        ValueError,
+        r"seqlen_offsets must have the shape \(batch,\) = \(3,\), got \(2,\)",
+    ),
+    ({"seqlen_offsets": OFFSETS.float()}, ValueError, "seqlen_offsets must have dtype int32 or int64, got torch.float"),
+    ({"max_seqlen": 7}, ValueError, "max_seqlen must not be given without cu_seqlens, got 7"),
+    ({"x": X[0], "cu_seqlens": CU_SEQLENS, "max_seqlen": 41}, ValueError, "for the positions below 41, got 40 rows"),
+    ({"x": X[0], "cu_seqlens": CU_SEQLENS, "max_seqlen": -1}, ValueError, "max_seqlen must be at least 0, got -1"),
+    ({"x": X[0], "cu_seqlens": CU_SEQLENS[:0]}, ValueError, "cu_seqlens must have at least one element, got none"),
+    ({"x": X[0], "cu_seqlens": CU_SEQLENS.long()}, ValueError, "cu_seqlens must have dtype torch.int32"),
+    ({"interleaved": 1}, TypeError, "interleaved must be a bool, got 1"),
+    ({"inplace": None}, TypeError, "inplace must be a bool, got None"),
+    ({"x": X[:1].expand(2, -1, -1, -1), "inplace": True}, ValueError, "x must not overlap itself, got stride"),
+]
+
+
+@pytest.mark.parametrize("changed, error, message", ERRORS, ids=range(len(ERRORS)))
+def test_errors(changed, error, message):
+    with pytest.raises(error, match=message):
+        apply_rotary(**{"x": X, "cos": COS, "sin": SIN, **changed})
+
+
+@pytest.mark.parametrize(
+    "shape, heads", (((BATCH, SEQLEN, 3, HEADS, HEAD_DIM), None), ((BATCH, SEQLEN, 8, HEAD_DIM), 4))
+)
+def test_qkv_and_kv(shape, heads):
+    qkv = torch.randn(shape)
+    parts = qkv.clone().unbind(2) if heads is None else qkv.clone().split((4, 2, 2), dim=2)
+    tables_k = tables(HEAD_DIM, torch.float32, ROWS + 1)
+    assert rotary.apply_rotary_emb_qkv_(qkv, COS, SIN, *tables_k, seqlen_offsets=3, num_heads_q=heads) is qkv
+    q, k, v = qkv.unbind(2) if heads is None else qkv.split((4, 2, 2), dim=2)
+    assert torch.equal(q, apply_rotary(parts[0], COS, SIN, 3)) and torch.equal(v, parts[2])
+    assert torch.equal(k, apply_rotary(parts[1], *tables_k, 3))
+
+    kv = torch.stack(parts[1:], dim=2)
+    assert rotary.apply_rotary_emb_kv_(kv, COS, SIN, interleaved=True) is kv
+    assert torch.equal(kv[:, :, 0], apply_rotary(parts[1], COS, SIN, interleaved=True))
+    assert torch.equal(kv[:, :, 1], parts[2])
+
+
+def test_errors_of_qkv_and_kv():
+    with pytest.raises(ValueError, match=r"qkv must have the shape \(batch, seqlen, 3, num_heads, head_dim\)"):
+        rotary.apply_rotary_emb_qkv_(X, COS, SIN)
+    with pytest.raises(ValueError, match="num_heads_q must leave an even number of qkv's 2 heads, got 1"):
+        rotary.apply_rotary_emb_qkv_(X, COS, SIN, num_heads_q=1)
+    with pytest.raises(ValueError, match=r"kv must have the shape \(batch, seqlen, 2, num_heads_k, head_dim\)"):
+        rotary.apply_rotary_emb_kv_(X, COS, SIN)
+
+
+# ---- RotaryEmbedding ------------------------------------------------------------------------------------------------
+
+
+def test_embedding_rotates_by_its_frequencies():
+    layer = RotaryEmbedding(16, base=500.0, interleaved=True)
+    qkv = torch.randn(BATCH, SEQLEN, 3, HEADS, HEAD_DIM)
+    angles = torch.outer(torch.arange(SEQLEN + 2.0), 500.0 ** (-torch.arange(0, 16, 2) / 16))
+    want = [apply_rotary(part, angles.cos(), angles.sin(), 2, interleaved=True) for part in qkv.unbind(2)[:2]]
+    assert layer(qkv, seqlen_offset=2) is qkv
+    for part, expected_part in zip(qkv.unbind(2), want, strict=False):
+        torch.testing.assert_close(part, expected_part)
+
+
+def test_embedding_of_queries_and_keys_apart():
+    layer = RotaryEmbedding(HEAD_DIM)
+    q, kv = torch.randn(BATCH, SEQLEN, HEADS, HEAD_DIM), torch.randn(BATCH, SEQLEN, 2, 1, HEAD_DIM)
+    fused = torch.cat((q, kv.flatten(2, 3)), dim=2)
+    rotated_q, rotated_kv = layer(q, kv, seqlen_offset=OFFSETS, max_seqlen=ROWS)
+    assert rotated_q is q and rotated_kv is kv
+    layer(fused, seqlen_offset=OFFSETS, max_seqlen=ROWS, num_heads_q=HEADS)
+    assert torch.equal(fused, torch.cat((q, kv.flatten(2, 3)), dim=2))
+    with pytest.raises(ValueError, match="max_seqlen must be given where seqlen_offset is a Tensor, got None"):
+        layer(fused, seqlen_offset=OFFSETS, num_heads_q=HEADS)
+    with pytest.raises(ValueError, match="num_heads_q must not be given with kv, got 2"):
+        layer(q, kv, num_heads_q=2)
+
+
+def test_embedding_keeps_its_tables():
+    layer = RotaryEmbedding(HEAD_DIM)
+    with torch.inference_mode():
+        layer._update_cos_sin_cache(9, device="cpu", dtype=torch.float32)
+    made_for_inference = layer._cos_cached
+    layer._update_cos_sin_cache(8, device="cpu", dtype=torch.float32)
+    kept = layer._cos_cached
+    assert kept is not made_for_inference and not kept.is_inference()
+    layer._update_cos_sin_cache(5, device="cpu", dtype=torch.float32)
+    assert layer._cos_cached is kept
+    layer._update_cos_sin_cache(10, device="cpu", dtype=torch.float32)
+    assert layer._cos_cached.shape == (10, HEAD_DIM // 2)
+    layer._update_cos_sin_cache(3, device="cpu", dtype=torch.bfloat16)
+    assert layer._cos_cached.dtype == torch.bfloat16
+    assert "inv_freq" not in layer.state_dict()
+
+
+@pytest.mark.parametrize(
+    "make", (lambda: RotaryEmbedding(HEAD_DIM).to(torch.bfloat16), lambda: RotaryEmbedding(HEAD_DIM, device="meta"))
+)
+def test_embedding_whose_buffer_is_rounded_or_missing(make):
+    layer, exact = make(), RotaryEmbedding(HEAD_DIM)
+    for each in (layer, exact):
+        each._update_cos_sin_cache(ROWS, device="cpu", dtype=torch.float32)
+    assert torch.equal(layer._cos_cached, exact._cos_cached) and torch.equal(layer._sin_cached, exact._sin_cached)
+
+
+def test_xpos_scores_depend_on_distance():
+    """The scales of a query and of a key cancel but for their distance, in the frequencies' way."""
+    layer = RotaryEmbedding(HEAD_DIM, scale_base=4.0)
+    q, k = torch.randn(2, 1, 1, 1, HEAD_DIM).expand(-1, -1, SEQLEN, -1, -1).double()
+    kv = torch.stack((k, k), dim=2)
+    rotated_q, rotated_kv = layer(q.clone(), kv)
+    scores = torch.einsum("bihd,bjhd->bhij", rotated_q, rotated_kv[:, :, 0])[0, 0]
+    for distance in range(-SEQLEN + 1, SEQLEN):
+        same = scores.diagonal(distance)
+        torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-6, atol=1e-5)
+    # One pair of columns alone: what is left of its score at a distance of 4 is the pair's base.
+    only = torch.zeros(1, SEQLEN, 1, HEAD_DIM, dtype=torch.float64)
+    only[..., 0] = 1
+    rotated_q, rotated_kv = layer(only.clone(), torch.stack((only, only), dim=2))
+    score = torch.dot(rotated_q[0, 5, 0], rotated_kv[0, 1, 0, 0])
+    torch.testing.assert_close(score, torch.tensor(4.0).cos().double() * 0.4 / 1.4, rtol=1e-5, atol=0)
+
+
+def test_errors_of_embedding():
+    for dim in (0, 7, -2):
+        with pytest.raises(ValueError, match=f"dim must be positive and even, got {dim}"):
+            RotaryEmbedding(dim)
+    with pytest.raises(NotImplementedError, match="pos_idx_in_fp32=False is not supported"):
+        RotaryEmbedding(8, pos_idx_in_fp32=False)
+
+
+# ---- As others call it ---------------------------------------------------------------------------------------------
+
+
+def test_module_that_vllm_looks_up():
+    assert importlib.import_module("flash_attn.ops.triton.rotary").apply_rotary is apply_rotary
+
+
+def test_layer_of_modernbert():
+    """transformers 4.48 to 4.57: a subclass with tables of its own length, and a rotation of the queries and keys of
+    packed tokens in place, inside of an autograd function.
+    """
+
+    class Rotation(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, qkv, cos, sin, cu_seqlens, max_seqlen):
+            ctx.save_for_backward(cos, sin, cu_seqlens)
+            ctx.max_seqlen = max_seqlen
+            qkv = qkv.contiguous()
+            rotate_packed(qkv, cos, sin, cu_seqlens, max_seqlen)
+            return qkv
+
+        @staticmethod
+        def backward(ctx, dqkv):
+            dqkv = dqkv.contiguous()
+            rotate_packed(dqkv, *ctx.saved_tensors, ctx.max_seqlen, conjugate=True)
+            return dqkv, None, None, None, None
+
+    def rotate_packed(qkv, cos, sin, cu_seqlens, max_seqlen, **options):
+        both = qkv[:, :2].view(qkv.shape[0], -1, qkv.shape[-1])
+        apply_rotary(
+            both, cos, sin, seqlen_offsets=0, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, interleaved=False,
+            inplace=True, **options,
+        )  # fmt: skip
+
+    class Embedding(RotaryEmbedding):
+        def __init__(self, dim, base, max_seqlen):
+            super().__init__(dim=dim, base=base, pos_idx_in_fp32=True, device=None, interleaved=False)
+            self._update_cos_sin_cache(max_seqlen, device="cpu", dtype=torch.float64)
+
+        def forward(self, qkv, cu_seqlens, max_seqlen):
+            self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
+            return Rotation.apply(qkv, self._cos_cached, self._sin_cached, cu_seqlens, max_seqlen)
+
+    layer = Embedding(HEAD_DIM, 10000.0, ROWS)
+    qkv = torch.randn(11, 3, HEADS, HEAD_DIM, dtype=torch.float64)
+    leaf = qkv.clone().requires_grad_()
+    out = layer(leaf * 1, CU_SEQLENS, max(LENGTHS))
+    places = positions_of(True, 0)
+    for part in (0, 1):
+        want = expected(qkv[:, part], layer._cos_cached, layer._sin_cached, places, False)
+        torch.testing.assert_close(out[:, part], want)
+    assert torch.equal(out[:, 2], qkv[:, 2])
+    dout = torch.randn_like(qkv)
+    out.backward(dout.clone())
+    want = expected(dout[:, 0], layer._cos_cached, layer._sin_cached, places, False, conjugate=True)
+    torch.testing.assert_close(leaf.grad[:, 0], want)
+    assert torch.equal(leaf.grad[:, 2], dout[:, 2])
