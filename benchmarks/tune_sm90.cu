@@ -63,7 +63,7 @@ int time_kernel(int batch, int heads, int length) {
   params.score.factor = 1.f;
   params.score.softmax_scale = 1.f / sqrtf(static_cast<float>(kDims.qk));
   const ForwardLaunchConfig config{params.tiles_per_head * Traits::kClusterBlocks * heads * batch,
-                                   Traits::kClusterBlocks, nullptr};
+                                   Traits::kClusterBlocks, nullptr, nullptr};
 
   cudaEvent_t start, stop;
   check(cudaEventCreate(&start));

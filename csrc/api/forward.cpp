@@ -57,6 +57,14 @@ SplitWorkspace make_split_workspace(const ForwardArgs& args, const Problem& prob
   return workspace;
 }
 
+// With which SM90's thread blocks share tiles out where lengths are on the device, unless each has one tile at most.
+// Clusters don't.
+std::optional<Tensor> make_tile_counter(const ForwardArgs& args, const Plan& plan, const SeqParams& seq, int num_sms) {
+  if (plan.variant.arch != Arch::kSm90 || plan.tile.cluster > 1) return std::nullopt;
+  if (!seq.has_lengths() || plan.num_blocks <= num_sms) return std::nullopt;
+  return allocate(args.q, {1}, ScalarType::Int);
+}
+
 // In a build without SM80's kernels SM90's serve the calls that those would serve better.
 Plan make_plan_of_built(Problem problem, Arch preferred, const Gpu& gpu) {
   const Plan plan = make_plan(problem, preferred, gpu);
@@ -69,7 +77,8 @@ Plan make_plan_of_built(Problem problem, Arch preferred, const Gpu& gpu) {
 
 ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& out) {
   const Problem problem = make_problem(args);
-  const Plan plan = make_plan_of_built(problem, arch_of(args.arch), gpu_of(args.q));
+  const Gpu gpu = gpu_of(args.q);
+  const Plan plan = make_plan_of_built(problem, arch_of(args.arch), gpu);
   const ForwardLaunch launch = find_forward_kernel(plan.variant);
   check(launch != nullptr, "the kernel for ", plan,
         " was left out of this build by FLASH_ATTN_ARCHS, FLASH_ATTN_HEAD_DIMS or FLASH_ATTN_DTYPES");
@@ -100,8 +109,12 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
                              .dropout = dropout_params_of(args),
                              .split = workspace.params};
   if (plan.num_blocks > 0) {
+    const std::optional<Tensor> counter = make_tile_counter(args, plan, params.seq, gpu.num_sms);
     const cudaError_t error =
-        launch(params, {static_cast<int>(plan.num_blocks), plan.tile.cluster, current_stream(args.q)});
+        launch(params, {.num_blocks = static_cast<int>(plan.num_blocks),
+                        .cluster_blocks = plan.tile.cluster,
+                        .tile_counter = counter ? static_cast<int*>(counter->mutable_data_ptr()) : nullptr,
+                        .stream = current_stream(args.q)});
     check_cuda(error, "launching ", plan);
   }
   output.finish();

@@ -329,6 +329,12 @@ void add_to_global(float* to, float value) {
   *to += value;
 }
 
+int fetch_and_increment(int* counter) {
+  if (!tensor_memory::may_touch(reinterpret_cast<uintptr_t>(counter), sizeof *counter))
+    fail("counts outside of any tensor");
+  return (*counter)++;
+}
+
 void store_to_global(int* to, int value) {
   if (!tensor_memory::may_touch(reinterpret_cast<uintptr_t>(to), sizeof *to)) fail("writes outside of any tensor");
   *to = value;

@@ -32,6 +32,7 @@ void store(const void* to, size_t num_bytes);
 
 // What thread blocks may do at once, to the same memory.
 void add_to_global(float* to, float value);
+int fetch_and_increment(int* counter);
 void store_to_global(int* to, int value);
 int load_from_global(const int* from);
 

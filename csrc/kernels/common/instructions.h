@@ -58,6 +58,13 @@ __device__ inline void add_to_global(float* to, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
 }
 
+// Returns the old value; says nothing about what other threads wrote elsewhere.
+__device__ inline int fetch_and_increment(int* counter) {
+  int value;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
 __device__ inline void store_release(int* to, int value) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }

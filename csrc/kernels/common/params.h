@@ -46,6 +46,9 @@ struct SeqParams {
   int num_cache_rows;  // of K's batch dimension, or of the page table
   // K and V lie in pages: rows_k is what an entry's pages hold, and cu_seqlens_k gives lengths only.
   bool has_pages;
+
+  // Otherwise all entries have rows_q and rows_k of them, as the host knows, too.
+  bool has_lengths() const { return cu_seqlens_q != nullptr || seqused_q != nullptr || seqused_k != nullptr; }
 };
 
 // Key t of an entry is row t % page_size of page table[t / page_size]: K's and V's batch dimension counts pages. Null

@@ -88,12 +88,17 @@ struct StageCursor {
 
 // ---- the producer's side, one thread
 
-// Waits until the consumers are done with the stage, which for its first use they are, and announces `num_bytes`, those
-// of other producers included.
+// Waits until the consumers are done with the stage, which for its first use they are.
+template <int kNumStages, int kClusterBlocks>
+__device__ void wait_empty(Stages<kNumStages, kClusterBlocks>& stages, const StageCursor<kNumStages>& cursor) {
+  stages.empty[cursor.idx].wait(cursor.parity ^ 1);
+}
+
+// The same, and announces `num_bytes`, those of other producers included.
 template <int kNumStages, int kClusterBlocks>
 __device__ Mbarrier& acquire(Stages<kNumStages, kClusterBlocks>& stages, const StageCursor<kNumStages>& cursor,
                              int num_bytes) {
-  stages.empty[cursor.idx].wait(cursor.parity ^ 1);
+  wait_empty(stages, cursor);
   stages.full[cursor.idx].arrive_and_expect(num_bytes);
   return stages.full[cursor.idx];
 }

@@ -23,7 +23,7 @@ using ScheduleOf =
 
 template <class Traits>
 __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& maps,
-                        typename Traits::SharedStorage& smem, int group, const TileOrder& order) {
+                        typename Traits::SharedStorage& smem, int group) {
   using Softmax = OnlineSoftmax<Traits::kRowsPerLane>;
   ScheduleOf<Traits> schedule(smem, group);
   StageCursor<Traits::kQStages> q;
@@ -34,7 +34,7 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
   const auto score_coords = accumulator_coords<Traits::kTileN>(first_row);
   const auto output_coords = accumulator_coords<Traits::kGroupCols>(first_row);
 
-  for_each_tile<Traits>(params, order, [&](const PackedTile& cluster_tile) {
+  for_each_announced_tile<Traits>(params, smem, [&](const PackedTile& cluster_tile) {
     const PackedTile tile = tile_of_block<Traits>(cluster_tile);
     const GroupKeys seen = keys_of_group<Traits>(params, tile, first_row, visited_keys<Traits>(params, cluster_tile));
     const PackedKeys<Traits::kMask> keys{{tile.seq, params.window}, tile.rows};
@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   auto& smem = dynamic_smem<typename Traits::SharedStorage>();
 
   if (threadIdx.x == 0) {
+    smem.barriers.tile_ids.init(Traits::kTile.num_warps());
     smem.barriers.q.init(Traits::kTile.num_warps());
     smem.barriers.k.init(Traits::kTile.warps_m);
     for (auto& stages : smem.barriers.v) stages.init(Traits::kTile.warps_m);
@@ -95,11 +96,12 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     give_up_registers<Traits::kProducerRegisters>();
     if (warp_idx() == 0 && is_elected_lane()) {
       Producer<Traits, TmaKvSource> producer(params, maps, smem);
-      for_each_tile<Traits>(params, order, [&](const PackedTile& tile) { producer.bring(tile); });
+      for_each_tile<Traits>(params, order, [&](const TileId& id) { producer.bring(id); });
+      producer.announce(TileId::none());
     }
   } else {
     take_registers<Traits::kConsumerRegisters>();
-    consume<Traits>(params, maps, smem, group - 1, order);
+    consume<Traits>(params, maps, smem, group - 1);
   }
   // A block's shared memory must be there for as long as another one may arrive at its barriers.
   if constexpr (Traits::kClusterBlocks > 1) sync_cluster();

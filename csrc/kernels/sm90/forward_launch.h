@@ -57,14 +57,6 @@ cudaError_t make_tensor_maps(const ForwardParams& params, ForwardTensorMaps& map
                 {Traits::kGroupRows, packed_heads, kBoxV}, maps.o);
 }
 
-// Where all entries have the same lengths there are as many thread blocks as the GPU holds, each of which loads its
-// next tile while one ends. Lengths on the device aren't known here: there is a block for each tile, and the hardware
-// schedules them.
-inline bool is_persistent(const ForwardParams& params) {
-  const SeqParams& seq = params.seq;
-  return seq.cu_seqlens_q == nullptr && seq.seqused_q == nullptr && seq.seqused_k == nullptr;
-}
-
 // The step with which each cluster comes by all places of a run in turn, so that none gets the short ones every time:
 // an entry's last rows, or the tile without a partner.
 inline int find_step(int num_clusters, int units_per_run) {
@@ -77,9 +69,13 @@ inline int find_step(int num_clusters, int units_per_run) {
 template <class Traits>
 TileOrder make_tile_order(const ForwardParams& params, const ForwardLaunchConfig& config) {
   const int num_runs = config.num_blocks / (params.tiles_per_head * Traits::kClusterBlocks);
-  const bool pairs = Traits::kMask != Mask::kFull && is_persistent(params);
+  const bool pairs = Traits::kMask != Mask::kFull && !params.seq.has_lengths();
   const int units_per_run = pairs ? (params.tiles_per_head + 1) / 2 : params.tiles_per_head;
-  return {.num_units = num_runs * units_per_run, .units_per_run = units_per_run, .step = 0, .pairs = pairs};
+  return {.num_units = num_runs * units_per_run,
+          .units_per_run = units_per_run,
+          .step = 0,
+          .pairs = pairs,
+          .counter = config.tile_counter};
 }
 
 inline cudaError_t count_multiprocessors(int& count) {
@@ -101,14 +97,20 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, const ForwardLaun
   static SmemOptIn opt_in;
   error = opt_in.apply(reinterpret_cast<const void*>(kernel), kSmemBytes);
   if (error != cudaSuccess) return error;
+  // As many thread blocks as the GPU holds, each of which loads its next tile while one ends; or, where lengths are on
+  // the device and there is no counter, as many clusters as units.
   TileOrder order = make_tile_order<Traits>(params, config);
   int num_clusters = order.num_units;
-  if (is_persistent(params)) {
+  if (!params.seq.has_lengths() || order.counter != nullptr) {
     int num_sms = 0;
     error = count_multiprocessors(num_sms);
     if (error != cudaSuccess) return error;
     num_clusters = std::min(num_clusters, num_sms / Traits::kClusterBlocks);
     order.step = find_step(num_clusters, order.units_per_run);
+  }
+  if (order.counter != nullptr) {
+    error = cudaMemsetAsync(order.counter, 0, sizeof(int), config.stream);
+    if (error != cudaSuccess) return error;
   }
   const KernelLaunch launch{num_clusters * Traits::kClusterBlocks, Traits::kNumThreads, kSmemBytes, config.stream};
   if constexpr (Traits::kClusterBlocks > 1) {

@@ -7,6 +7,7 @@
 #include "kernels/common/element.h"
 #include "kernels/common/smem_tile.h"
 #include "kernels/sm90/barriers.h"
+#include "kernels/sm90/tile_id.h"
 #include "kernels/sm90/wgmma_shapes.h"
 #include "variant/tiles.h"
 
@@ -119,7 +120,11 @@ struct ForwardTraits {
     float last[kTileM];
   };
   struct NoRowFactors {};
+  // The producer may announce a tile while the consumers are at the one before it.
+  static constexpr int kTileIdStages = 2;
   struct Barriers {
+    Stages<kTileIdStages> tile_ids;
+    TileId tile_id[kTileIdStages];
     Stages<kQStages> q;
     Stages<kKvStages * kKSlices, kClusterBlocks> k;
     Stages<kKvStages, kClusterBlocks> v[kColumnGroups];

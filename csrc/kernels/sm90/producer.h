@@ -54,8 +54,8 @@ class TmaKvSource {
   int head_idx_;
 };
 
-// Brings Q, and K and V in the order in which the consumers take them: the last tile of keys first, each K one step
-// before the V that goes with the K before it.
+// Announces each tile, brings its Q, and K and V in the order in which the consumers take them: the last tile of keys
+// first, each K one step before the V that goes with the K before it.
 template <class Traits, template <class> class KvSource>
 class Producer {
  public:
@@ -64,8 +64,12 @@ class Producer {
   __device__ Producer(const ForwardParams& params, const ForwardTensorMaps& maps, typename Traits::SharedStorage& smem)
       : params_(params), maps_(maps), smem_(smem) {}
 
-  // `tile` is that of the cluster.
-  __device__ void bring(const PackedTile& tile) {
+  // The cluster's tile, unless it has no rows.
+  __device__ void bring(const TileId& id) {
+    const PackedTile all_rows = packed_tile_of(params_, id);
+    if (!all_rows.has_rows()) return;
+    announce(id);
+    const PackedTile tile = without_unseen_keys<Traits>(params_, all_rows);
     const KvRange range = visited_keys<Traits>(params_, tile);
     const KvSource<Traits> source(params_, maps_, tile);
     // The first K before Q, whose space the last tile's O may still be leaving.
@@ -75,6 +79,13 @@ class Producer {
       if (n > range.begin) bring_k(source, n - 1);
       bring_v(source, n);
     }
+  }
+  __device__ void announce(const TileId& id) {
+    auto& tile_ids = smem_.barriers.tile_ids;
+    wait_empty(tile_ids, tile_id_);
+    smem_.barriers.tile_id[tile_id_.idx] = id;
+    tile_ids.full[tile_id_.idx].arrive();
+    tile_id_.advance();
   }
 
  private:
@@ -106,6 +117,7 @@ class Producer {
   const ForwardParams& params_;
   const ForwardTensorMaps& maps_;
   typename Traits::SharedStorage& smem_;
+  StageCursor<Traits::kTileIdStages> tile_id_;
   StageCursor<Traits::kQStages> q_;
   StageCursor<Traits::kKvStages * Traits::kKSlices> k_;
   StageCursor<Traits::kKvStages> v_;

@@ -4,22 +4,27 @@
 #include "kernels/common/kv_range.h"
 #include "kernels/common/row_map.h"
 #include "kernels/common/seq_info.h"
-#include "kernels/sm90/instructions.h"
+#include "kernels/sm90/barriers.h"
+#include "kernels/sm90/tile_id.h"
 
 namespace flash_attn::sm90 {
 
 // As flash_attn::locate_tile, for packed rows.
 template <int kTileM>
-__device__ PackedTile locate_packed_tile(const ForwardParams& params, int idx) {
+__device__ TileId locate_packed_tile(const ForwardParams& params, int idx) {
   const SeqParams& seq = params.seq;
   const FastDivisor& packed_heads = params.split.packed_heads;
   const int num_runs = packed_heads.divide(params.heads.num_heads);
   const int tile_idx = params.tiles_per_head - 1 - idx % params.tiles_per_head;
   const int run = idx / params.tiles_per_head;
-  const PackedRows rows{run % num_runs * packed_heads.divisor(), packed_heads};
-  if (seq.cu_seqlens_q == nullptr) return {entry_info(seq, run / num_runs), rows, tile_idx * kTileM};
+  const int first_head = run % num_runs * packed_heads.divisor();
+  if (seq.cu_seqlens_q == nullptr) return {run / num_runs, first_head, tile_idx * kTileM};
   const TileSlot slot = varlen_tile(seq.cu_seqlens_q, seq.batch, seq.rows_q, tile_idx, kTileM, packed_heads.divisor());
-  return {entry_info(seq, slot.entry), rows, slot.row_begin};
+  return {slot.entry, first_head, slot.row_begin};
+}
+
+__device__ inline PackedTile packed_tile_of(const ForwardParams& params, const TileId& id) {
+  return {entry_info(params.seq, id.entry), {id.first_head, params.split.packed_heads}, id.m_begin};
 }
 
 // The tile, its keys counted from the first one that any of its rows sees: what lies before that may be anything, NaN
@@ -71,34 +76,77 @@ __device__ GroupKeys keys_of_group(const ForwardParams& params, const PackedTile
   return {own, visited.end - own.end, own.begin - visited.begin};
 }
 
-// How clusters of thread blocks go through their tiles: n clusters take n units a round, each `step` places further on
-// in the round than in the last one. Where a mask makes tiles of unequal length a unit is a pair of them, the run's
-// last tile and its first, the last but one and the second, all about equally long together.
+// How clusters of thread blocks go through their tiles. Where the lengths are known before the launch, n clusters take
+// n units a round, each `step` places further on in the round than in the last one. Where a mask makes tiles of unequal
+// length a unit is a pair of them, the run's last tile and its first, the last but one and the second, all about
+// equally long together. Lengths on the device say too late which tiles are long: each cluster takes the next unit when
+// it has time for one.
 struct TileOrder {
   int num_units;
   int units_per_run;
   int step;
   bool pairs;
+  int* counter;  // of units that were taken, but for each cluster's first; null: in rounds
 };
 
-// Calls `work(tile)` for each tile of this thread block's cluster that has rows.
+// The units of one cluster.
+class UnitCursor {
+ public:
+  __device__ explicit UnitCursor(int cluster) : place_(cluster) {}
+
+  __device__ int unit() const { return round_begin_ + place_; }
+  __device__ void advance(const TileOrder& order, int num_clusters) {
+    if (order.counter != nullptr) {
+      place_ = num_clusters + fetch_and_increment(order.counter);
+      return;
+    }
+    round_begin_ += num_clusters;
+    place_ += order.step;
+    if (place_ >= num_clusters) place_ -= num_clusters;
+  }
+
+ private:
+  int round_begin_ = 0;
+  int place_;
+};
+
+// Calls `work(id)` for each tile of this thread block's cluster, some of which have no rows.
 template <class Traits, class Work>
 __device__ void for_each_tile(const ForwardParams& params, const TileOrder& order, const Work& work) {
   const int tiles_per_run = params.tiles_per_head;
   const int num_clusters = gridDim.x / Traits::kClusterBlocks;
-  int place = blockIdx.x / Traits::kClusterBlocks;
-  for (int round = 0; round + place < order.num_units; round += num_clusters) {
-    const int unit = round + place;
-    place += order.step;
-    if (place >= num_clusters) place -= num_clusters;
+  for (UnitCursor cursor(blockIdx.x / Traits::kClusterBlocks); cursor.unit() < order.num_units;
+       cursor.advance(order, num_clusters)) {
+    const int unit = cursor.unit();
     const int run_begin = unit / order.units_per_run * tiles_per_run;
     const int first = unit % order.units_per_run;
     const int partner = tiles_per_run - 1 - first;
     for (int position = first;; position = partner) {
-      const PackedTile tile = locate_packed_tile<Traits::kClusterM>(params, run_begin + position);
-      if (tile.has_rows()) work(without_unseen_keys<Traits>(params, tile));
+      work(locate_packed_tile<Traits::kClusterM>(params, run_begin + position));
       if (!order.pairs || position >= partner) break;
     }
+  }
+}
+
+// What depends on the result stays in uniform registers. All lanes of the warp have read `id` when it returns, so that
+// one of them may release it.
+__device__ inline TileId read_by_warp(const TileId& id) {
+  const TileId read = id;
+  __syncwarp();
+  return {__shfl_sync(~0u, read.entry, 0), __shfl_sync(~0u, read.first_head, 0), __shfl_sync(~0u, read.m_begin, 0)};
+}
+
+// Calls `work(tile)` for each tile that the producer announces.
+template <class Traits, class Work>
+__device__ void for_each_announced_tile(const ForwardParams& params, typename Traits::SharedStorage& smem,
+                                        const Work& work) {
+  StageCursor<Traits::kTileIdStages> cursor;
+  for (;;) {
+    wait_full(smem.barriers.tile_ids, cursor);
+    const TileId id = read_by_warp(smem.barriers.tile_id[cursor.idx]);
+    release(smem.barriers.tile_ids, cursor);
+    if (!id.exists()) break;
+    work(without_unseen_keys<Traits>(params, packed_tile_of(params, id)));
   }
 }
 

@@ -37,6 +37,8 @@ inline void pause() {}  // load_acquire counts
 
 inline void add_to_global(float* to, float value) { emulator::memory::add_to_global(to, value); }
 
+inline int fetch_and_increment(int* counter) { return emulator::memory::fetch_and_increment(counter); }
+
 inline void store_release(int* to, int value) { emulator::memory::store_to_global(to, value); }
 
 }  // namespace flash_attn

@@ -1,0 +1,19 @@
+// What the producer tells the consumers about the tile that comes next.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace flash_attn::sm90 {
+
+// Where a tile of packed rows lies.
+struct TileId {
+  int entry;
+  int first_head;
+  int m_begin;  // first packed row within the entry
+
+  // There are no more tiles.
+  static __device__ TileId none() { return {-1, 0, 0}; }
+  __device__ bool exists() const { return entry >= 0; }
+};
+
+}  // namespace flash_attn::sm90
