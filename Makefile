@@ -61,11 +61,11 @@ test-gpu:  ## run the tests with the python3 (or PYTHON=...) and the flash_attn 
 # the next one away from it.
 sanitize: PYTHON = $(PYTHON3)
 sanitize:  ## run a small selection of the tests under compute-sanitizer, set up as for test-gpu
-	cd tests && for run in "sanitize memcheck --padding 512 --report-api-errors no" "sanitize initcheck" "race racecheck"; do \
+	cd tests && status=0 && for run in "sanitize memcheck --padding 512 --report-api-errors no" "sanitize initcheck" "race racecheck"; do \
 		set -- $$run; marked=$$1; shift; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$@ --error-exitcode 1 \
-			$(PYTHON) -m pytest -m $$marked --ignore=test_build.py $(PYTEST_ARGS) . || exit 1; \
-	done
+			$(PYTHON) -m pytest -m $$marked --ignore=test_build.py $(PYTEST_ARGS) . || status=1; \
+	done; exit $$status
 
 fuzz: $(INSTALLED)/flash_attn $(INSTALLED)/test  ## draw calls and compare them with the oracle (FUZZ_ARGS=--help)
 	$(PYTHON) tests/fuzz.py $(FUZZ_ARGS)

@@ -3,8 +3,8 @@
 #
 #   bash benchmarks/on_gpu.sh OUT STAGE...        from the repository's root; the last lines of each stage are printed
 #
-# Stages, in the order in which they make sense; with 16 cores each takes less than ten minutes:
-#   build     the package with all kernels, those for few rows on for every call; again only when a source has changed
+# Stages, in the order in which they make sense, each of less than ten minutes with 16 cores:
+#   build     the package with all kernels; again only when a source has changed
 #   smoke     `check`, then SM90's kernels one head dim at a time, so that one that hangs is known by name
 #   tests80   the GPU tests, but for those of SM90's kernels, on several processes
 #   tests90   those of SM90's kernels
@@ -16,11 +16,14 @@
 #   train     the small GPT
 #   tune      tiles of SM90's kernels: TUNE="128/128 64/64"
 #
-# WHEELS (.whl): wheels that the machine lacks (nvidia-cutlass, expecttest; for the peers fa3-fwd), and peers.py.
+# WHEELS (.whl): wheels that the machine lacks (nvidia-cutlass, expecttest; for the peers fa3-fwd), and peers.py, the
+# script of the project's targets, which is no part of the repository.
 # SITE (/tmp/site): where they and the package are installed.
+# FEW_ROWS (true): the kernels for few rows serve every call with few rows; false is what a build has by default until
+# they have been proven, and leaves short sequences to SM90's kernels.
 set -uo pipefail
 
-OUT=$(mkdir -p "$1" && cd "$1" && pwd)
+OUT=$(mkdir -p "${1:?OUT, a folder}" && cd "$1" && pwd) || exit 2
 shift
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 WHEELS=$(realpath "${WHEELS:-$ROOT/.whl}")
@@ -28,26 +31,28 @@ SITE=${SITE:-/tmp/site}
 PYTHON=${PYTHON:-python3}
 JOBS=${JOBS:-8} # processes that share the GPU
 TUNE=${TUNE:-512/512 128/128 64/64 256/256}
+FEW_ROWS=${FEW_ROWS:-true}
 export PYTHONPATH=$SITE PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 
 say() { echo "==== $(date +%T) $*"; }
 
 build() {
   local sources
-  sources=$(cd "$ROOT" && find csrc flash_attn build_support setup.py -type f -not -name '*.pyc' -not -name '*.so' \
-    -not -name _build_info.json -print0 | sort -z | xargs -0 sha256sum | sha256sum)
+  sources=$FEW_ROWS$(cd "$ROOT" && find csrc flash_attn build_support setup.py pyproject.toml flash_attn_2_cuda.py \
+    -type f -not -name '*.pyc' -not -name '*.so' -not -name _build_info.json -print0 | sort -z | xargs -0 sha256sum |
+    sha256sum)
   [ "$(cat "$SITE/built_from" 2>/dev/null)" = "$sources" ] && return
   rm -rf "$SITE" && mkdir -p "$SITE"
   $PYTHON -m pip install -q --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl || return
-  (cd "$ROOT" && CFLAGS="-DFLASH_ATTN_FEW_ROWS=true" $PYTHON -m pip install -q --no-index --no-build-isolation \
+  (cd "$ROOT" && CFLAGS="-DFLASH_ATTN_FEW_ROWS=$FEW_ROWS" $PYTHON -m pip install -q --no-index --no-build-isolation \
     --no-deps --no-compile --upgrade --target "$SITE" .) && echo "$sources" >"$SITE/built_from"
 }
 
 # From the folder of tests, so that the source tree hides no installed package. A process that waits for a kernel that
 # hangs answers no signal: the timeout's thread ends it, and pytest-xdist starts another.
 pytest() {
-  (cd "$ROOT/tests" && $PYTHON -m pytest -q --ignore=test_build.py -p no:cacheprovider --timeout 150 \
-    --timeout-method thread "$@")
+  (cd "$ROOT/tests" && $PYTHON -m pytest -q --ignore=test_build.py --ignore=test_emulated_kernels.py \
+    -p no:cacheprovider --timeout 150 --timeout-method thread "$@")
 }
 beside_each_other() { pytest -n "$JOBS" --dist worksteal --max-worker-restart 20 "$@"; }
 bench() { (cd "$OUT" && $PYTHON -m flash_attn bench "$@"); }
@@ -55,18 +60,29 @@ peers() { (cd "$OUT" && timeout 540 $PYTHON "$WHEELS/peers.py" "$@"); }
 
 smoke() {
   local failed=0
-  (cd "$OUT" && timeout 120 $PYTHON -m flash_attn check) || failed=$?
+  (cd "$OUT" && timeout -k 5 120 $PYTHON -m flash_attn check) || failed=$?
   for d in 64 128 256 512 96 192 32 80 160; do
-    (cd "$OUT" && timeout 60 $PYTHON - "$d") <<'PYTHON' || { failed=$?; say "head dim $d: exit $failed"; }
+    (cd "$OUT" && timeout -k 5 40 $PYTHON - "$d") <<'PYTHON' || { failed=$?; say "head dim $d: exit $failed"; }
 import sys, torch, flash_attn
 d = int(sys.argv[1])
+lengths = [1030, 1, 0, 700, 299] * 2
+cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
 for causal in (False, True):
-    q, k, v = (torch.randn(2, 1030, 4, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    with flash_attn.use_path("sm90"):
-        o = flash_attn.flash_attn_func(q, k, v, causal=causal).float()
-    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-    print(f"sm90 head dim {d}, causal {causal}: largest error {(o - want).abs().max().item():.1e}")
+    for packed in (False, True):
+        shape = (sum(lengths), 16, d) if packed else (2, 1030, 4, d)
+        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        with flash_attn.use_path("sm90"):
+            if packed:
+                out = flash_attn.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 1030, 1030, causal=causal)
+            else:
+                out = flash_attn.flash_attn_func(q, k, v, causal=causal)
+        parts = zip(*(x.float().split(lengths) if packed else x.float() for x in (q, k, v)))
+        want = [torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), is_causal=causal)
+                for part in parts]
+        want = torch.cat([x.transpose(0, 1) for x in want]).view_as(out)
+        error = (out.float() - want).abs().max().item()
+        print(f"sm90 head dim {d}, causal {causal}, packed {packed}: largest error {error:.1e}")
+        assert error < 0.03
 PYTHON
   done
   return $failed
@@ -87,13 +103,14 @@ own() {
     (cd "$OUT" && $PYTHON "$ROOT/benchmarks/host_overhead.py")
 }
 train() { (cd "$OUT" && $PYTHON "$ROOT/benchmarks/train_gpt.py" --json train.json); }
-tune() { (cd "$OUT" && $PYTHON "$ROOT/benchmarks/tune_sm90.py" $TUNE); }
+tune() { (cd "$OUT" && CUTLASS_PATH=$SITE/cutlass_library/source/include $PYTHON "$ROOT/benchmarks/tune_sm90.py" $TUNE); }
 
 status=0
 for stage in "$@"; do
   say "$stage"
   "$stage" >"$OUT/$stage.log" 2>&1 || { status=$?; say "$stage: exit $status"; }
   tail -n "${LINES_SHOWN:-40}" "$OUT/$stage.log"
+  [ "$stage" = build ] && [ $status -ne 0 ] && break
 done
 say "done"
 exit $status

@@ -62,8 +62,10 @@ int time_kernel(int batch, int heads, int length) {
   params.tiles_per_head = (length + Traits::kClusterM - 1) / Traits::kClusterM;
   params.score.factor = 1.f;
   params.score.softmax_scale = 1.f / sqrtf(static_cast<float>(kDims.qk));
+  int num_sms = 0;
+  check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
   const ForwardLaunchConfig config{params.tiles_per_head * Traits::kClusterBlocks * heads * batch,
-                                   Traits::kClusterBlocks, nullptr, nullptr};
+                                   Traits::kClusterBlocks, num_sms, nullptr, nullptr};
 
   cudaEvent_t start, stop;
   check(cudaEventCreate(&start));

@@ -340,6 +340,9 @@ KVCACHE = [
            causal=True),
 ]  # fmt: skip
 
+# With 8 heads or more the tiles of such a batch outnumber the multiprocessors of any GPU.
+_MANY_Q, _MANY_K = (tuple(step * i % limit for i in range(40)) for step, limit in ((97, 700), (61, 900)))
+
 LARGE = [
     _dense("large-causal", "several tiles per row block", 2, 2048, 2048, heads=(4, 2), causal=True,
            large=True),
@@ -349,6 +352,14 @@ LARGE = [
     _varlen("large-varlen", "several tiles in some sequences", (1500, 0, 77, 513), (1500, 9, 1300, 2049),
             causal=True,
             heads=(4, 1), large=True),
+    _varlen("large-many-tiles", "blocks that take many tiles, of all lengths", _MANY_Q, _MANY_K, causal=True,
+            heads=(8, 2), large=True),
+    _varlen("large-many-tiles-d128", "the same, some without keys in their window", _MANY_Q, _MANY_K, dims=(128, 128),
+            window=(300, 20), heads=(8, 8), sinks=FP32, large=True),
+    _varlen("large-many-tiles-d512", "the same, where two groups share rows", _MANY_Q, _MANY_K, dims=(512, 512),
+            heads=(8, 8), dtype=FP16, large=True),
+    _cache("large-many-tiles-cache", "dense queries, lengths of keys on the device", (300,) * 24, 900,
+           seqused_k=_MANY_K[:24], heads=(8, 2), causal=True, large=True),
 ]  # fmt: skip
 
 _BWD_DIMS = ((16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 512),

@@ -55,14 +55,23 @@ def test_lying_metadata_reads_no_foreign_memory(cu_seqlens):
     torch.cuda.synchronize()
 
 
-def test_graph_replays_with_other_lengths():
-    q, k, v = _packed(256, 256)
-    cu_seqlens = cumulative([100, 100, 56], "cuda")
+# Of the same total: a few tiles, or more than there are multiprocessors, which blocks then share out among themselves.
+REPLAYED = {
+    "few-tiles": [[100, 100, 56], [1, 254, 1], [0, 0, 256], [10, 20, 30], [128, 128, 0]],
+    "many-tiles": [[1000, 1000, 1000], [3000, 0, 0], [1, 1, 2998], [0, 1500, 1500], [1000, 1000, 10]],
+}
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_graph_replays_with_other_lengths(name):
+    first, *others = REPLAYED[name]
+    q, k, v = _packed(sum(first), sum(first), heads=2 if sum(first) < 1000 else 16)
+    cu_seqlens = cumulative(first, "cuda")
     _varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = _varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True)
-    for lengths in ([1, 254, 1], [0, 0, 256], [10, 20, 30], [128, 128, 0]):
+    for lengths in others:
         cu_seqlens.copy_(cumulative(lengths))
         q.normal_()
         out.fill_(torch.nan)
@@ -86,6 +95,23 @@ def test_runs_on_the_current_stream():
         out = flash_attn.flash_attn_func(late, k, v)
     stream.synchronize()
     assert_same_bits("out", out, expected)
+
+
+def test_streams_share_nothing():
+    """Two calls at once, each with more tiles than there are multiprocessors."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    calls = [(*_packed(6000, 6000, heads=16), cumulative(lengths, "cuda")) for lengths in ([6000], [10] * 600)]
+    expected = [_varlen(q, k, v, cu_seqlens, cu_seqlens)[0] for q, k, v, cu_seqlens in calls]
+    torch.cuda.synchronize()
+    outs = [[], []]
+    for _ in range(10):
+        for stream, (q, k, v, cu_seqlens), mine in zip(streams, calls, outs, strict=True):
+            with torch.cuda.stream(stream):
+                mine.append(_varlen(q, k, v, cu_seqlens, cu_seqlens)[0])
+    torch.cuda.synchronize()
+    for mine, want in zip(outs, expected, strict=True):
+        for out in mine:
+            assert_same_bits("out", out, want)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")

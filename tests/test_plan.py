@@ -139,7 +139,7 @@ def test_grid_covers_every_row_head_and_entry_once():
 
 
 def test_too_large_a_grid_is_refused():
-    with pytest.raises(planner.UnsupportedProblem, match="at most 2147483647 tiles"):
+    with pytest.raises(planner.UnsupportedProblem, match="at most 1073741824 tiles"):
         plan(batch=2**20, num_heads=2**12, num_heads_k=2**12)
 
 

@@ -113,6 +113,7 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
     const cudaError_t error =
         launch(params, {.num_blocks = static_cast<int>(plan.num_blocks),
                         .cluster_blocks = plan.tile.cluster,
+                        .num_sms = gpu.num_sms,
                         .tile_counter = counter ? static_cast<int*>(counter->mutable_data_ptr()) : nullptr,
                         .stream = current_stream(args.q)});
     check_cuda(error, "launching ", plan);

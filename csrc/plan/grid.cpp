@@ -1,7 +1,5 @@
 #include "plan/grid.h"
 
-#include <limits>
-
 #include "plan/plan.h"
 #include "variant/varlen_tiles.h"
 
@@ -13,9 +11,11 @@ int64_t count_tiles(Layout layout, int64_t rows, int64_t batch, int tile_rows) {
 }
 
 void check_num_blocks(const char* name, int64_t num_blocks) {
-  if (num_blocks <= std::numeric_limits<int32_t>::max()) return;
-  throw UnsupportedProblem(std::string(name) + ": a launch has at most 2147483647 tiles, got " +
-                           std::to_string(num_blocks));
+  // Half of what a grid can have: persistent blocks count on, up to twice as far, before they see the end.
+  constexpr int64_t kMostBlocks = int64_t{1} << 30;
+  if (num_blocks <= kMostBlocks) return;
+  throw UnsupportedProblem(std::string(name) + ": a launch has at most " + std::to_string(kMostBlocks) +
+                           " tiles, got " + std::to_string(num_blocks));
 }
 
 void refuse_head_dims(const Problem& problem, Arch arch, const std::string& what, int smem_limit) {

@@ -38,7 +38,8 @@ class SmemOptIn {
 struct ForwardLaunchConfig {
   int num_blocks;
   int cluster_blocks;  // of each cluster, as the planner counted them
-  int* tile_counter;   // for SM90's kernels where lengths are on the device, or null
+  int num_sms;
+  int* tile_counter;  // for SM90's kernels where lengths are on the device, or null
   cudaStream_t stream;
 };
 

@@ -78,13 +78,6 @@ TileOrder make_tile_order(const ForwardParams& params, const ForwardLaunchConfig
           .counter = config.tile_counter};
 }
 
-inline cudaError_t count_multiprocessors(int& count) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-}
-
 template <class Traits>
 cudaError_t launch_forward_kernel(const ForwardParams& params, const ForwardLaunchConfig& config) {
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
@@ -102,12 +95,9 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, const ForwardLaun
   TileOrder order = make_tile_order<Traits>(params, config);
   int num_clusters = order.num_units;
   if (!params.seq.has_lengths() || order.counter != nullptr) {
-    int num_sms = 0;
-    error = count_multiprocessors(num_sms);
-    if (error != cudaSuccess) return error;
-    num_clusters = std::min(num_clusters, num_sms / Traits::kClusterBlocks);
-    order.step = find_step(num_clusters, order.units_per_run);
+    num_clusters = std::min(num_clusters, config.num_sms / Traits::kClusterBlocks);
   }
+  if (!params.seq.has_lengths()) order.step = find_step(num_clusters, order.units_per_run);
   if (order.counter != nullptr) {
     error = cudaMemsetAsync(order.counter, 0, sizeof(int), config.stream);
     if (error != cudaSuccess) return error;
