@@ -110,13 +110,74 @@ def test_strided_input_in_place():
     assert torch.equal(qkv[:, :, 0], apply_rotary_emb(before[:, :, 0], cos, sin))
 
 
+# What is rotated in place while its gradient is recorded, as models do it.
+IN_PLACE = {
+    "result": lambda leaf: leaf * 1,
+    "leaf": lambda leaf: leaf,
+    "one of several views": lambda leaf: torch.stack((leaf, leaf), dim=2).unbind(2)[0],
+    "slice": lambda leaf: torch.cat((leaf, leaf), dim=2)[:, :, :HEADS],
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
 @pytest.mark.parametrize("inplace", (False, True))
-def test_gradient_is_the_conjugate_rotation(inplace):
+def test_gradient_is_the_conjugate_rotation(inplace, name):
     x, cos, sin = CALLS[0].make()
-    leaf = x.requires_grad_()
+    leaf = x.clone().requires_grad_()
     dout = torch.randn_like(x)
-    apply_rotary_emb(leaf * 1, cos, sin, inplace=inplace, seqlen_offsets=OFFSETS).backward(dout)
+    rotated = apply_rotary_emb(IN_PLACE[name](leaf), cos, sin, inplace=inplace, seqlen_offsets=OFFSETS)
+    assert torch.equal(rotated, apply_rotary_emb(x, cos, sin, seqlen_offsets=OFFSETS))
+    rotated.backward(dout)
     torch.testing.assert_close(leaf.grad, apply_rotary(dout, cos, sin, OFFSETS, conjugate=True))
+
+
+def test_gradients_of_gradients():
+    x, cos, sin = CALLS[0].make()
+    x = x[:1, :2].requires_grad_()
+    options = dict(interleaved=True, conjugate=True)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, cos, sin, 1, **options), x)
+    assert torch.autograd.gradgradcheck(lambda x: apply_rotary(x, cos, sin, 1, **options).pow(2), x)
+
+
+def test_values_that_another_gradient_needs():
+    """The rotation in place would falsify it, so torch must notice."""
+    x, cos, sin = CALLS[0].make()
+    activated = x.requires_grad_().exp()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        apply_rotary_emb(activated, cos, sin, inplace=True).sum().backward()
+
+
+QKV_SHAPES = (((BATCH, SEQLEN, 3, HEADS, HEAD_DIM), None), ((BATCH, SEQLEN, 8, HEAD_DIM), 4))
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("shape, heads", QKV_SHAPES, ids=("5d", "4d"))
+def test_training_with_an_embedding(shape, heads, compiled):
+    layer = RotaryEmbedding(HEAD_DIM)
+    call = layer
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    leaf = torch.randn(shape, requires_grad=True)
+    weights = torch.randn(shape)
+    (call(leaf * 1, seqlen_offset=3, num_heads_q=heads) * weights).sum().backward()
+    want = weights.clone()
+    cos, sin = layer._cos_cached, layer._sin_cached
+    for place in (0, 1) if heads is None else (slice(0, 4), slice(4, 6)):
+        apply_rotary(want[:, :, place], cos, sin, 3, conjugate=True, inplace=True)
+    torch.testing.assert_close(leaf.grad, want)
+
+
+def test_training_with_queries_and_keys_apart():
+    layer = RotaryEmbedding(HEAD_DIM)
+    q = torch.randn(BATCH, SEQLEN, HEADS, HEAD_DIM, requires_grad=True)
+    kv = torch.randn(BATCH, SEQLEN, 2, HEADS, HEAD_DIM, requires_grad=True)
+    rotated_q, rotated_kv = layer(q * 1, kv * 1)
+    (rotated_q.sum() + rotated_kv.sum()).backward()
+    ones = torch.ones(BATCH, SEQLEN, HEADS, HEAD_DIM)
+    turned = apply_rotary(ones, layer._cos_cached, layer._sin_cached, conjugate=True)
+    torch.testing.assert_close(q.grad, turned)
+    torch.testing.assert_close(kv.grad, torch.stack((turned, ones), dim=2))
 
 
 def test_compiles_without_breaks_or_new_graphs():
@@ -138,7 +199,7 @@ def test_compiles_without_breaks_or_new_graphs():
 
 
 def test_positions_without_a_row():
-    """A value that the CPU looks at; nobody may read it from another device, where such tokens stay as they are."""
+    """The CPU looks at them."""
     x, cos, sin = CALLS[0].make()
     far = torch.tensor([0, ROWS - SEQLEN + 1, 0], dtype=torch.int32)
     with pytest.raises(ValueError, match="cos and sin must have a row for each position, got 40 of 40"):
@@ -147,6 +208,31 @@ def test_positions_without_a_row():
         apply_rotary(x, cos, sin, far.clamp(max=0) - 1)
     empty, lengths = torch.randn(0, HEADS, HEAD_DIM), torch.zeros(1, dtype=torch.int32)
     assert apply_rotary(empty, *tables(HEAD_DIM, rows=0), cu_seqlens=lengths).shape == empty.shape
+
+
+def test_positions_without_a_row_that_nobody_reads():
+    """Under torch.compile, as on a GPU: such tokens stay as they are."""
+    x, cos, sin = CALLS[0].make()
+    far = torch.tensor([ROWS - 3, -2, ROWS + 10], dtype=torch.int32)
+    torch._dynamo.reset()
+    rotate = torch.compile(apply_rotary, fullgraph=True, backend="aot_eager")
+    places = {token: at for token, at in positions_of(False, far).items() if 0 <= at < ROWS}
+    assert 0 < len(places) < BATCH * SEQLEN
+    torch.testing.assert_close(rotate(x, cos, sin, far), expected(x, cos, sin, places, False))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_no_read_from_a_gpu():
+    x, cos, sin = (tensor.cuda() for tensor in dataclasses.replace(CALLS[0], packed=True).make())
+    cu_seqlens, offsets = CU_SEQLENS.cuda(), OFFSETS.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = apply_rotary(x, cos, sin, offsets, cu_seqlens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = expected(x.cpu(), cos.cpu(), sin.cpu(), positions_of(True, OFFSETS), False)
+    torch.testing.assert_close(out.cpu(), want)
 
 
 X, COS, SIN = torch.randn(BATCH, SEQLEN, HEADS, HEAD_DIM), *tables(HEAD_DIM, torch.float32)
@@ -185,9 +271,7 @@ def test_errors(changed, error, message):
         apply_rotary(**{"x": X, "cos": COS, "sin": SIN, **changed})
 
 
-@pytest.mark.parametrize(
-    "shape, heads", (((BATCH, SEQLEN, 3, HEADS, HEAD_DIM), None), ((BATCH, SEQLEN, 8, HEAD_DIM), 4))
-)
+@pytest.mark.parametrize("shape, heads", QKV_SHAPES, ids=("5d", "4d"))
 def test_qkv_and_kv(shape, heads):
     qkv = torch.randn(shape)
     parts = qkv.clone().unbind(2) if heads is None else qkv.clone().split((4, 2, 2), dim=2)
@@ -231,10 +315,10 @@ def test_embedding_of_queries_and_keys_apart():
     fused = torch.cat((q, kv.flatten(2, 3)), dim=2)
     rotated_q, rotated_kv = layer(q, kv, seqlen_offset=OFFSETS, max_seqlen=ROWS)
     assert rotated_q is q and rotated_kv is kv
-    layer(fused, seqlen_offset=OFFSETS, max_seqlen=ROWS, num_heads_q=HEADS)
+    layer(fused, seqlen_offset=OFFSETS, num_heads_q=HEADS)  # with the tables that it has
     assert torch.equal(fused, torch.cat((q, kv.flatten(2, 3)), dim=2))
-    with pytest.raises(ValueError, match="max_seqlen must be given where seqlen_offset is a Tensor, got None"):
-        layer(fused, seqlen_offset=OFFSETS, num_heads_q=HEADS)
+    with pytest.raises(ValueError, match="max_seqlen must be given with a Tensor as the first seqlen_offset"):
+        RotaryEmbedding(HEAD_DIM)(fused, seqlen_offset=OFFSETS, num_heads_q=HEADS)
     with pytest.raises(ValueError, match="num_heads_q must not be given with kv, got 2"):
         layer(q, kv, num_heads_q=2)
 
@@ -249,8 +333,9 @@ def test_embedding_keeps_its_tables():
     assert kept is not made_for_inference and not kept.is_inference()
     layer._update_cos_sin_cache(5, device="cpu", dtype=torch.float32)
     assert layer._cos_cached is kept
-    layer._update_cos_sin_cache(10, device="cpu", dtype=torch.float32)
-    assert layer._cos_cached.shape == (10, HEAD_DIM // 2)
+    layer._update_cos_sin_cache(layer._seq_len_cached + 1, device="cpu", dtype=torch.float32)
+    assert layer._cos_cached is not kept and len(layer._cos_cached) > len(kept)
+    assert torch.equal(layer._cos_cached[: len(kept)], kept)
     layer._update_cos_sin_cache(3, device="cpu", dtype=torch.bfloat16)
     assert layer._cos_cached.dtype == torch.bfloat16
     assert "inv_freq" not in layer.state_dict()
@@ -288,6 +373,8 @@ def test_errors_of_embedding():
     for dim in (0, 7, -2):
         with pytest.raises(ValueError, match=f"dim must be positive and even, got {dim}"):
             RotaryEmbedding(dim)
+    with pytest.raises(TypeError, match="device must be a torch.device, got True"):
+        RotaryEmbedding(8, 10000.0, False, None, True)
     with pytest.raises(NotImplementedError, match="pos_idx_in_fp32=False is not supported"):
         RotaryEmbedding(8, pos_idx_in_fp32=False)
 

@@ -76,7 +76,8 @@ def _cpu_model() -> str:
 
 def _nvidia_smi() -> dict[str, str]:
     fields = ("driver_version", "power.limit", "clocks.max.sm")
-    # Not by its index, which CUDA_VISIBLE_DEVICES shifts for torch and not for nvidia-smi.
+    # Not by its index, which CUDA_VISIBLE_DEVICES shifts for torch and not for nvidia-smi. Whether torch's UUID has
+    # nvidia-smi's prefix is documented nowhere.
     gpu = "GPU-" + str(torch.cuda.get_device_properties().uuid).removeprefix("GPU-")
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", gpu]
     output = _output_of(query)

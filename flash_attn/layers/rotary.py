@@ -11,6 +11,7 @@ in GPT-NeoX.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from flash_attn import _arguments as check
 from flash_attn._plain import is_plain
 from flash_attn.backends._rotary import rotate_columns
+
+# By which tables grow, so that generation doesn't make new ones for each token.
+_ROWS_AT_A_TIME = 512
 
 __all__ = [
     "RotaryEmbedding",
@@ -54,11 +58,14 @@ def apply_rotary(
     cu_seqlens : Tensor, (batch + 1,), int32, optional
         Where each packed sequence begins, and where the last one ends. Tokens of none stay as they are.
     max_seqlen : int, optional
-        The longest packed sequence: with an int as seqlen_offsets, the tables must reach its end.
+        The longest packed sequence: with an int as seqlen_offsets, the tables must reach its end. Tokens beyond it are
+        rotated all the same.
     interleaved : bool
         Which columns are a pair; see above.
     inplace : bool
-        Write to x, and return it.
+        Write to x, and return it: where x requires a gradient, as a new tensor in the same memory, through which alone
+        the gradient comes back. x may then be a view or a leaf, as with FlashAttention-2; who needs its former values
+        for another gradient gets torch's error.
     conjugate : bool
         Rotate the other way, which undoes the rotation.
 
@@ -72,15 +79,12 @@ def apply_rotary(
         If an argument's type, shape, dtype or device is wrong, or a position lies outside of the tables. Positions that
         come from tensors are looked at on the CPU alone: elsewhere a token at such a position stays as it is.
     """
-    _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    tables = _checked_tables(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
     for name, value in (("interleaved", interleaved), ("inplace", inplace), ("conjugate", conjugate)):
         check.require_bool(name, value)
-    cos, sin = _tables_of_tokens(x, cos, sin, seqlen_offsets, cu_seqlens)
-    if inplace:
-        check.require_no_overlap("x", x.stride(), x.shape)
-    out = x if inplace else x.clone()
-    rotate_columns(out, x, cos, -sin if conjugate else sin, interleaved)
-    return out
+    if conjugate:
+        tables = (tables[0], -tables[1])
+    return _rotated(x, None, interleaved, inplace, tables)
 
 
 def apply_rotary_emb(
@@ -137,18 +141,22 @@ def apply_rotary_emb_qkv_(
     if num_heads_q is None:
         if qkv.ndim != 5 or qkv.shape[2] != 3:
             raise ValueError(f"qkv must have the shape (batch, seqlen, 3, num_heads, head_dim), got {tuple(qkv.shape)}")
-        q, k, _ = qkv.unbind(2)
+        places: _Places = (0, 1)
     else:
         num_heads_q = check.as_int("num_heads_q", num_heads_q)
         check.require_rank("qkv", qkv, "(batch, seqlen, num_heads_q + 2 * num_heads_k, head_dim)")
         num_heads_k, rest = divmod(qkv.shape[2] - num_heads_q, 2)
         if num_heads_q < 0 or num_heads_k < 0 or rest:
             raise ValueError(f"num_heads_q must leave an even number of qkv's {qkv.shape[2]} heads, got {num_heads_q}")
-        q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
-    apply_rotary(q, cos, sin, seqlen_offsets, interleaved=interleaved, inplace=True)
-    cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
-    apply_rotary(k, cos_k, sin_k, seqlen_offsets, interleaved=interleaved, inplace=True)
-    return qkv
+        places = (slice(0, num_heads_q), slice(num_heads_q, num_heads_q + num_heads_k))
+    check.require_bool("interleaved", interleaved)
+    keys = (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
+    tables = [
+        table
+        for part, (part_cos, part_sin) in zip(_parts_of(qkv, places), ((cos, sin), keys), strict=True)
+        for table in _checked_tables(part, part_cos, part_sin, seqlen_offsets)
+    ]
+    return _rotated(qkv, places, interleaved, True, tables)
 
 
 def apply_rotary_emb_kv_(
@@ -161,8 +169,10 @@ def apply_rotary_emb_kv_(
     check.require_tensor("kv", kv)
     if kv.ndim != 5 or kv.shape[2] != 2:
         raise ValueError(f"kv must have the shape (batch, seqlen, 2, num_heads_k, head_dim), got {tuple(kv.shape)}")
-    apply_rotary(kv[:, :, 0], cos, sin, seqlen_offsets, interleaved=interleaved, inplace=True)
-    return kv
+    check.require_bool("interleaved", interleaved)
+    places = (0,)
+    tables = _checked_tables(_parts_of(kv, places)[0], cos, sin, seqlen_offsets)
+    return _rotated(kv, places, interleaved, True, tables)
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -207,7 +217,10 @@ class RotaryEmbedding(torch.nn.Module):
         self.base = check.as_float("base", base)
         self.interleaved = interleaved
         self.scale_base = None if scale_base is None else check.as_float("scale_base", scale_base)
+        if isinstance(device, bool):
+            raise TypeError(f"device must be a torch.device, got {device}")
         self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
+        self.register_buffer("scale", None if scale_base is None else self._compute_scale(device), persistent=False)
         self._seq_len_cached = 0
         self._cos_cached: Tensor | None = None
         self._sin_cached: Tensor | None = None
@@ -218,8 +231,12 @@ class RotaryEmbedding(torch.nn.Module):
         """2 i / dim of each pair i."""
         return torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
 
+    def _compute_scale(self, device: Any = None) -> Tensor:
+        return (self._fractions(device) + 0.4) / 1.4
+
     def _compute_inv_freq(self, device: Any = None) -> Tensor:
-        return self.base ** -self._fractions(device)
+        # In this order: base ** -fraction differs in the last place, and the angle of a far position by 0.004.
+        return 1.0 / self.base ** self._fractions(device)
 
     def _update_cos_sin_cache(self, seqlen: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         """Makes tables of at least `seqlen` positions, unless those at hand will do."""
@@ -233,6 +250,8 @@ class RotaryEmbedding(torch.nn.Module):
             and not (cached.is_inference() and not torch.is_inference_mode_enabled())
         ):
             return
+        if self.scale_base is None:  # XPos depends on the length
+            seqlen = (seqlen + _ROWS_AT_A_TIME - 1) // _ROWS_AT_A_TIME * _ROWS_AT_A_TIME
         positions = torch.arange(seqlen, device=device, dtype=torch.float32)
         # A model that was cast to 16 bits has rounded its buffers, and one made on the meta device has none.
         kept = self.inv_freq.dtype == torch.float32 and not self.inv_freq.is_meta
@@ -244,7 +263,7 @@ class RotaryEmbedding(torch.nn.Module):
             self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
             return
         power = (positions - seqlen // 2) / self.scale_base
-        scale = ((self._fractions(positions.device) + 0.4) / 1.4) ** power[:, None]
+        scale = self._compute_scale(positions.device) ** power[:, None]
         self._cos_cached, self._sin_cached = (cos * scale).to(dtype), (sin * scale).to(dtype)
         self._cos_k_cached, self._sin_k_cached = (cos / scale).to(dtype), (sin / scale).to(dtype)
 
@@ -266,7 +285,8 @@ class RotaryEmbedding(torch.nn.Module):
         seqlen_offset : int, or Tensor, (batch,), int32 or int64
             The position of each sequence's first token.
         max_seqlen : int, optional
-            How many positions the tables must have: needed where seqlen_offset is a tensor, whose values are not read.
+            How many positions the tables must have. Where seqlen_offset is a tensor, whose values are not read, it is
+            needed once; without it the tables stay as long as they are.
         num_heads_q : int, optional
             As in `apply_rotary_emb_qkv_`.
 
@@ -286,7 +306,9 @@ class RotaryEmbedding(torch.nn.Module):
         if max_seqlen is not None:
             length = check.as_int("max_seqlen", max_seqlen)
         elif isinstance(seqlen_offset, Tensor):
-            raise ValueError("max_seqlen must be given where seqlen_offset is a Tensor, got None")
+            if self._cos_cached is None:
+                raise ValueError("max_seqlen must be given with a Tensor as the first seqlen_offset, got None")
+            length = self._seq_len_cached
         else:
             length = qkv.shape[1] + check.as_int("seqlen_offset", seqlen_offset)
         self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype)
@@ -296,6 +318,50 @@ class RotaryEmbedding(torch.nn.Module):
             return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q)
         q = apply_rotary_emb(qkv, cos, sin, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset)
         return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
+
+
+# ---- The rotation, of a tensor or of some parts of it ------------------------------------------------------------
+
+# Indices along the third dimension; None for the tensor itself.
+_Places = tuple[int | slice, ...] | None
+
+
+def _parts_of(x: Tensor, places: _Places) -> tuple[Tensor, ...]:
+    return (x,) if places is None else tuple(x[:, :, place] for place in places)
+
+
+def _rotated(x: Tensor, places: _Places, interleaved: bool, inplace: bool, tables: Sequence[Tensor]) -> Tensor:
+    """`tables`: cos and sin of the tokens of each part."""
+    if inplace:
+        check.require_no_overlap("x", x.stride(), x.shape)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotation.apply(x, places, interleaved, inplace, *tables)
+    return _rotate_parts(x, places, interleaved, inplace, tables)
+
+
+def _rotate_parts(x: Tensor, places: _Places, interleaved: bool, inplace: bool, tables: Sequence[Tensor]) -> Tensor:
+    out = x if inplace else x.clone()
+    for part, cos, sin in zip(_parts_of(out, places), tables[::2], tables[1::2], strict=True):
+        rotate_columns(part, part, cos, sin, interleaved)
+    return out
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is the rotation the other way. Tables get none."""
+
+    @staticmethod
+    def forward(x: Tensor, places: _Places, interleaved: bool, inplace: bool, *tables: Tensor) -> Tensor:
+        return _rotate_parts(x, places, interleaved, inplace, tables)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.places, ctx.interleaved, _, *tables = inputs
+        ctx.save_for_backward(*tables)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        tables = [-table if index % 2 else table for index, table in enumerate(ctx.saved_tensors)]
+        return (_rotated(dout, ctx.places, ctx.interleaved, False, tables), *[None] * (3 + len(tables)))
 
 
 # ---- Checks, and each token's row of the tables ------------------------------------------------------------------
@@ -341,6 +407,18 @@ def _check(x: Any, cos: Any, sin: Any, seqlen_offsets: Any, cu_seqlens: Any, max
     if seqlen_offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"seqlen_offsets must have dtype int32 or int64, got {seqlen_offsets.dtype}")
     check.require_shape("seqlen_offsets", seqlen_offsets, (batch,), "(batch,)")
+
+
+def _checked_tables(
+    x: Any,
+    cos: Any,
+    sin: Any,
+    seqlen_offsets: Any,
+    cu_seqlens: Any = None,
+    max_seqlen: Any = None,
+) -> tuple[Tensor, Tensor]:
+    _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    return _tables_of_tokens(x, cos, sin, seqlen_offsets, cu_seqlens)
 
 
 def _tables_of_tokens(
