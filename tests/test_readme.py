@@ -67,6 +67,11 @@ def test_linked_files_and_headings_exist(page):
     assert wrong == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_outside_of_tables_are_short(page):
+    assert not [line for line in PAGES[page].splitlines() if len(line) > 120 and not line.startswith("|")]
+
+
 def test_every_picture_is_shown():
     shown = {target for text in PAGES.values() for target in re.findall(r"images/([\w.]+)\)", text)}
     assert {file.name for file in draw_masks.IMAGES.iterdir()} == shown
