@@ -81,8 +81,8 @@ FAULTS = {
     "write_past_tensor": "writes global memory outside of any tensor",
     "copy_past_tensor": "reads global memory outside of any tensor",
     "write_past_shared_memory": "writes byte .* of 1024 bytes of shared memory",
-    "write_what_another_block_writes": "writes global memory at .* of block 0 wrote in this launch",
-    "read_what_another_block_writes": "reads global memory at .* of block 0 wrote in this launch",
+    "write_what_another_block_writes": "writes global memory at .* of block [01] wrote in this launch",
+    "read_what_another_block_writes": "reads global memory at .* of block [01] wrote in this launch",
     "shuffle_with_a_lane_that_left": "wait at .* an instruction of their warp, for others that never come",
     "wait_for_a_later_block": "waits for a thread block that does not start before it",
 }

@@ -9,7 +9,7 @@
 namespace flash_attn {
 namespace {
 
-constexpr int kNumBlocks = 2;
+constexpr int kNumBlocks = 3;  // where blocks are to disturb each other: the emulator runs two at a time
 constexpr int kNumThreads = 64;
 constexpr int kFloatsPerCopy = 4;
 
@@ -82,7 +82,7 @@ void shuffle_with_a_lane_that_left(float* out) {
 
 void wait_for_a_later_block(float* out) {
   auto* const turn = reinterpret_cast<int*>(out);
-  if (blockIdx.x > 0) return store_release(turn, 1);
+  if (blockIdx.x == kNumBlocks - 1) return store_release(turn, 1);
   while (load_acquire(turn) != 1) {
   }
 }
@@ -90,6 +90,7 @@ void wait_for_a_later_block(float* out) {
 struct FaultyKernel {
   const char* name;
   void (*kernel)(float*);
+  int num_blocks = 1;
 };
 
 constexpr FaultyKernel kFaultyKernels[] = {
@@ -104,10 +105,10 @@ constexpr FaultyKernel kFaultyKernels[] = {
     {"write_past_tensor", &write_past_tensor},
     {"copy_past_tensor", &copy_past_tensor},
     {"write_past_shared_memory", &write_past_shared_memory},
-    {"write_what_another_block_writes", &write_what_another_block_writes},
-    {"read_what_another_block_writes", &read_what_another_block_writes},
+    {"write_what_another_block_writes", &write_what_another_block_writes, kNumBlocks},
+    {"read_what_another_block_writes", &read_what_another_block_writes, kNumBlocks},
     {"shuffle_with_a_lane_that_left", &shuffle_with_a_lane_that_left},
-    {"wait_for_a_later_block", &wait_for_a_later_block},
+    {"wait_for_a_later_block", &wait_for_a_later_block, kNumBlocks},
 };
 
 }  // namespace
@@ -119,7 +120,7 @@ extern "C" const char* flash_attn_run_faulty_kernel(const char* name, float* out
   for (const FaultyKernel& faulty : kFaultyKernels) {
     if (std::strcmp(faulty.name, name) != 0) continue;
     return emulator::said_of(
-        [&] { start_kernel(faulty.kernel, {kNumBlocks, kNumThreads, sizeof(Storage), nullptr}, out); });
+        [&] { start_kernel(faulty.kernel, {faulty.num_blocks, kNumThreads, sizeof(Storage), nullptr}, out); });
   }
   return "there is no such kernel";
 }

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -32,7 +33,7 @@ int running_thread;
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr int kMaxPolls = 10000;
+constexpr int kMaxPolls = 1000000;
 
 enum class State { kNew, kRunnable, kAtBarrier, kMeeting, kAsleep, kReturned };
 
@@ -184,16 +185,21 @@ void run_blocks(const Launch& launch, const std::function<void()>& thread) {
   thread_body = &thread;
   grid_dim = dim3(launch.num_blocks);
   block_dim = dim3(launch.num_threads);
-  cluster.num_blocks = launch.cluster_blocks;
+  const int num_threads = launch.cluster_blocks * launch.num_threads;
   if (launch.cluster_blocks > kMaxClusterBlocks || launch.num_blocks % launch.cluster_blocks != 0 ||
-      cluster.num_threads() > kMaxThreads) {
+      num_threads > kMaxThreads) {
     throw std::runtime_error("emulated kernel: has clusters that the emulator, or its grid, can't have");
   }
+  // Blocks that form no cluster run side by side as well, since they share counters and turns; but not those of kernels
+  // without dynamic shared memory, since what is static in a kernel is one variable here.
+  const bool joins = launch.cluster_blocks == 1 && launch.smem_bytes > 0;
+  const int blocks_at_once = joins ? std::min(kMaxClusterBlocks, kMaxThreads / num_threads) : launch.cluster_blocks;
   error.clear();
   memory::begin_launch();
   log_launch();
-  for (int i = 0; i < launch.num_blocks && error.empty(); i += launch.cluster_blocks) {
+  for (int i = 0; i < launch.num_blocks && error.empty(); i += blocks_at_once) {
     first_block_of_cluster = i;
+    cluster.num_blocks = std::min(blocks_at_once, launch.num_blocks - i);
     ordering::begin_cluster();
     memory::begin_cluster(launch.smem_bytes);
     drop_async_copies();
@@ -260,6 +266,8 @@ void sync_warp(unsigned lanes) {
 
 void poll() {
   if (++cluster.num_polls > kMaxPolls) fail("waits for a thread block that does not start before it");
+  make_runnable(running_thread);
+  if (_setjmp(cluster.fibers[running_thread].position) == 0) run_another();
 }
 
 }  // namespace flash_attn::emulator
