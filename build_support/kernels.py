@@ -32,7 +32,8 @@ GENCODES = {
 }
 EVERY_GPU = GENCODES["_sm80"]
 
-CXX_FLAGS = ["-O3", "-std=c++20", "-Wall"]
+# torch's stable ABI is hidden, which a struct with a tensor in it would not be by default: g++ warns of each.
+CXX_FLAGS = ["-O3", "-std=c++20", "-Wall", "-fvisibility=hidden"]
 NVCC_FLAGS = [
     "-O3",
     "-std=c++20",
