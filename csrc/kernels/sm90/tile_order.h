@@ -1,4 +1,4 @@
-// Which tiles of query rows a thread block computes, in which order. Producer and consumers see the same ones.
+// Which tiles of query rows a thread block computes, in which order: the producer finds out and tells the consumers.
 #pragma once
 
 #include "kernels/common/kv_range.h"
