@@ -11,7 +11,8 @@
 #   suite     all of them in one process, timed
 #   sanitize  compute-sanitizer's tools on their selection
 #   fuzz      2,000 drawn calls, seed 0
-#   forward, short, backward, serving, sm90   beside the peers: WHEELS/peers.py with what it imports
+#   forward, short, backward, serving   SM80's kernels beside the peers: WHEELS/peers.py with what it imports
+#   sm90      SM90's kernels beside the peers in the package's own harness, which can ask for them
 #   own       the package's own suites that no peer has: deterministic, pages, latency, tiny; host time
 #   train     the small GPT
 #   tune      tiles of SM90's kernels: TUNE="128/128 64/64"
@@ -93,11 +94,11 @@ suite() { time pytest; }
 sanitize() { (cd "$ROOT" && PYTHONPATH=$SITE make --no-print-directory sanitize PYTHON3="$PYTHON"); }
 fuzz() { (cd "$ROOT/tests" && $PYTHON fuzz.py --calls 2000 --seed 0); }
 
-forward() { peers fwd,hdim ours,ours80,fa2,mem --out forward.json; }
-short() { peers fwd_short,gemma,local ours,ours80,fa2,cudnn --out short.json; }
+forward() { peers fwd,hdim ours80,fa2,mem --out forward.json; }
+short() { peers fwd_short,gemma,local ours80,fa2,cudnn --out short.json; }
 backward() { peers bwd,hdim_bwd ours80,fa2,cudnn,mem --out backward.json; }
 serving() { peers decode,paged ours80 --out serving.json; }
-sm90() { peers fwd,fwd_short,hdim,gemma,local ours,fa2,cudnn,fa3w --out sm90.json; }
+sm90() { bench --suites fwd,fwd_short,hdim,local,varlen --impls ours90,ours80,flash,cudnn,fa3 --json sm90.json; }
 own() {
   bench --suites bwd_det,pages,latency,tiny,varlen,varlen_bwd --json own.json &&
     (cd "$OUT" && $PYTHON "$ROOT/benchmarks/host_overhead.py")

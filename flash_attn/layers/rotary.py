@@ -11,15 +11,13 @@ in GPT-NeoX.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flash_attn import _arguments as check
-from flash_attn._plain import is_plain
-from flash_attn.backends._rotary import rotate_columns
+from flash_attn.layers._rotation import Places, checked_tables, parts_of, rotated
 
 # By which tables grow, so that generation doesn't make new ones for each token.
 _ROWS_AT_A_TIME = 512
@@ -79,12 +77,12 @@ def apply_rotary(
         If an argument's type, shape, dtype or device is wrong, or a position lies outside of the tables. Positions that
         come from tensors are looked at on the CPU alone: elsewhere a token at such a position stays as it is.
     """
-    tables = _checked_tables(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    tables = checked_tables(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
     for name, value in (("interleaved", interleaved), ("inplace", inplace), ("conjugate", conjugate)):
         check.require_bool(name, value)
     if conjugate:
         tables = (tables[0], -tables[1])
-    return _rotated(x, None, interleaved, inplace, tables)
+    return rotated(x, None, interleaved, inplace, tables)
 
 
 def apply_rotary_emb(
@@ -141,7 +139,7 @@ def apply_rotary_emb_qkv_(
     if num_heads_q is None:
         if qkv.ndim != 5 or qkv.shape[2] != 3:
             raise ValueError(f"qkv must have the shape (batch, seqlen, 3, num_heads, head_dim), got {tuple(qkv.shape)}")
-        places: _Places = (0, 1)
+        places: Places = (0, 1)
     else:
         num_heads_q = check.as_int("num_heads_q", num_heads_q)
         check.require_rank("qkv", qkv, "(batch, seqlen, num_heads_q + 2 * num_heads_k, head_dim)")
@@ -153,10 +151,10 @@ def apply_rotary_emb_qkv_(
     keys = (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
     tables = [
         table
-        for part, (part_cos, part_sin) in zip(_parts_of(qkv, places), ((cos, sin), keys), strict=True)
-        for table in _checked_tables(part, part_cos, part_sin, seqlen_offsets)
+        for part, (part_cos, part_sin) in zip(parts_of(qkv, places), ((cos, sin), keys), strict=True)
+        for table in checked_tables(part, part_cos, part_sin, seqlen_offsets)
     ]
-    return _rotated(qkv, places, interleaved, True, tables)
+    return rotated(qkv, places, interleaved, True, tables)
 
 
 def apply_rotary_emb_kv_(
@@ -171,8 +169,8 @@ def apply_rotary_emb_kv_(
         raise ValueError(f"kv must have the shape (batch, seqlen, 2, num_heads_k, head_dim), got {tuple(kv.shape)}")
     check.require_bool("interleaved", interleaved)
     places = (0,)
-    tables = _checked_tables(_parts_of(kv, places)[0], cos, sin, seqlen_offsets)
-    return _rotated(kv, places, interleaved, True, tables)
+    tables = checked_tables(parts_of(kv, places)[0], cos, sin, seqlen_offsets)
+    return rotated(kv, places, interleaved, True, tables)
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -318,143 +316,3 @@ class RotaryEmbedding(torch.nn.Module):
             return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q)
         q = apply_rotary_emb(qkv, cos, sin, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset)
         return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
-
-
-# ---- The rotation, of a tensor or of some parts of it ------------------------------------------------------------
-
-# Indices along the third dimension; None for the tensor itself.
-_Places = tuple[int | slice, ...] | None
-
-
-def _parts_of(x: Tensor, places: _Places) -> tuple[Tensor, ...]:
-    return (x,) if places is None else tuple(x[:, :, place] for place in places)
-
-
-def _rotated(x: Tensor, places: _Places, interleaved: bool, inplace: bool, tables: Sequence[Tensor]) -> Tensor:
-    """`tables`: cos and sin of the tokens of each part."""
-    if inplace:
-        check.require_no_overlap("x", x.stride(), x.shape)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotation.apply(x, places, interleaved, inplace, *tables)
-    return _rotate_parts(x, places, interleaved, inplace, tables)
-
-
-def _rotate_parts(x: Tensor, places: _Places, interleaved: bool, inplace: bool, tables: Sequence[Tensor]) -> Tensor:
-    out = x if inplace else x.clone()
-    for part, cos, sin in zip(_parts_of(out, places), tables[::2], tables[1::2], strict=True):
-        rotate_columns(part, part, cos, sin, interleaved)
-    return out
-
-
-class _Rotation(torch.autograd.Function):
-    """Its gradient is the rotation the other way. Tables get none."""
-
-    @staticmethod
-    def forward(x: Tensor, places: _Places, interleaved: bool, inplace: bool, *tables: Tensor) -> Tensor:
-        return _rotate_parts(x, places, interleaved, inplace, tables)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.places, ctx.interleaved, _, *tables = inputs
-        ctx.save_for_backward(*tables)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        tables = [-table if index % 2 else table for index, table in enumerate(ctx.saved_tensors)]
-        return (_rotated(dout, ctx.places, ctx.interleaved, False, tables), *[None] * (3 + len(tables)))
-
-
-# ---- Checks, and each token's row of the tables ------------------------------------------------------------------
-
-
-def _check(x: Any, cos: Any, sin: Any, seqlen_offsets: Any, cu_seqlens: Any, max_seqlen: Any) -> None:
-    check.require_tensor("x", x)
-    check.require_float_dtype("x", x)
-    packed = cu_seqlens is not None
-    check.require_rank("x", x, "(total, num_heads, head_dim)" if packed else "(batch, seqlen, num_heads, head_dim)")
-    for name, table in (("cos", cos), ("sin", sin)):
-        check.require_tensor(name, table)
-        check.require_device(name, table, x.device, "x's")
-        check.require_float_dtype(name, table)
-        check.require_rank(name, table, "(seqlen_rotary, rotary_dim / 2)")
-    check.require_shape("sin", sin, tuple(cos.shape), "cos's")
-    if 2 * cos.shape[1] > x.shape[-1]:
-        raise ValueError(f"cos must have at most head_dim / 2 columns of {x.shape[-1]} / 2, got {cos.shape[1]}")
-    batch = (
-        check.int32_vector("cu_seqlens", cu_seqlens, x.device, None, "(batch + 1,)", "x's") - 1
-        if packed
-        else x.shape[0]
-    )
-    if batch < 0:
-        raise ValueError("cu_seqlens must have at least one element, got none")
-    longest = None if packed else x.shape[1]
-    if max_seqlen is not None:
-        longest = check.as_int("max_seqlen", max_seqlen)
-        if not packed:
-            raise ValueError(f"max_seqlen must not be given without cu_seqlens, got {max_seqlen}")
-        if longest < 0:
-            raise ValueError(f"max_seqlen must be at least 0, got {max_seqlen}")
-    if not isinstance(seqlen_offsets, Tensor):
-        offset = check.as_int("seqlen_offsets", seqlen_offsets)
-        if offset < 0:
-            raise ValueError(f"seqlen_offsets must be at least 0, got {offset}")
-        if longest is not None and offset + longest > cos.shape[0]:
-            raise ValueError(
-                f"cos and sin must have rows for the positions below {offset + longest}, got {cos.shape[0]} rows"
-            )
-        return
-    check.require_device("seqlen_offsets", seqlen_offsets, x.device, "x's")
-    if seqlen_offsets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"seqlen_offsets must have dtype int32 or int64, got {seqlen_offsets.dtype}")
-    check.require_shape("seqlen_offsets", seqlen_offsets, (batch,), "(batch,)")
-
-
-def _checked_tables(
-    x: Any,
-    cos: Any,
-    sin: Any,
-    seqlen_offsets: Any,
-    cu_seqlens: Any = None,
-    max_seqlen: Any = None,
-) -> tuple[Tensor, Tensor]:
-    _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
-    return _tables_of_tokens(x, cos, sin, seqlen_offsets, cu_seqlens)
-
-
-def _tables_of_tokens(
-    x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of each token, (..., 1, rotary_dim / 2): 1 and 0 where a token stays as it is."""
-    if cu_seqlens is None and not isinstance(seqlen_offsets, Tensor):
-        rows = slice(seqlen_offsets, seqlen_offsets + x.shape[1])
-        return cos[rows, None], sin[rows, None]
-    positions, is_used = _positions(x, seqlen_offsets, cu_seqlens)
-    num_rows = cos.shape[0]
-    has_row = (positions >= 0) & (positions < num_rows)
-    if x.device.type == "cpu" and is_plain(x):
-        outside = positions[is_used & ~has_row]
-        if outside.numel():
-            raise ValueError(f"cos and sin must have a row for each position, got {outside[0].item()} of {num_rows}")
-    rotates = (is_used & has_row)[..., None, None]
-    # A table without rows is one that no token has a row of.
-    rows = positions.clamp(0, max(num_rows - 1, 0))
-    if num_rows == 0:
-        cos, sin = cos.new_ones((1, cos.shape[1])), sin.new_zeros((1, sin.shape[1]))
-    return torch.where(rotates, cos[rows].unsqueeze(-2), 1), torch.where(rotates, sin[rows].unsqueeze(-2), 0)
-
-
-def _positions(x: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The position of each token, (batch, seqlen) or (total,), and whether it belongs to a sequence. Reads nothing."""
-    if cu_seqlens is None:
-        assert isinstance(seqlen_offsets, Tensor)
-        positions = seqlen_offsets.to(torch.int64)[:, None] + torch.arange(x.shape[1], device=x.device)
-        return positions, torch.ones_like(positions, dtype=torch.bool)
-    tokens = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
-    num_entries = cu_seqlens.shape[0] - 1
-    if num_entries == 0:
-        return tokens, torch.zeros_like(tokens, dtype=torch.bool)
-    entries = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
-    is_used = (entries < num_entries) & (tokens >= cu_seqlens[0])
-    entries = entries.clamp(max=num_entries - 1)
-    offsets = seqlen_offsets.to(torch.int64)[entries] if isinstance(seqlen_offsets, Tensor) else seqlen_offsets
-    return tokens - cu_seqlens[entries] + offsets, is_used
