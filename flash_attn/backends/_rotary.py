@@ -36,13 +36,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
                 f"rotary_cos and rotary_sin must hold the positions {low} to {high}, got {cos.shape[0]} rows"
             )
     out = x.clone(memory_format=torch.contiguous_format)
-    rotate_columns(out, x, cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2), interleaved)
+    rotate_(out, cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2), interleaved)
     return out
 
 
-def rotate_columns(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
-    """Writes the rotated columns of x (..., H, D) to those of out, which may be x; cos and sin (..., 1, rotary_dim / 2)
-    are those of each token. Computed in float32 or above.
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """Rotates x (..., H, D) in place, by each token's own cos and sin (..., 1, rotary_dim / 2). Computed in float32 or
+    above.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(dtype), sin.to(dtype)
@@ -52,10 +52,10 @@ def rotate_columns(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved
     else:
         first, second = slice(0, half), slice(half, 2 * half)
     a, b = x[..., first].to(dtype), x[..., second].to(dtype)
-    # Both before either is written: a and b may be views of out.
+    # Both before either is written: a and b may be views of x.
     rotated_a, rotated_b = a * cos - b * sin, a * sin + b * cos
-    out[..., first] = rotated_a
-    out[..., second] = rotated_b
+    x[..., first] = rotated_a
+    x[..., second] = rotated_b
 
 
 def rotary(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash_attn import _arguments as check
 from flash_attn._plain import is_plain
-from flash_attn.backends._rotary import rotate_columns
+from flash_attn.backends._rotary import rotate_
 
 # Indices along the third dimension; None for the tensor itself.
 Places = tuple[int | slice, ...] | None
@@ -34,7 +34,7 @@ def rotated(x: Tensor, places: Places, interleaved: bool, inplace: bool, tables:
 def _rotate_parts(x: Tensor, places: Places, interleaved: bool, inplace: bool, tables: Sequence[Tensor]) -> Tensor:
     out = x if inplace else x.clone()
     for part, cos, sin in zip(parts_of(out, places), tables[::2], tables[1::2], strict=True):
-        rotate_columns(part, part, cos, sin, interleaved)
+        rotate_(part, cos, sin, interleaved)
     return out
 
 

@@ -148,13 +148,12 @@ def apply_rotary_emb_qkv_(
             raise ValueError(f"num_heads_q must leave an even number of qkv's {qkv.shape[2]} heads, got {num_heads_q}")
         places = (slice(0, num_heads_q), slice(num_heads_q, num_heads_q + num_heads_k))
     check.require_bool("interleaved", interleaved)
-    keys = (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
-    tables = [
-        table
-        for part, (part_cos, part_sin) in zip(parts_of(qkv, places), ((cos, sin), keys), strict=True)
-        for table in checked_tables(part, part_cos, part_sin, seqlen_offsets)
-    ]
-    return rotated(qkv, places, interleaved, True, tables)
+    q, k = parts_of(qkv, places)
+    tables_q = tables_k = checked_tables(q, cos, sin, seqlen_offsets)
+    if cos_k is not None or sin_k is not None:
+        keys = (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
+        tables_k = checked_tables(k, *keys, seqlen_offsets)
+    return rotated(qkv, places, interleaved, True, (*tables_q, *tables_k))
 
 
 def apply_rotary_emb_kv_(
@@ -311,8 +310,9 @@ class RotaryEmbedding(torch.nn.Module):
             length = qkv.shape[1] + check.as_int("seqlen_offset", seqlen_offset)
         self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype)
         cos, sin = self._cos_cached, self._sin_cached
-        cos_k, sin_k = (cos, sin) if self.scale_base is None else (self._cos_k_cached, self._sin_k_cached)
+        cos_k, sin_k = self._cos_k_cached, self._sin_k_cached  # None but for XPos
         if kv is None:
             return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q)
         q = apply_rotary_emb(qkv, cos, sin, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset)
-        return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
+        keys = (cos, sin) if cos_k is None else (cos_k, sin_k)
+        return q, apply_rotary_emb_kv_(kv, *keys, self.interleaved, seqlen_offset)
