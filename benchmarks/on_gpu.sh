@@ -91,7 +91,7 @@ PYTHON
 tests80() { beside_each_other -k "not sm90"; }
 tests90() { beside_each_other -k "sm90"; }
 suite() { time pytest; }
-sanitize() { (cd "$ROOT" && PYTHONPATH=$SITE make --no-print-directory sanitize PYTHON3="$PYTHON"); }
+sanitize() { (cd "$ROOT" && make --no-print-directory sanitize PYTHON3="$PYTHON"); }
 fuzz() { (cd "$ROOT/tests" && $PYTHON fuzz.py --calls 2000 --seed 0); }
 
 forward() { peers fwd,hdim ours80,fa2,mem --out forward.json; }

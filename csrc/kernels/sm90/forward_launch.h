@@ -66,14 +66,25 @@ inline int find_step(int num_clusters, int units_per_run) {
   return 0;
 }
 
+// As many as the GPU holds at a time, each of which loads its next tile while one ends; or, where lengths are on the
+// device and there is no counter, as many as units.
+template <class Traits>
+int count_clusters(const ForwardParams& params, const ForwardLaunchConfig& config, int num_units) {
+  if (params.seq.has_lengths() && config.tile_counter == nullptr) return num_units;
+  return std::min(num_units, config.num_sms / Traits::kClusterBlocks);
+}
+
 template <class Traits>
 TileOrder make_tile_order(const ForwardParams& params, const ForwardLaunchConfig& config) {
+  const bool has_lengths = params.seq.has_lengths();
   const int num_runs = config.num_blocks / (params.tiles_per_head * Traits::kClusterBlocks);
-  const bool pairs = Traits::kMask != Mask::kFull && !params.seq.has_lengths();
+  const bool pairs = Traits::kMask != Mask::kFull && !has_lengths;
   const int units_per_run = pairs ? (params.tiles_per_head + 1) / 2 : params.tiles_per_head;
-  return {.num_units = num_runs * units_per_run,
+  const int num_units = num_runs * units_per_run;
+  const int step = has_lengths ? 0 : find_step(count_clusters<Traits>(params, config, num_units), units_per_run);
+  return {.num_units = num_units,
           .units_per_run = units_per_run,
-          .step = 0,
+          .step = step,
           .pairs = pairs,
           .counter = config.tile_counter};
 }
@@ -90,14 +101,8 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, const ForwardLaun
   static SmemOptIn opt_in;
   error = opt_in.apply(reinterpret_cast<const void*>(kernel), kSmemBytes);
   if (error != cudaSuccess) return error;
-  // As many thread blocks as the GPU holds, each of which loads its next tile while one ends; or, where lengths are on
-  // the device and there is no counter, as many clusters as units.
-  TileOrder order = make_tile_order<Traits>(params, config);
-  int num_clusters = order.num_units;
-  if (!params.seq.has_lengths() || order.counter != nullptr) {
-    num_clusters = std::min(num_clusters, config.num_sms / Traits::kClusterBlocks);
-  }
-  if (!params.seq.has_lengths()) order.step = find_step(num_clusters, order.units_per_run);
+  const TileOrder order = make_tile_order<Traits>(params, config);
+  const int num_clusters = count_clusters<Traits>(params, config, order.num_units);
   if (order.counter != nullptr) {
     error = cudaMemsetAsync(order.counter, 0, sizeof(int), config.stream);
     if (error != cudaSuccess) return error;
