@@ -23,7 +23,10 @@ def parts_of(x: Tensor, places: Places) -> tuple[Tensor, ...]:
 
 
 def rotated(x: Tensor, places: Places, interleaved: bool, inplace: bool, tables: Sequence[Tensor]) -> Tensor:
-    """`tables`: cos and sin of the tokens of each part."""
+    """`tables`: cos and sin of the tokens of each part, or one pair for all parts.
+
+    Not the same pair for each: torch.compile of 2.15 refuses a tensor that is given twice.
+    """
     if inplace:
         check.require_no_overlap("x", x.stride(), x.shape)
     if torch.is_grad_enabled() and x.requires_grad:
@@ -33,7 +36,9 @@ def rotated(x: Tensor, places: Places, interleaved: bool, inplace: bool, tables:
 
 def _rotate_parts(x: Tensor, places: Places, interleaved: bool, inplace: bool, tables: Sequence[Tensor]) -> Tensor:
     out = x if inplace else x.clone()
-    for part, cos, sin in zip(parts_of(out, places), tables[::2], tables[1::2], strict=True):
+    parts = parts_of(out, places)
+    pairs = list(zip(tables[::2], tables[1::2], strict=True))
+    for part, (cos, sin) in zip(parts, pairs * len(parts) if len(pairs) == 1 else pairs, strict=True):
         rotate_(part, cos, sin, interleaved)
     return out
 

@@ -149,11 +149,11 @@ def apply_rotary_emb_qkv_(
         places = (slice(0, num_heads_q), slice(num_heads_q, num_heads_q + num_heads_k))
     check.require_bool("interleaved", interleaved)
     q, k = parts_of(qkv, places)
-    tables_q = tables_k = checked_tables(q, cos, sin, seqlen_offsets)
+    tables = checked_tables(q, cos, sin, seqlen_offsets)
     if cos_k is not None or sin_k is not None:
         keys = (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
-        tables_k = checked_tables(k, *keys, seqlen_offsets)
-    return rotated(qkv, places, interleaved, True, (*tables_q, *tables_k))
+        tables += checked_tables(k, *keys, seqlen_offsets)
+    return rotated(qkv, places, interleaved, True, tables)
 
 
 def apply_rotary_emb_kv_(
