@@ -17,6 +17,17 @@ from flash_attn._plain import is_plain
 __all__ = ["index_first_axis", "index_put_first_axis", "pad_input", "unpad_input"]
 
 
+def __getattr__(name: str) -> Any:
+    """einops' functions of which FlashAttention-2's module holds the names: verl and OpenRLHF import them from here."""
+    if name not in ("rearrange", "repeat"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        import einops
+    except ImportError as error:
+        raise AttributeError(f"{__name__}.{name} is einops.{name}, and einops can't be imported: {error}") from error
+    return getattr(einops, name)
+
+
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     """Selects rows of the first dimension.
 

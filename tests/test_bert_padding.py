@@ -1,8 +1,12 @@
 """bert_padding: moving tokens between padded and packed tensors."""
 
+import sys
+import types
+
 import pytest
 import torch
 
+from flash_attn import bert_padding
 from flash_attn.bert_padding import index_first_axis, index_put_first_axis, pad_input, unpad_input
 
 MASK = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]])
@@ -134,3 +138,17 @@ def test_compiled_round_trip():
         fullgraph=True, dynamic=True, backend="aot_eager",
     )  # fmt: skip
     torch.testing.assert_close(fast(x, indices), x * MASK[..., None], rtol=0, atol=0)
+
+
+def test_names_of_einops(monkeypatch):
+    """A stand-in where einops isn't installed: what counts is that the name leads there, and that import fails well."""
+    einops = types.ModuleType("einops")
+    einops.rearrange = lambda *_: "rearranged"
+    monkeypatch.setitem(sys.modules, "einops", einops)
+    from flash_attn.bert_padding import rearrange
+
+    assert rearrange is einops.rearrange
+    monkeypatch.setitem(sys.modules, "einops", None)
+    with pytest.raises(ImportError):
+        from flash_attn.bert_padding import repeat  # noqa: F401
+    assert not hasattr(bert_padding, "rearrange") and not hasattr(bert_padding, "nothing")
