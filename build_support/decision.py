@@ -17,6 +17,7 @@ from types import ModuleType
 from build_support.options import BuildOptions, read_options
 from build_support.toolkit import cuda_release, find_cuda_home
 
+OLDEST_TORCH = (2, 10)  # that has the stable ABI's functions which csrc/api calls
 HOW_TO_INSTALL = (
     'run `pip install torch ninja "setuptools>=64" wheel`, then `pip install --no-build-isolation .` '
     "(or set FLASH_ATTN_SKIP_CUDA=1 for the package without its kernels)"
@@ -58,8 +59,25 @@ def decide(environ: Mapping[str, str] = os.environ) -> Kernels | PurePython:
     cuda_home, looked_in = find_cuda_home(environ)
     if cuda_home is None:
         return PurePython(options, "no CUDA toolkit was found; looked in " + ", ".join(looked_in))
+    cuda = cuda_release(cuda_home)
+    _require_releases(torch, cuda, cuda_home)
     _require_tools(environ)
-    return Kernels(options, cuda_home, cuda_release(cuda_home), str(torch.__version__))
+    return Kernels(options, cuda_home, cuda, str(torch.__version__))
+
+
+def _require_releases(torch: ModuleType, cuda: str, cuda_home: Path) -> None:
+    if tuple(map(int, str(torch.__version__).split(".")[:2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise SystemExit(
+            f"flash-attn: the kernels are compiled against torch {oldest} or later, and {torch.__version__} is "
+            f"installed: {HOW_TO_INSTALL}."
+        )
+    if cuda.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        raise SystemExit(
+            f"flash-attn: torch {torch.__version__} was built with CUDA {torch.version.cuda}, and {cuda_home} holds "
+            f"CUDA {cuda}, but their major releases must be the same: set CUDA_HOME to another toolkit, install "
+            "another torch, or set FLASH_ATTN_SKIP_CUDA=1 for the package without its kernels."
+        )
 
 
 def _require_tools(environ: Mapping[str, str]) -> None:

@@ -92,6 +92,24 @@ def test_no_torch_is_one_sentence(monkeypatch):
         decision.decide({})
 
 
+@pytest.mark.parametrize(
+    "torch_version,torch_cuda,toolkit,message",
+    [
+        ("2.9.1+cu130", "13.0", "13.0", r"compiled against torch 2\.10 or later, and 2\.9\.1\+cu130 is installed"),
+        ("2.10.0+cu128", "12.8", "13.0", r"built with CUDA 12\.8, and .* holds CUDA 13\.0, but their major releases"),
+    ],
+)
+def test_releases_that_do_not_fit_are_one_sentence(monkeypatch, torch_version, torch_cuda, toolkit, message):
+    version = type("version", (), {"cuda": torch_cuda})
+    monkeypatch.setattr(
+        decision, "_import_torch", lambda: type("torch", (), {"__version__": torch_version, "version": version})
+    )
+    monkeypatch.setattr(decision, "find_cuda_home", lambda environ: (Path("/cuda"), []))
+    monkeypatch.setattr(decision, "cuda_release", lambda cuda_home: toolkit)
+    with pytest.raises(SystemExit, match=message):
+        decision.decide({})
+
+
 def test_metadata_needs_neither_torch_nor_nvcc(tmp_path):
     """Under an interpreter that has setuptools only: -S -I hides site-packages, and PATH is empty."""
     import setuptools
