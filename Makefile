@@ -25,7 +25,7 @@ TIMES = build/times
 timed = @mkdir -p $(TIMES); start=$$(date +%s); ( set -x; $(2) ); status=$$?; \
 	echo $$(( $$(date +%s) - start )) >> $(TIMES)/$(1); exit $$status
 
-.PHONY: help demo test run-tests install wheel test-gpu sanitize fuzz emulate test-abi bench plot format lint clean options
+.PHONY: help demo test run-tests install wheel test-gpu sanitize fuzz emulate test-abi test-clients bench plot format lint clean options
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -80,6 +80,15 @@ emulate: $(INSTALLED)/build $(INSTALLED)/test  ## run every kernel on the CPU, e
 
 test-abi: wheel  ## try the wheel under three torch versions (slow; downloads each)
 	$(PYTHON) tests/abi/run.py dist
+
+# From their own folder, so that the source tree hides no installed wheel.
+test-clients: CLIENTS = build/clients
+test-clients: wheel  ## try the wheel with transformers' models and ring-flash-attention (downloads both)
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --progress-bar off -r requirements/clients.txt
+	$(CLIENTS)/bin/python -m pip install --no-deps --force-reinstall "$$(ls -t dist/flash_attn-*.whl | head -n 1)"
+	cd $(CLIENTS) && bin/python $(CURDIR)/tests/clients/transformers_models.py
+	cd $(CLIENTS) && bin/python $(CURDIR)/tests/clients/ring_attention.py
 
 bench: $(INSTALLED)/flash_attn  ## speed, memory and error beside torch's attention, on the GPU or the CPU (BENCH_ARGS=--help)
 	$(PYTHON) -m flash_attn bench $(BENCH_ARGS)

@@ -11,6 +11,7 @@
 #   suite     all of them in one process, timed
 #   sanitize  compute-sanitizer's tools on their selection
 #   fuzz      2,000 drawn calls, seed 0
+#   models    transformers' architectures, if it is installed
 #   forward, short, backward, serving   SM80's kernels beside the peers: WHEELS/peers.py with what it imports
 #   sm90      SM90's kernels beside the peers in the package's own harness, which can ask for them
 #   own       the package's own suites that no peer has: deterministic, pages, latency, tiny; host time
@@ -93,6 +94,7 @@ tests90() { beside_each_other -k "sm90"; }
 suite() { time pytest; }
 sanitize() { (cd "$ROOT" && make --no-print-directory sanitize PYTHON3="$PYTHON"); }
 fuzz() { (cd "$ROOT/tests" && $PYTHON fuzz.py --calls 2000 --seed 0); }
+models() { (cd "$OUT" && $PYTHON "$ROOT/tests/clients/transformers_models.py"); }
 
 forward() { peers fwd,hdim ours80,fa2,mem --out forward.json; }
 short() { peers fwd_short,gemma,local ours80,fa2,cudnn --out short.json; }
