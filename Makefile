@@ -88,6 +88,7 @@ test-clients: wheel  ## try the wheel with transformers' models and ring-flash-a
 	$(CLIENTS)/bin/python -m pip install --progress-bar off -r requirements/clients.txt
 	$(CLIENTS)/bin/python -m pip install --no-deps --force-reinstall "$$(ls -t dist/flash_attn-*.whl | head -n 1)"
 	cd $(CLIENTS) && bin/python $(CURDIR)/tests/clients/transformers_models.py
+	cd $(CLIENTS) && bin/python $(CURDIR)/tests/clients/continuous_batching.py
 	cd $(CLIENTS) && bin/python $(CURDIR)/tests/clients/ring_attention.py
 
 bench: $(INSTALLED)/flash_attn  ## speed, memory and error beside torch's attention, on the GPU or the CPU (BENCH_ARGS=--help)

@@ -94,7 +94,10 @@ tests90() { beside_each_other -k "sm90"; }
 suite() { time pytest; }
 sanitize() { (cd "$ROOT" && make --no-print-directory sanitize PYTHON3="$PYTHON"); }
 fuzz() { (cd "$ROOT/tests" && $PYTHON fuzz.py --calls 2000 --seed 0); }
-models() { (cd "$OUT" && $PYTHON "$ROOT/tests/clients/transformers_models.py"); }
+models() {
+  (cd "$OUT" && $PYTHON "$ROOT/tests/clients/transformers_models.py" &&
+    $PYTHON "$ROOT/tests/clients/continuous_batching.py")
+}
 
 forward() { peers fwd,hdim ours80,fa2,mem --out forward.json; }
 short() { peers fwd_short,gemma,local ours80,fa2,cudnn --out short.json; }

@@ -16,7 +16,7 @@ import warnings
 
 import torch
 import transformers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import import_utils
 
 import flash_attn
@@ -40,6 +40,7 @@ SIZES = {
     1: "n_group topk_group first_k_dense_replace bos_token_id",
     0: "pad_token_id",
 }
+PARTS = ("padded", "full", "decoded")
 TINY = {name: size for size, names in SIZES.items() for name in names.split()}
 
 # Failures of transformers 5.23 itself, which other packages of flash_attention_2 meet too.
@@ -90,7 +91,7 @@ def make_models(config_class, model_class):
     return [model.to(DEVICE) for model in (exact, *others)]
 
 
-def logits_of(model):
+def logits_of(model, decodes):
     """Of the rows that count: padded, full, and decoded one by one after a prompt."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 128, (BATCH, LENGTH), generator=generator).to(DEVICE)
@@ -99,6 +100,8 @@ def logits_of(model):
     with torch.no_grad():
         padded = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
         full = model(input_ids=ids).logits
+        if not decodes:
+            return [padded.float(), full.float()]
         step = model(input_ids=ids[:, :PROMPT], use_cache=True)
         decoded = []
         for at in range(PROMPT, LENGTH):
@@ -131,25 +134,35 @@ def error_of(logits, expected):
     return of_tokens.quantile(COMPARED).item() if of_tokens.isfinite().all() else torch.inf
 
 
-def check(config_class, model_class):
+def check(config_class, model_class, decodes):
     """What is wrong, or nothing."""
     exact, eager, ours = make_models(config_class, model_class)
     try:
-        expected, low = logits_of(exact), logits_of(eager)
+        expected, low = logits_of(exact, decodes), logits_of(eager, decodes)
     except Exception as error:
         raise Unfit(f"the eager model: {type(error).__name__}: {error}") from error
     try:
-        results, num_calls = count_calls(lambda: logits_of(ours))
+        results, num_calls = count_calls(lambda: logits_of(ours, decodes))
         train(ours)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     if num_calls == 0:
         return "flash_attn was never called"
-    for what, got, other, want in zip(("padded", "full", "decoded"), results, low, expected, strict=True):
+    for what, got, other, want in zip(PARTS[: len(expected)], results, low, expected, strict=True):
         error, allowed = error_of(got, want), 2 * error_of(other, want) + SLACK
         if not error <= allowed:
             return f"{what}: logits are off by {error:.3f}, allowed are {allowed:.3f}"
     return ""
+
+
+def architectures(chosen):
+    """(name, its classes, whether it decodes) of those that take flash_attention_2."""
+    for decodes, mapping in ((True, MODEL_FOR_CAUSAL_LM_MAPPING), (False, MODEL_FOR_MASKED_LM_MAPPING)):
+        for config_class, model_class in mapping.items():
+            model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+            name = config_class.model_type
+            if model_class._supports_flash_attn and (not chosen or name in chosen):
+                yield name, (config_class, model_class), decodes
 
 
 def main(chosen):
@@ -158,27 +171,23 @@ def main(chosen):
     torch.set_num_threads(1)
     if DEVICE == "cpu":
         allow_the_cpu()
-    found = {"right": [], "wrong": [], "wrong in transformers": [], "not tried": []}
-    for config_class, model_class in MODEL_FOR_CAUSAL_LM_MAPPING.items():
-        name = config_class.model_type
-        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-        if (chosen and name not in chosen) or not model_class._supports_flash_attn:
-            continue
+    found = {"right": {}, "wrong": {}, "wrong in transformers": {}, "not tried": {}}
+    for name, classes, decodes in architectures(chosen):
+        title = name if decodes else f"{name} (masked)"
         try:
-            failure = check(config_class, model_class)
+            failure = check(*classes, decodes)
         except Unfit as reason:
-            found["not tried"].append(f"{name}: {str(reason).splitlines()[0][:150]}")
+            found["not tried"][title] = str(reason).splitlines()[0][:150]
             continue
-        if not failure:
-            found["right"].append(name)
-        elif name in NOT_OURS:
-            found["wrong in transformers"].append(f"{name}: {NOT_OURS[name]}")
+        if failure and name in NOT_OURS:
+            found["wrong in transformers"][title] = NOT_OURS[name]
         else:
-            found["wrong"].append(f"{name}: {failure[:300]}")
+            found["wrong" if failure else "right"][title] = failure[:300]
     print(f"flash_attn {flash_attn.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
-    print(f"right, {len(found['right'])}: {', '.join(found['right'])}")
-    for verdict, models in list(found.items())[1:]:
-        print(f"{verdict}, {len(models)}:", *models, sep="\n  ")
+    for verdict, models in found.items():
+        print(f"{verdict}, {len(models)}:")
+        for name, why in models.items():
+            print(f"  {name}: {why}" if why else f"  {name}")
     return 1 if found["wrong"] or not found["right"] else 0
 
 
