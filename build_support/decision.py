@@ -18,9 +18,10 @@ from build_support.options import BuildOptions, read_options
 from build_support.toolkit import cuda_release, find_cuda_home
 
 OLDEST_TORCH = (2, 10)  # that has the stable ABI's functions which csrc/api calls
+WITHOUT_KERNELS = "or set FLASH_ATTN_SKIP_CUDA=1 for the package without its kernels"
 HOW_TO_INSTALL = (
     'run `pip install torch ninja "setuptools>=64" wheel`, then `pip install --no-build-isolation .` '
-    "(or set FLASH_ATTN_SKIP_CUDA=1 for the package without its kernels)"
+    f"({WITHOUT_KERNELS})"
 )
 
 
@@ -70,13 +71,13 @@ def _require_releases(torch: ModuleType, cuda: str, cuda_home: Path) -> None:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise SystemExit(
             f"flash-attn: the kernels are compiled against torch {oldest} or later, and {torch.__version__} is "
-            f"installed: {HOW_TO_INSTALL}."
+            f"installed: run `pip install --upgrade torch` ({WITHOUT_KERNELS})."
         )
     if cuda.partition(".")[0] != torch.version.cuda.partition(".")[0]:
         raise SystemExit(
             f"flash-attn: torch {torch.__version__} was built with CUDA {torch.version.cuda}, and {cuda_home} holds "
             f"CUDA {cuda}, but their major releases must be the same: set CUDA_HOME to another toolkit, install "
-            "another torch, or set FLASH_ATTN_SKIP_CUDA=1 for the package without its kernels."
+            f"another torch, {WITHOUT_KERNELS}."
         )
 
 
