@@ -16,9 +16,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.continuous_batching import initialization
-from transformers_models import DEVICE, DTYPE, TINY, allow_the_cpu
-
-from flash_attn import _ops
+from transformers_models import DEVICE, DTYPE, TINY, allow_the_cpu, seen_calls
 
 LENGTHS = (5, 17, 9, 30)
 NUM_TOKENS = 10
@@ -48,13 +46,11 @@ def main():
     prompts = [torch.randint(3, 128, (length,)).tolist() for length in LENGTHS]
     # Without a token that ends them, all requests have the same number of tokens.
     options = GenerationConfig(max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    tables = []
-    forward = _ops.forward
-    _ops.forward = lambda path, call: (tables.append(call.block_table is not None), forward(path, call))[1]
     for paged in (False, True):
-        tables.clear()
         pages_for_decoding(paged)
-        results = ours.generate_batch(inputs=prompts, generation_config=options)
+        with seen_calls() as calls:
+            results = ours.generate_batch(inputs=prompts, generation_config=options)
+        tables = [call.block_table is not None for call in calls]
         assert tables and any(tables) == paged, f"{sum(tables)} of {len(tables)} calls had a block table"
         for prompt in prompts:
             (tokens,) = [result.generated_tokens for result in results.values() if result.prompt_ids == prompt]
