@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,9 @@ from flash_attn._checks import ForwardCall
 from flash_attn._checks_backward import BackwardCall
 from flash_attn._checks_kvcache import KvCacheCall
 
-Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+# out, or a tuple of it and what else was asked for. A union of these would have type checkers object to `out.sum()`
+# and to `out, lse = ...` alike; with Any they know a tensor's attributes and let a tuple be taken apart.
+Result = Tensor | Any
 
 
 def run(call: ForwardCall) -> Result:

@@ -271,7 +271,7 @@ class RotaryEmbedding(torch.nn.Module):
         seqlen_offset: int | Tensor = 0,
         max_seqlen: int | None = None,
         num_heads_q: int | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | Any:
         """Rotates in place.
 
         Parameters
