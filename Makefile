@@ -83,12 +83,13 @@ test-abi: wheel  ## try the wheel under three torch versions (slow; downloads ea
 
 # From their own folder, so that the source tree hides no installed wheel.
 test-clients: CLIENTS = build/clients
-test-clients: wheel  ## try the wheel with transformers' models and ring-flash-attention (downloads both)
+test-clients: wheel  ## try the wheel with transformers, xformers and ring-flash-attention (downloads all)
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --progress-bar off -r requirements/clients.txt
 	$(CLIENTS)/bin/python -m pip install --no-deps --force-reinstall "$$(ls -t dist/flash_attn-*.whl | head -n 1)"
 	cd $(CLIENTS) && bin/python $(CURDIR)/tests/clients/transformers_models.py
 	cd $(CLIENTS) && bin/python $(CURDIR)/tests/clients/continuous_batching.py
+	cd $(CLIENTS) && bin/python $(CURDIR)/tests/clients/xformers_masks.py
 	cd $(CLIENTS) && bin/python $(CURDIR)/tests/clients/ring_attention.py
 
 bench: $(INSTALLED)/flash_attn  ## speed, memory and error beside torch's attention, on the GPU or the CPU (BENCH_ARGS=--help)

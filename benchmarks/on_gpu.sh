@@ -11,15 +11,15 @@
 #   suite     all of them in one process, timed
 #   sanitize  compute-sanitizer's tools on their selection
 #   fuzz      2,000 drawn calls, seed 0
-#   models    transformers' architectures, if it is installed
+#   models    transformers' architectures and xformers' masks
 #   forward, short, backward, serving   SM80's kernels beside the peers: WHEELS/peers.py with what it imports
 #   sm90      SM90's kernels beside the peers in the package's own harness, which can ask for them
 #   own       the package's own suites that no peer has: deterministic, pages, latency, tiny; host time
 #   train     the small GPT
 #   tune      tiles of SM90's kernels: TUNE="128/128 64/64"
 #
-# WHEELS (.whl): wheels that the machine lacks (nvidia-cutlass, expecttest; for the peers fa3-fwd), and peers.py, the
-# script of the project's targets, which is no part of the repository.
+# WHEELS (.whl): wheels that the machine lacks (nvidia-cutlass, expecttest, xformers; for the peers fa3-fwd), and
+# peers.py, the script of the project's targets, which is no part of the repository.
 # SITE (/tmp/site): where they and the package are installed.
 # FEW_ROWS (true): the kernels for few rows serve every call with few rows; false is what a build has by default until
 # they have been proven, and leaves short sequences to SM90's kernels.
@@ -95,8 +95,11 @@ suite() { time pytest; }
 sanitize() { (cd "$ROOT" && make --no-print-directory sanitize PYTHON3="$PYTHON"); }
 fuzz() { (cd "$ROOT/tests" && $PYTHON fuzz.py --calls 2000 --seed 0); }
 models() {
-  (cd "$OUT" && $PYTHON "$ROOT/tests/clients/transformers_models.py" &&
-    $PYTHON "$ROOT/tests/clients/continuous_batching.py")
+  local failed=0
+  for script in transformers_models continuous_batching xformers_masks; do
+    (cd "$OUT" && $PYTHON "$ROOT/tests/clients/$script.py") || failed=1
+  done
+  return $failed
 }
 
 forward() { peers fwd,hdim ours80,fa2,mem --out forward.json; }
