@@ -151,11 +151,20 @@ def test_gradients_come_from_sm80_kernels(ran):
     assert ran == {90}
 
 
-@pytest.mark.parametrize("what", ["rows", "heads", "batch", "head_dim", "address", "query heads", "transposed"])
+def in_memory(x, order):
+    """The same elements, the dimensions in another order in memory."""
+    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.dim())])
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["rows", "heads", "batch", "head_dim", "address", "query heads", "heads first", "rows first", "heads before rows"],
+)
 def test_strides_that_tma_cannot_take(what, ran):
     """The same bits as from contiguous tensors."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 70, 4, 64, generator=generator).to(BF16) for _ in range(3))
+    out = None
     if what == "rows":
         k = k[:, :1].expand(-1, 70, -1, -1)
     elif what == "heads":
@@ -163,18 +172,19 @@ def test_strides_that_tma_cannot_take(what, ran):
     elif what == "batch":
         k, v = (x[:1].expand(2, -1, -1, -1) for x in (k, v))
     elif what == "head_dim":
-        v = v.transpose(1, 3).contiguous().transpose(1, 3)
+        v = in_memory(v, (0, 3, 2, 1))
     elif what == "address":
         k = torch.cat((k.flatten()[:1], k.flatten()))[1:].view(k.shape)
     elif what == "query heads":
         q = q[:, :, :1].expand(-1, -1, 4, -1)
     else:
-        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        order = {"heads first": (2, 0, 1, 3), "rows first": (1, 0, 2, 3), "heads before rows": (0, 2, 1, 3)}[what]
+        q, k, v, out = (in_memory(x, order) for x in (q, k, v, q))
     with flash_attn.use_path("sm90"):
-        ours = flash_attn.flash_attn_func(q, k, v, causal=True, pack_gqa=False)
+        ours = flash_attn.flash_attn_func(q, k, v, causal=True, pack_gqa=False, out=out)
         expected = flash_attn.flash_attn_func(q.contiguous(), k.contiguous(), v.contiguous(), causal=True)
     assert_same_bits("out", ours, expected)
-    copied = {"rows": ["k"], "head_dim": ["v"], "address": ["k"], "query heads": ["q"]}
+    copied = {"rows": ["k"], "head_dim": ["v"], "address": ["k"], "query heads": ["q"], "heads first": ["q"]}
     assert copies(q, k, v) == copied.get(what, []) and ran == {90}
 
 

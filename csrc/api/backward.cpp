@@ -105,9 +105,9 @@ BackwardResult run_backward(const BackwardArgs& args, const std::optional<Gradie
 
   const torch::stable::accelerator::DeviceGuard guard(forward.q.get_device_index());
   const Gradients returned = make_gradients(forward, grads);
-  OutputTarget dq = output_target_of(returned.dq);
-  OutputTarget dk = output_target_of(returned.dk);
-  OutputTarget dv = output_target_of(returned.dv);
+  OutputTarget dq = output_target_of(returned.dq, Arch::kSm80);
+  OutputTarget dk = output_target_of(returned.dk, Arch::kSm80);
+  OutputTarget dv = output_target_of(returned.dv, Arch::kSm80);
   const Workspace workspace(args, plan);
   // All held until the launch: the params point into them.
   const Tensor q = with_vector_rows(forward.q);

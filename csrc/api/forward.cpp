@@ -14,7 +14,7 @@
 namespace flash_attn {
 namespace {
 
-OutputTarget make_output(const ForwardArgs& args, const std::optional<Tensor>& out) {
+OutputTarget make_output(const ForwardArgs& args, const std::optional<Tensor>& out, Arch arch) {
   std::vector<int64_t> shape = sizes_of(args.q);
   shape.back() = args.v.size(args.v.dim() - 1);
   Tensor returned = out ? *out : allocate_like(args.q, shape);
@@ -27,7 +27,7 @@ OutputTarget make_output(const ForwardArgs& args, const std::optional<Tensor>& o
     check(!written.surely_overlaps(Extent(args.k)) && !written.surely_overlaps(Extent(args.v)),
           "out must not overlap the keys or values, which are read while it is written");
   }
-  return output_target_of(returned);
+  return output_target_of(returned, arch);
 }
 
 // What explain() plans for where there is no GPU: the one that the kernels are tuned for.
@@ -84,11 +84,11 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
         " was left out of this build by FLASH_ATTN_ARCHS, FLASH_ATTN_HEAD_DIMS or FLASH_ATTN_DTYPES");
 
   const torch::stable::accelerator::DeviceGuard guard(args.q.get_device_index());
-  OutputTarget output = make_output(args, out);
+  OutputTarget output = make_output(args, out, plan.variant.arch);
   const Tensor lse = allocate(args.q, lse_shape_of(problem), ScalarType::Float);
-  const Tensor q = as_operand(args.q, OperandRole::kQueries, plan.variant.arch);
-  const Tensor k = as_operand(args.k, OperandRole::kKeys, plan.variant.arch);
-  const Tensor v = as_operand(args.v, OperandRole::kKeys, plan.variant.arch);
+  const Tensor q = as_operand("q", args.q, OperandRole::kQueries, plan.variant.arch);
+  const Tensor k = as_operand("k", args.k, OperandRole::kKeys, plan.variant.arch);
+  const Tensor v = as_operand("v", args.v, OperandRole::kKeys, plan.variant.arch);
   // Held until the launch: the params point into them.
   const SplitWorkspace workspace = make_split_workspace(args, problem, plan);
   const std::optional<Tensor> sink =

@@ -28,14 +28,21 @@ Tensor copy_with_vector_rows(const Tensor& tensor) {
   return copy;
 }
 
+Tensor copied_operand(const char* name, const Tensor& tensor, OperandRole role, Arch arch) {
+  Tensor copy = copy_with_vector_rows(tensor);
+  check(can_be_operand(copy, role, arch), name, " must have fewer than 2^31 rows of head_dim in all entries and heads ",
+        "together for the SM90 kernels, got ", shape_of(tensor), "; use_path(\"sm80\") takes it");
+  return copy;
+}
+
 }  // namespace
 
 Tensor with_vector_rows(const Tensor& tensor) {
   return has_vector_rows(tensor) ? tensor : copy_with_vector_rows(tensor);
 }
 
-Tensor as_operand(const Tensor& tensor, OperandRole role, Arch arch) {
-  return can_be_operand(tensor, role, arch) ? tensor : copy_with_vector_rows(tensor);
+Tensor as_operand(const char* name, const Tensor& tensor, OperandRole role, Arch arch) {
+  return can_be_operand(tensor, role, arch) ? tensor : copied_operand(name, tensor, role, arch);
 }
 
 void OutputTarget::finish() {
@@ -44,8 +51,8 @@ void OutputTarget::finish() {
   torch::stable::copy_(returned, torch::stable::narrow(written, last, 0, returned.size(last)));
 }
 
-OutputTarget output_target_of(const Tensor& returned) {
-  if (has_vector_rows(returned)) return {returned, returned};
+OutputTarget output_target_of(const Tensor& returned, Arch arch) {
+  if (can_be_operand(returned, OperandRole::kQueries, arch)) return {returned, returned};
   std::vector<int64_t> shape = sizes_of(returned);
   shape.back() = round_up_to_vector(shape.back());
   return {allocate_like(returned, shape), returned};

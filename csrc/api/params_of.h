@@ -17,7 +17,7 @@ int64_t round_up_to_vector(int64_t head_dim);
 // their length a multiple of 16 bytes.
 Tensor with_vector_rows(const Tensor& tensor);
 // The same for an operand of this architecture's forward kernels.
-Tensor as_operand(const Tensor& tensor, OperandRole role, Arch arch);
+Tensor as_operand(const char* name, const Tensor& tensor, OperandRole role, Arch arch);
 
 // Where a kernel writes: the tensor that the caller gets, unless its rows can't be written in pieces of 16 bytes.
 struct OutputTarget {
@@ -27,7 +27,7 @@ struct OutputTarget {
   void finish();
 };
 
-OutputTarget output_target_of(const Tensor& returned);
+OutputTarget output_target_of(const Tensor& returned, Arch arch);
 
 // (batch, head, row), or (head, row) where the queries are packed.
 std::vector<int64_t> lse_shape_of(const Problem& problem);

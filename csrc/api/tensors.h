@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "kernels/common/head_axis.h"
 #include "kernels/common/params.h"
 #include "variant/tiles.h"
 
@@ -125,23 +126,6 @@ class Extent {
 
 enum class OperandRole { kQueries, kKeys };
 
-// Whether the forward kernels of an architecture take a tensor as it is. All need rows of whole vectors; TMA's
-// descriptors have no stride of 2^40 bytes and no rows of stride 0. A batch, and the heads of keys, may be broadcast:
-// such a dimension is one element long to a descriptor. Heads of queries may not, since they may share a box.
-inline bool can_be_operand(const Tensor& tensor, OperandRole role, Arch arch) {
-  if (!has_vector_rows(tensor)) return false;
-  if (arch != Arch::kSm90) return true;
-  constexpr int64_t kStrideLimit = (int64_t{1} << 40) / kElementBytes;
-  const int64_t row_dim = tensor.dim() - 3;
-  const int64_t head_dim = tensor.dim() - 2;
-  for (int64_t dim = 0; dim <= head_dim; ++dim) {
-    if (tensor.size(dim) <= 1) continue;
-    const bool lies_apart = dim == row_dim || (dim == head_dim && role == OperandRole::kQueries);
-    if (tensor.stride(dim) >= kStrideLimit || (lies_apart && tensor.stride(dim) == 0)) return false;
-  }
-  return true;
-}
-
 // An uninitialised contiguous tensor on `like`'s device. torch::stable::new_empty looks its op up by name each time,
 // which takes longer than the allocation.
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
@@ -176,6 +160,24 @@ inline Operand operand_of(const Tensor& tensor) {
           .batch_stride = dense ? strides[0] : 0,
           .row_stride = sizes[row_dim] > 1 ? strides[row_dim] : 0,
           .head_stride = strides[row_dim + 1]};
+}
+
+// Whether the forward kernels of an architecture take a tensor as it is. All need rows of whole vectors. TMA's
+// descriptors want rows that lie less than 2^34 bytes apart, heads less than 2^40, and neither at the same place; a
+// batch, and the heads of keys, may be broadcast. Heads of queries may share a box, in which one follows the other.
+inline bool can_be_operand(const Tensor& tensor, OperandRole role, Arch arch) {
+  if (!has_vector_rows(tensor)) return false;
+  if (arch != Arch::kSm90) return true;
+  constexpr int64_t kRowStrideLimit = (int64_t{1} << 34) / kElementBytes;
+  constexpr int64_t kHeadStrideLimit = (int64_t{1} << 40) / kElementBytes;
+  const auto sizes = tensor.sizes();
+  const size_t row_dim = sizes.size() - 3;
+  const int64_t num_heads = sizes[row_dim + 1];
+  const Operand operand = operand_of(tensor);
+  const HeadAxis heads(operand, num_heads, row_dim > 0 ? sizes[0] : 1);
+  if (sizes[row_dim] > 1 && (operand.row_stride == 0 || operand.row_stride >= kRowStrideLimit)) return false;
+  if (role == OperandRole::kQueries && num_heads > 1 && heads.head_step != 1) return false;
+  return heads.stride < kHeadStrideLimit && heads.can_be_counted();
 }
 
 }  // namespace flash_attn

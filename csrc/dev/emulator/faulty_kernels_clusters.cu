@@ -37,7 +37,7 @@ void bring(const CUtensorMap& map, Storage& smem) {
       smem.full.arrive_and_expect(kFault == Fault::kExpectsItsOwnBytes ? kBoxBytes : 2 * kBoxBytes);
     }
     Element* const tile = is_second() ? smem.b : smem.a;
-    sm90::load_box_to_blocks(map, sm90::CacheHint::EVICT_NORMAL, smem.full, tile, kBothBlocks, {.row_end = kRows});
+    sm90::load_box_to_blocks(map, sm90::CacheHint::EVICT_NORMAL, smem.full, tile, kBothBlocks, kAllRows);
   }
 }
 

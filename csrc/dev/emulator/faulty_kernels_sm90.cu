@@ -29,18 +29,18 @@ Storage& storage_with_barriers() {
 
 void load(const CUtensorMap& map, sm90::Mbarrier& barrier, Element* to) {
   barrier.arrive_and_expect(kBoxBytes);
-  sm90::load_box(map, sm90::CacheHint::EVICT_NORMAL, barrier, to, {.row_end = kRows});
+  sm90::load_box(map, sm90::CacheHint::EVICT_NORMAL, barrier, to, kAllRows);
 }
 
 void store(const CUtensorMap& map, const Element* from) {
-  sm90::store_box(map, from, {.row_end = kRows});
+  sm90::store_box(map, from, kAllRows);
   sm90::commit_stores();
 }
 
 void load_both(const CUtensorMap& map, Storage& smem) {
   smem.full.arrive_and_expect(2 * kBoxBytes);
   for (Element* to : {smem.a, smem.b}) {
-    sm90::load_box(map, sm90::CacheHint::EVICT_NORMAL, smem.full, to, {.row_end = kRows});
+    sm90::load_box(map, sm90::CacheHint::EVICT_NORMAL, smem.full, to, kAllRows);
   }
 }
 

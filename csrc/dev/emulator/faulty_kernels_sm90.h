@@ -45,8 +45,10 @@ inline Operands operands_of(Storage& smem) {
 
 inline void start(Operands& x) { sm90::start_gemm(x.mma, x.a, x.b, x.acc, GMMA::ScaleOut::Zero); }
 
+inline constexpr sm90::BoxCoord kAllRows{.row = sm90::kRowBound - kRows, .row_end = kRows};
+
 // Of a tensor of kRows x kCols elements.
-inline cudaError_t describe(void* tensor, CUtensorMap& map) {
+inline cudaError_t describe(void* tensor, CUtensorMap& descriptor) {
   const sm90::TensorMapSpec spec{.operand = {tensor, 0, kCols, 0},
                                  .num_rows = kRows,
                                  .num_heads = 1,
@@ -55,7 +57,10 @@ inline cudaError_t describe(void* tensor, CUtensorMap& map) {
                                  .box_rows = kRows,
                                  .box_heads = 1,
                                  .box_cols = kCols};
-  return sm90::encode_tensor_map(spec, Dtype::kBf16, &map);
+  sm90::TensorMap map;
+  const cudaError_t error = sm90::encode_tensor_map(spec, Dtype::kBf16, &map);
+  descriptor = map.descriptor;
+  return error;
 }
 
 }  // namespace flash_attn

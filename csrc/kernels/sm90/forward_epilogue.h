@@ -13,8 +13,8 @@ using namespace cute;
 
 // The group's part of O takes the place of a part of Q that no other group reads any more. Returns while it is leaving.
 template <class Traits, class AccO>
-__device__ void store_output(const ForwardParams& params, const ForwardTensorMaps& maps, const PackedTile& tile,
-                             typename Traits::Element* smem, int group, const AccO& tOrO) {
+__device__ void store_output(const ForwardTensorMaps& maps, const PackedTile& tile, typename Traits::Element* smem,
+                             int group, const AccO& tOrO) {
   using Element = typename Traits::Element;
   constexpr int kBoxCols = Traits::template kBoxCols<Traits::kGroupCols>;
   const int first_col = column_group_of<Traits>(group) * Traits::kGroupCols;
@@ -28,9 +28,8 @@ __device__ void store_output(const ForwardParams& params, const ForwardTensorMap
   wait_at(NamedBarrier::kOutput, group, kThreadsPerWarpgroup);
 
   if (threadIdx.x % kThreadsPerWarpgroup == 0 && tile.m_begin + first_row < tile.num_rows()) {
-    const auto box = RowBox<Traits::kGroupRows, kBoxCols>::of_packed_rows(params.o, tile, first_row);
-    box.template store<Traits::kGroupCols>(maps.o, columns + first_row * kBoxCols, Traits::kTileM * kBoxCols,
-                                           first_col);
+    const auto box = RowBox<Traits::kGroupRows, kBoxCols>::of_packed_rows(maps.o, tile, first_row);
+    box.template store<Traits::kGroupCols>(columns + first_row * kBoxCols, Traits::kTileM * kBoxCols, first_col);
     commit_stores();
   }
 }

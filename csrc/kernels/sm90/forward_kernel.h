@@ -58,7 +58,7 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
     auto lse = schedule.finish(softmax, output, sinks);
     clear_unused_rows<Traits::kTileM>(tile.m_begin, tile.num_used_rows(), output_coords, output, lse);
     if (schedule.owns_lse()) store_packed_lse(params, tile, output_coords, lse);
-    store_output<Traits>(params, maps, tile, smem.q_or_o[q.idx], group, tOrO);
+    store_output<Traits>(maps, tile, smem.q_or_o[q.idx], group, tOrO);
     leaving.add();
     q.advance();
   });
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     smem.barriers.k.init(Traits::kTile.warps_m);
     for (auto& stages : smem.barriers.v) stages.init(Traits::kTile.warps_m);
     fence_barrier_init();
-    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.o}) prefetch_descriptor(*map);
+    for (const TensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.o}) prefetch_descriptor(map->descriptor);
   }
   sync_blocks<Traits>();
 

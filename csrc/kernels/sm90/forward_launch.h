@@ -11,8 +11,7 @@
 
 namespace flash_attn::sm90 {
 
-// A tensor without elements has no address, and a cache without entries no batch; nothing of them is ever read, but a
-// descriptor must have both.
+// A tensor without elements has no address. Nothing of it is ever read, but a descriptor must have one.
 inline Operand addressable(Operand operand, const Operand& other) {
   if (operand.ptr == nullptr) operand.ptr = other.ptr;
   return operand;
@@ -23,7 +22,6 @@ cudaError_t make_tensor_maps(const ForwardParams& params, ForwardTensorMaps& map
   const HeadParams& heads = params.heads;
   const SeqParams& seq = params.seq;
   const int num_heads_kv = heads.num_heads / heads.num_heads_per_kv;
-  const auto heads_of = [](const Operand& operand, int num_heads) { return operand.head_stride == 0 ? 1 : num_heads; };
   const int packed_heads = params.split.packed_heads.divisor();
   struct Box {
     int rows;
@@ -31,11 +29,11 @@ cudaError_t make_tensor_maps(const ForwardParams& params, ForwardTensorMaps& map
     int cols;
   };
   const auto encode = [&](const Operand& operand, int batch, int num_rows, int num_heads, int head_dim, const Box& box,
-                          CUtensorMap& map) {
+                          TensorMap& map) {
     const TensorMapSpec spec{.operand = addressable(operand, params.o),
                              .num_rows = num_rows,
-                             .num_heads = heads_of(operand, num_heads),
-                             .batch = operand.batch_stride == 0 ? 1 : std::max(batch, 1),
+                             .num_heads = num_heads,
+                             .batch = batch,
                              .head_dim = head_dim,
                              .box_rows = box.rows / box.heads,
                              .box_heads = box.heads,

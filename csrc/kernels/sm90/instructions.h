@@ -16,6 +16,7 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
+#include "kernels/sm90/tensor_map.h"
 #include "variant/tiles.h"
 
 namespace flash_attn::sm90 {
@@ -111,12 +112,12 @@ __device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.
 
 using CacheHint = TMA::CacheHintSm90;
 
+// As tensor_map.h's descriptors count.
 struct BoxCoord {
   int col;
   int head;
   int row;
   int row_end;
-  int batch;
 };
 
 __device__ inline void prefetch_descriptor(const CUtensorMap& map) {
@@ -125,16 +126,16 @@ __device__ inline void prefetch_descriptor(const CUtensorMap& map) {
 __device__ inline void load_box(const CUtensorMap& map, CacheHint hint, Mbarrier& barrier, void* smem,
                                 const BoxCoord& at) {
   SM90_TMA_LOAD_5D::copy(&map, barrier.get(), static_cast<uint64_t>(hint), smem, at.col, at.head, at.row, at.row_end,
-                         at.batch);
+                         int{kRowBound});
 }
 // To the same place of each block of the cluster whose bit is set, with the barrier that lies there.
 __device__ inline void load_box_to_blocks(const CUtensorMap& map, CacheHint hint, Mbarrier& barrier, void* smem,
                                           unsigned blocks, const BoxCoord& at) {
   SM90_TMA_LOAD_MULTICAST_5D::copy(&map, barrier.get(), static_cast<uint16_t>(blocks), static_cast<uint64_t>(hint),
-                                   smem, at.col, at.head, at.row, at.row_end, at.batch);
+                                   smem, at.col, at.head, at.row, at.row_end, int{kRowBound});
 }
 __device__ inline void store_box(const CUtensorMap& map, const void* smem, const BoxCoord& at) {
-  SM90_TMA_STORE_5D::copy(&map, smem, at.col, at.head, at.row, at.row_end, at.batch);
+  SM90_TMA_STORE_5D::copy(&map, smem, at.col, at.head, at.row, at.row_end, int{kRowBound});
 }
 // cp.async.bulk.commit_group and wait_group.read: the stores that this thread started since the last commit are one
 // group; the wait is until all groups have read their shared memory.

@@ -9,10 +9,10 @@
 namespace flash_attn::sm90 {
 
 struct ForwardTensorMaps {
-  CUtensorMap q;
-  CUtensorMap k;
-  CUtensorMap v;
-  CUtensorMap o;
+  TensorMap q;
+  TensorMap k;
+  TensorMap v;
+  TensorMap o;
 };
 
 // K and V of one head of one sequence, contiguous or strided, through TMA. Rows past the sequence arrive as zeros, so
@@ -23,18 +23,16 @@ class TmaKvSource {
   using Element = typename Traits::Element;
 
   __device__ TmaKvSource(const ForwardParams& params, const ForwardTensorMaps& maps, const PackedTile& tile)
-      : params_(params), maps_(maps), seq_(tile.seq), head_idx_(tile.rows.first_head / params.heads.num_heads_per_kv) {}
+      : maps_(maps), seq_(tile.seq), head_idx_(tile.rows.first_head / params.heads.num_heads_per_kv) {}
 
   // A slice of columns of a tile of keys, to its place in the tile at `smem`.
   __device__ void load_k(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
-    box<Traits::kHeadDim>(params_.k, n_idx)
-        .template load_for_cluster<Traits::kKSliceCols, Traits::kClusterBlocks>(maps_.k, kHint, barrier, smem,
-                                                                                first_col);
+    box<Traits::kHeadDim>(maps_.k, n_idx)
+        .template load_for_cluster<Traits::kKSliceCols, Traits::kClusterBlocks>(kHint, barrier, smem, first_col);
   }
   __device__ void load_v(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
-    box<Traits::kGroupCols>(params_.v, n_idx)
-        .template load_for_cluster<Traits::kGroupCols, Traits::kClusterBlocks>(maps_.v, kHint, barrier, smem,
-                                                                               first_col);
+    box<Traits::kGroupCols>(maps_.v, n_idx)
+        .template load_for_cluster<Traits::kGroupCols, Traits::kClusterBlocks>(kHint, barrier, smem, first_col);
   }
 
  private:
@@ -42,13 +40,12 @@ class TmaKvSource {
   static constexpr CacheHint kHint = CacheHint::EVICT_LAST;
 
   template <int kCols>
-  __device__ auto box(const Operand& operand, int n_idx) const {
+  __device__ auto box(const TensorMap& map, int n_idx) const {
     const int n_begin = n_idx * Traits::kTileN;
     return RowBox<Traits::kTileN, Traits::template kBoxCols<kCols>>(
-        operand, seq_.kv_batch_idx, head_idx_, seq_.row_begin_k + n_begin, seq_.seqlen_k - n_begin);
+        map, seq_.kv_batch_idx, head_idx_, seq_.row_begin_k + n_begin, seq_.seqlen_k - n_begin);
   }
 
-  const ForwardParams& params_;
   const ForwardTensorMaps& maps_;
   const SeqInfo& seq_;
   int head_idx_;
@@ -91,9 +88,9 @@ class Producer {
  private:
   __device__ void bring_q(const PackedTile& tile) {
     using Box = RowBox<Traits::kTileM, Traits::template kBoxCols<Traits::kHeadDim>>;
-    const Box box = Box::of_packed_rows(params_.q, tile, 0);
+    const Box box = Box::of_packed_rows(maps_.q, tile, 0);
     Mbarrier& barrier = acquire(smem_.barriers.q, q_, Traits::kQBytes);
-    box.template load<Traits::kHeadDim>(maps_.q, CacheHint::EVICT_FIRST, barrier, smem_.q_or_o[q_.idx]);
+    box.template load<Traits::kHeadDim>(CacheHint::EVICT_FIRST, barrier, smem_.q_or_o[q_.idx]);
     q_.advance();
   }
   __device__ void bring_k(const KvSource<Traits>& source, int n_idx) {

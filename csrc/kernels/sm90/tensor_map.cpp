@@ -30,23 +30,24 @@ cuuint64_t stride_bytes(int64_t stride, int64_t size) {
 
 }  // namespace
 
-cudaError_t encode_tensor_map(const TensorMapSpec& spec, Dtype dtype, CUtensorMap* map) {
+cudaError_t encode_tensor_map(const TensorMapSpec& spec, Dtype dtype, TensorMap* map) {
   static const EncodeTiled encode_tiled = find_encode_tiled();
   if (encode_tiled == nullptr) return cudaErrorCallRequiresNewerDriver;
+  const HeadAxis heads(spec.operand, spec.num_heads, spec.batch);
   const cuuint64_t row_bytes = stride_bytes(spec.operand.row_stride, spec.num_rows);
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(spec.head_dim), static_cast<cuuint64_t>(spec.num_heads),
-                              static_cast<cuuint64_t>(spec.box_rows), static_cast<cuuint64_t>(spec.num_rows) + 1,
-                              static_cast<cuuint64_t>(spec.batch)};
-  const cuuint64_t strides[] = {stride_bytes(spec.operand.head_stride, spec.num_heads), row_bytes, row_bytes,
-                                stride_bytes(spec.operand.batch_stride, spec.batch)};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(spec.head_dim), static_cast<cuuint64_t>(heads.size), kRowBound,
+                              static_cast<cuuint64_t>(spec.num_rows) + 1, kRowBound + 1};
+  constexpr cuuint64_t kNothing = cuuint64_t{1} << 34;  // times kRowBound, in 64 bits
+  const cuuint64_t strides[] = {stride_bytes(heads.stride, heads.size), row_bytes, row_bytes, kNothing - row_bytes};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(spec.box_cols), static_cast<cuuint32_t>(spec.box_heads),
                             static_cast<cuuint32_t>(spec.box_rows), 1, 1};
   const cuuint32_t every_element[] = {1, 1, 1, 1, 1};
-  const uintptr_t base = reinterpret_cast<uintptr_t>(spec.operand.ptr) - spec.box_rows * row_bytes;
+  map->head_step = static_cast<int>(heads.head_step);
+  map->entry_step = static_cast<int>(heads.entry_step);
   const CUresult result = encode_tiled(
-      map, dtype == Dtype::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      static_cast<cuuint32_t>(sizeof(sizes) / sizeof(sizes[0])), reinterpret_cast<void*>(base), sizes, strides, box,
-      every_element, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      &map->descriptor, dtype == Dtype::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      static_cast<cuuint32_t>(sizeof(sizes) / sizeof(sizes[0])), spec.operand.ptr, sizes, strides, box, every_element,
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
       spec.box_cols * kElementBytes == kWideBoxBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;

@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include "kernels/common/head_axis.h"
 #include "kernels/common/params.h"
 #include "variant/variant.h"
 
@@ -21,11 +22,26 @@ struct TensorMapSpec {
   int box_cols;
 };
 
+struct TensorMap {
+  CUtensorMap descriptor;
+  // From a head to the next one, and from an entry's to the same of the next entry, along the dimension of heads.
+  int head_step;
+  int entry_step;
+};
+
+inline constexpr int kRowBound = 1 << 30;
+
 // A sequence's rows end anywhere within the tensor, and TMA must neither read nor write past them. The descriptor
-// therefore has two dimensions of rows with the same stride: (head_dim, heads, box_rows, num_rows + 1, batch), on a
-// base that lies box_rows rows before the tensor. The box of the `count` rows that start at `begin` is at (box_rows -
-// count, begin + count) of the two: of its box_rows rows those past `count` lie outside the first dimension, so they
-// are filled with zeros on a load and left out of a store.
-cudaError_t encode_tensor_map(const TensorMapSpec& spec, Dtype dtype, CUtensorMap* map);
+// therefore has three dimensions of rows: one of kRowBound with the rows' stride, one of num_rows + 1 with the same,
+// and one of kRowBound + 1 whose stride is 2^34 bytes less that of the rows. The box of the `count` rows that start at
+// `begin` is at (kRowBound - count, begin + count, kRowBound) of the three. Its address is that of row `begin`: the
+// stride is added kRowBound - count + begin + count times and taken off kRowBound times, and kRowBound times 2^34 is
+// nothing in 64 bits. Of the box's rows those past `count` lie outside the first dimension, so they are filled with
+// zeros on a load and left out of a store.
+//
+// Two dimensions would do on a base that lies kRowBound rows, or one box, before the tensor, where there may be no
+// memory: stores accept that, loads are said not to (a comment in QuACK's copy_utils.py). The third is Triton's way
+// (triton/tools/ragged_tma.py), which has run on Hopper.
+cudaError_t encode_tensor_map(const TensorMapSpec& spec, Dtype dtype, TensorMap* map);
 
 }  // namespace flash_attn::sm90

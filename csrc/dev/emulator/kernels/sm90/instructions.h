@@ -19,6 +19,7 @@
 #include "dev/emulator/tma.h"
 #include "dev/emulator/warp_instructions.h"
 #include "dev/emulator/warpgroup_products.h"
+#include "kernels/sm90/tensor_map.h"
 #include "variant/tiles.h"
 
 namespace flash_attn::sm90 {
@@ -63,14 +64,14 @@ inline void fence_barrier_init() { emulator::fence_mbarrier_init(); }
 
 using CacheHint = TMA::CacheHintSm90;
 
+// As tensor_map.h's descriptors count.
 struct BoxCoord {
   int col;
   int head;
   int row;
   int row_end;
-  int batch;
 
-  emulator::BoxOrigin origin() const { return {{col, head, row, row_end, batch}}; }
+  emulator::BoxOrigin origin() const { return {{col, head, row, row_end, kRowBound}}; }
 };
 
 inline void prefetch_descriptor(const CUtensorMap&) {}
