@@ -113,15 +113,15 @@ def test_output_must_not_overlap_keys():
 
 @pytest.mark.parametrize("window", [(-1, -1), (50, -1)])
 def test_longest_cache(window):
-    """An infinite window beside as many rows as a sequence may have: what kernels add to its sides stays an int."""
+    """An infinite window beside as many rows as there may be: what kernels add to its sides stays an int."""
     q, k, v = torch.randn(3, 1, 3, 1, 64).bfloat16()
-    k, v = (x[:, :1].expand(-1, 2**31 - 1024, -1, -1) for x in (k, v))
+    k, v = (x[:, :1].expand(-1, 2**31 - 1027, -1, -1) for x in (k, v))
     lengths = torch.tensor([200], dtype=torch.int32)
     with flash_attn.use_path("sm80"):
         ours = flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, window_size=window)
         assert torch.equal(ours, v[:, :3])
-        k, v = (x[:, :1].expand(-1, 2**31 - 1023, -1, -1) for x in (k, v))
-        with pytest.raises(RuntimeError, match="a sequence has at most 2147482624 rows"):
+        k, v = (x[:, :1].expand(-1, 2**31 - 1026, -1, -1) for x in (k, v))
+        with pytest.raises(RuntimeError, match="q and k have at most 2147482624 rows together, got 3 and 2147482622"):
             flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
 
 

@@ -140,7 +140,10 @@ Problem make_problem(const ForwardArgs& args) {
   check(num_heads > 0 && num_heads_k > 0 && num_heads % num_heads_k == 0, "q's heads must be a multiple of k's, got ",
         num_heads, " and ", num_heads_k);
   check(head_dim >= 1 && head_dim_v >= 1, "head_dim must be at least 1, got ", head_dim, " and ", head_dim_v);
-  check(rows_q <= kMaxRows && rows_k <= kMaxRows, "a sequence has at most ", kMaxRows, " rows");
+  // A query's distance from a key, and the number of a page or of an entry of a cache, are int.
+  check(rows_q + rows_k <= kMaxRows, "q and k have at most ", kMaxRows, " rows together, got ", rows_q, " and ",
+        rows_k);
+  check(args.k.size(0) <= kMaxRows, "k has at most ", kMaxRows, " entries or pages, got ", args.k.size(0));
   check_score(args, batch, num_heads);
   check_num_splits(args.num_splits);
   return {.layout = packed_q ? Layout::kVarlen : Layout::kDense,
