@@ -14,16 +14,21 @@ sys.path.insert(0, str(ROOT))
 
 from build_support.decision import Kernels, PurePython, build_info, decide  # noqa: E402
 
+BUILD_INFO = Path("flash_attn", "_build_info.json")
 # Every other command (egg_info, dist_info, sdist, clean) reads or writes metadata only.
 BUILDING = {"bdist_wheel", "build", "build_ext", "build_py", "develop", "editable_wheel", "install"}
 
 
 def write_build_info(command, decision: Kernels | PurePython) -> None:
-    """Beside the modules that the command builds; in the source tree only where the install points there."""
-    in_place = getattr(command, "inplace", False) or getattr(command, "editable_mode", False)
-    package = (ROOT if in_place else Path(command.build_lib)) / "flash_attn"
-    package.mkdir(parents=True, exist_ok=True)
-    (package / "_build_info.json").write_text(build_info(decision, command.distribution.get_version()))
+    """Beside the modules that the command builds. An editable install points to the source tree, or, if it is strict,
+    links to what was built."""
+    is_editable = getattr(command, "editable_mode", False)
+    in_place = is_editable or getattr(command, "inplace", False)
+    folders = ([ROOT] if in_place else []) + ([Path(command.build_lib)] if is_editable or not in_place else [])
+    for folder in folders:
+        file = folder / BUILD_INFO
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(build_info(decision, command.distribution.get_version()))
 
 
 def pure_commands(decision: PurePython) -> dict:
@@ -61,6 +66,9 @@ class CleanBuildPy(build_py):
         if not self.editable_mode:
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
+
+    def get_outputs(self, include_bytecode=1) -> list[str]:
+        return [*super().get_outputs(include_bytecode), str(Path(self.build_lib) / BUILD_INFO)]
 
 
 def build_arguments() -> dict:

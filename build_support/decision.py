@@ -54,12 +54,13 @@ def decide(environ: Mapping[str, str] = os.environ) -> Kernels | PurePython:
         return PurePython(options, "FLASH_ATTN_SKIP_CUDA was set when the package was built")
     if not sys.platform.startswith("linux"):
         return PurePython(options, f"the kernels are built on Linux only, not on {sys.platform}")
-    torch = _import_torch()
-    if torch.version.cuda is None:
-        return PurePython(options, f"the torch {torch.__version__} that it was built with has no CUDA")
+    # Before torch, which a build in an environment of its own (pip install .) does without where there is no toolkit.
     cuda_home, looked_in = find_cuda_home(environ)
     if cuda_home is None:
         return PurePython(options, "no CUDA toolkit was found; looked in " + ", ".join(looked_in))
+    torch = _import_torch()
+    if torch.version.cuda is None:
+        return PurePython(options, f"the torch {torch.__version__} that it was built with has no CUDA")
     cuda = cuda_release(cuda_home)
     _require_releases(torch, cuda, cuda_home)
     _require_tools(environ)

@@ -30,7 +30,8 @@ class BuildInfo:
 def _read_build_info() -> BuildInfo:
     file = Path(__file__).with_name("_build_info.json")
     if not file.exists():
-        return BuildInfo(False, "the package runs from a source tree that was not built (pip install .)")
+        reason = f"it is imported from {file.parent}, a source tree that was not built"
+        return BuildInfo(False, f"{reason} (from another folder Python finds the installed package)")
     recorded = json.loads(file.read_text())
     return BuildInfo(
         kernels_built=recorded["kernels_built"],

@@ -12,6 +12,7 @@ from repository import ROOT
 
 from build_support import decision, emulator, jobs, toolkit  # noqa: I001  (repository makes it importable)
 from build_support.options import read_options
+from flash_attn import version
 
 GIB = 2**30
 
@@ -73,8 +74,8 @@ def test_skip_cuda_is_a_reason():
 
 
 def test_no_toolkit_is_a_reason_that_lists_where_it_looked(monkeypatch):
-    fake_torch = type("torch", (), {"__version__": "9.9", "version": type("version", (), {"cuda": "13.0"})})
-    monkeypatch.setattr(decision, "_import_torch", lambda: fake_torch)
+    """Without torch, too, which an isolated build doesn't have."""
+    monkeypatch.setitem(sys.modules, "torch", None)
     decided = decision.decide({"CUDA_HOME": "/nowhere"})
     assert isinstance(decided, decision.PurePython)
     assert "/nowhere (CUDA_HOME)" in decided.reason
@@ -83,11 +84,13 @@ def test_no_toolkit_is_a_reason_that_lists_where_it_looked(monkeypatch):
 def test_torch_without_cuda_is_a_reason(monkeypatch):
     fake_torch = type("torch", (), {"__version__": "9.9+cpu", "version": type("version", (), {"cuda": None})})
     monkeypatch.setattr(decision, "_import_torch", lambda: fake_torch)
+    monkeypatch.setattr(decision, "find_cuda_home", lambda environ: (Path("/cuda"), []))
     assert "9.9+cpu" in decision.decide({}).reason
 
 
 def test_no_torch_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(decision, "find_cuda_home", lambda environ: (Path("/cuda"), []))
     with pytest.raises(SystemExit, match="pip install torch ninja .*pip install --no-build-isolation"):
         decision.decide({})
 
@@ -133,10 +136,12 @@ def test_metadata_needs_neither_torch_nor_nvcc(tmp_path):
     fields = metadata.read_text()
     assert "\nName: flash-attn\n" in fields
     assert "\nRequires-Dist: torch>=2.10\n" in fields
+    assert f"\nVersion: {version.__version__}\n" in fields
 
 
 def test_every_module_is_built_and_distributed(tmp_path):
-    files = {"flash_attn_2_cuda.py", *(str(f.relative_to(ROOT)) for f in (ROOT / "flash_attn").rglob("*.py"))}
+    modules = (str(file.relative_to(ROOT)) for file in (ROOT / "flash_attn").rglob("*.py"))
+    files = {"flash_attn_2_cuda.py", "flash_attn/py.typed", *modules}
     built, source = tmp_path / "built", tmp_path / "source"
     for command in (
         ["build_py", f"--build-lib={built}"],
@@ -150,7 +155,8 @@ def test_every_module_is_built_and_distributed(tmp_path):
             text=True,
         )
         assert run.returncode == 0, run.stdout + run.stderr
-    assert {str(file.relative_to(built)) for file in built.rglob("*.py")} == files
+    found = {str(file.relative_to(built)) for file in built.rglob("*") if file.is_file()}
+    assert found == files | {"flash_attn/_build_info.json"}
     (archive,) = source.iterdir()
     with tarfile.open(archive) as tar:
         distributed = {name.partition("/")[2] for name in tar.getnames()}
