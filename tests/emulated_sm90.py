@@ -188,17 +188,23 @@ def test_strides_that_tma_cannot_take(what, ran):
     assert copies(q, k, v) == copied.get(what, []) and ran == {90}
 
 
-def said_of(function, name):
+def said_of(function, name, offset=0):
     """What the emulator says of a kernel with a fault, which the function runs."""
     run = getattr(ctypes.CDLL(flash_attn._C.__file__), function)
     run.restype = ctypes.c_char_p
     tensor = torch.ones(64, 64, dtype=torch.bfloat16)
-    return run(name.encode(), ctypes.c_void_p(tensor.data_ptr())).decode()
+    return run(name.encode(), ctypes.c_void_p(tensor.data_ptr() + offset)).decode()
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found(name):
     assert re.search(FAULTS[name], said_of("flash_attn_run_faulty_sm90_kernel", name))
+
+
+def test_a_descriptor_begins_where_there_is_memory():
+    assert said_of("flash_attn_run_faulty_sm90_kernel", "load_no_row") == ""
+    said = said_of("flash_attn_run_faulty_sm90_kernel", "load_no_row", offset=-4096)
+    assert "loads by a descriptor that begins outside of any tensor" in said
 
 
 @pytest.mark.parametrize("name", CLUSTER_FAULTS)

@@ -52,6 +52,15 @@ void read_stage_before_its_barrier(CUtensorMap map) {
   if (is_consumer() && static_cast<float>(smem.a[threadIdx.x]) == 1.f) smem.b[0] = smem.a[0];
 }
 
+// No fault but the descriptor's, if it has one.
+void load_no_row(CUtensorMap map) {
+  Storage& smem = storage_with_barriers();
+  if (!is_copier()) return;
+  smem.full.arrive_and_expect(kBoxBytes);
+  sm90::load_box(map, sm90::CacheHint::EVICT_NORMAL, smem.full, smem.a, {.row = sm90::kRowBound});
+  smem.full.wait(0);
+}
+
 void multiply_stage_before_its_barrier(CUtensorMap map) {
   Storage& smem = storage_with_barriers();
   if (is_copier()) load_both(map, smem);
@@ -193,6 +202,7 @@ struct FaultyKernel {
 
 constexpr FaultyKernel kFaultyKernels[] = {
     {"read_stage_before_its_barrier", &read_stage_before_its_barrier},
+    {"load_no_row", &load_no_row},
     {"multiply_stage_before_its_barrier", &multiply_stage_before_its_barrier},
     {"overwrite_stage_in_use", &overwrite_stage_in_use},
     {"give_back_stage_before_products_end", &give_back_stage_before_products_end},

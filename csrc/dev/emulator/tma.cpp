@@ -11,6 +11,7 @@
 #include "dev/emulator/cluster.h"
 #include "dev/emulator/memory_check.h"
 #include "dev/emulator/swizzle.h"
+#include "dev/emulator/tensor_memory.h"
 #include "dev/emulator/thread_block.h"
 
 namespace flash_attn::emulator {
@@ -91,6 +92,12 @@ Box box_at(const CUtensorMap& map, const void* smem, const BoxOrigin& origin) {
   return box;
 }
 
+// Loads, but not stores, are said to want memory where the descriptor's tensor begins, even if they read none of it (a
+// comment in QuACK's copy_utils.py).
+void check_base(const Descriptor& descriptor) {
+  if (!tensor_memory::may_touch(descriptor.base, 1)) fail("loads by a descriptor that begins outside of any tensor");
+}
+
 void land(const Box& box, int mbarrier_idx) {
   for_each_piece(box, [&](unsigned char* smem, const unsigned char* from, uint32_t num_bytes) {
     std::memset(smem, 0, kPieceBytes);
@@ -149,6 +156,7 @@ void start_box_load(const CUtensorMap& map, void* mbarrier, void* smem, const Bo
 void start_box_multicast(const CUtensorMap& map, void* mbarrier, void* smem, unsigned blocks, const BoxOrigin& origin) {
   if (blocks == 0 || blocks >> num_cluster_blocks() != 0) fail("copies a box to blocks that its cluster hasn't got");
   Box box = box_at(map, smem, origin);
+  check_base(box.descriptor);
   for (int block = 0; block < num_cluster_blocks(); ++block) {
     if ((blocks >> block & 1) == 0) continue;
     begin_copy_to_block(block);
