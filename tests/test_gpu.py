@@ -1,5 +1,7 @@
 """What only a GPU shows: streams, graphs, launch limits, lying metadata. Other modules compare results."""
 
+import threading
+
 import pytest
 import torch
 from harness import cumulative, int32
@@ -30,6 +32,22 @@ def test_repeated_runs_are_bitwise_equal():
     first = flash_attn.flash_attn_func(q, k, v, causal=True)
     for _ in range(20):
         assert_same_bits("out", flash_attn.flash_attn_func(q, k, v, causal=True), first)
+
+
+def test_first_work_of_a_thread(gpu_path):
+    """With all its memory from the cache nothing before the launch gives the thread a context."""
+    q, k, v = (_random(2, 513, 4, 128) for _ in range(3))
+    expected = flash_attn.flash_attn_func(q, k, v, causal=True).cpu()
+    found = []
+
+    def work():
+        with flash_attn.use_path(gpu_path):
+            found.append(flash_attn.flash_attn_func(q, k, v, causal=True))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert_same_bits("out", found[0], expected)
 
 
 @pytest.mark.parametrize("total_q", [100, 128, 300, 1000])

@@ -163,12 +163,13 @@ inline Operand operand_of(const Tensor& tensor) {
 }
 
 // Whether the forward kernels of an architecture take a tensor as it is. All need rows of whole vectors. TMA's
-// descriptors want rows that lie less than 2^34 bytes apart, heads less than 2^40, and neither at the same place; a
-// batch, and the heads of keys, may be broadcast. Heads of queries may share a box, in which one follows the other.
+// descriptors want rows that lie less than 2^34 elements apart, heads less than 2^40 bytes, and neither at the same
+// place; a batch, and the heads of keys, may be broadcast. Heads of queries may share a box, in which one follows the
+// other.
 inline bool can_be_operand(const Tensor& tensor, OperandRole role, Arch arch) {
   if (!has_vector_rows(tensor)) return false;
   if (arch != Arch::kSm90) return true;
-  constexpr int64_t kRowStrideLimit = (int64_t{1} << 34) / kElementBytes;
+  constexpr int64_t kRowStrideLimit = int64_t{1} << 34;
   constexpr int64_t kHeadStrideLimit = (int64_t{1} << 40) / kElementBytes;
   const auto sizes = tensor.sizes();
   const size_t row_dim = sizes.size() - 3;

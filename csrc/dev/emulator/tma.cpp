@@ -112,6 +112,7 @@ void land(const Box& box, int mbarrier_idx) {
 CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
                       const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  if (!has_context) return CUDA_ERROR_INVALID_CONTEXT;
   constexpr uint64_t kMaxSize = uint64_t{1} << 32;
   constexpr uint64_t kMaxStride = uint64_t{1} << 40;
   constexpr uint32_t kMaxBox = 256;

@@ -11,6 +11,9 @@ struct BoxOrigin {
   int at[5];
 };
 
+// Of the running host's thread: the runtime's calls that need one give it one, the driver's don't.
+inline thread_local bool has_context = false;
+
 // cuTensorMapEncodeTiled, for tensors of five dimensions with 16-bit elements and swizzles of 64 and 128 bytes.
 CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
                       const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,

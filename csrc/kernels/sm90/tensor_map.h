@@ -33,11 +33,11 @@ inline constexpr int kRowBound = 1 << 30;
 
 // A sequence's rows end anywhere within the tensor, and TMA must neither read nor write past them. The descriptor
 // therefore has three dimensions of rows: one of kRowBound with the rows' stride, one of num_rows + 1 with the same,
-// and one of kRowBound + 1 whose stride is 2^34 bytes less that of the rows. The box of the `count` rows that start at
-// `begin` is at (kRowBound - count, begin + count, kRowBound) of the three. Its address is that of row `begin`: the
-// stride is added kRowBound - count + begin + count times and taken off kRowBound times, and kRowBound times 2^34 is
-// nothing in 64 bits. Of the box's rows those past `count` lie outside the first dimension, so they are filled with
-// zeros on a load and left out of a store.
+// and one of kRowBound + 1 whose stride is 2^34 elements less that of the rows. The box of the `count` rows that start
+// at `begin` is at (kRowBound - count, begin + count, kRowBound) of the three. Its address is that of row `begin`: the
+// stride is added kRowBound - count + begin + count times and taken off kRowBound times, and kRowBound times 2^34
+// elements is nothing in 64 bits of address. Of the box's rows those past `count` lie outside the first dimension, so
+// they are filled with zeros on a load and left out of a store.
 //
 // Two dimensions would do on a base that lies kRowBound rows, or one box, before the tensor, where there may be no
 // memory: stores accept that, loads are said not to (a comment in QuACK's copy_utils.py). The third is Triton's way
