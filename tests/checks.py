@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from cases import Case
-from harness import build, device_of, generator_for, on_path
+from harness import build, device_of, drawn_rng_state, generator_for, on_path, seed_of
 from tolerance import assert_close, assert_same_bits, lse_allowance
 
 import flash_attn
@@ -45,16 +45,23 @@ def oracle_answers(inputs):
     return inputs.expected(), naive(inputs), size
 
 
-@cache
-def declared_answers(case):
-    """oracle_answers of a case as it is declared: the same for every path and every option that is only a hint."""
-    return oracle_answers(build(case))
-
-
-@cache
-def declared_gradients(case):
-    """As declared_answers: what Gradients holds beside ours."""
+def _oracle_inputs(case, device):
+    """On the CPU; with dropout, the mask of a call on `device`, whose generator draws numbers of its own."""
     inputs = build(case)
+    return inputs if case.dropout_p == 0 else replace(inputs, rng_state=drawn_rng_state(seed_of(case), device).cpu())
+
+
+@cache
+def declared_answers(case, device):
+    """oracle_answers of a case as it is declared: the same for every path of a device and every option that is only a
+    hint."""
+    return oracle_answers(_oracle_inputs(case, device))
+
+
+@cache
+def declared_gradients(case, device):
+    """As declared_answers: what Gradients holds beside ours."""
+    inputs = _oracle_inputs(case, device)
     return oracle_gradients(inputs, *output_gradients(inputs))
 
 
@@ -103,7 +110,7 @@ def check_forward(path, case, features=frozenset(), **options):
     """
     needs(path, case)
     device, features = device_of(path), case.features | features
-    answer = answer_of(path, features, build(case, device), lambda: declared_answers(case), **options)
+    answer = answer_of(path, features, build(case, device), lambda: declared_answers(case, device), **options)
     if answer is None:
         return
     assert answer.out.is_contiguous()
@@ -213,7 +220,7 @@ def check_backward(path, case):
         ours = gradients_on(path, case.features, inputs, *arriving, deterministic=deterministic)
         if ours is None:
             return
-        assert_gradients_right(Gradients(ours, *declared_gradients(case)))
+        assert_gradients_right(Gradients(ours, *declared_gradients(case, device_of(path))))
 
 
 def check_garbage(path, case, garbage):

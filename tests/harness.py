@@ -20,8 +20,12 @@ def device_of(path):
     return "cuda" if path in GPU_PATHS and not IS_EMULATED else "cpu"
 
 
+def seed_of(case):
+    return zlib.crc32(case.id.encode())
+
+
 def generator_for(case):
-    return torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
+    return torch.Generator().manual_seed(seed_of(case))
 
 
 def cumulative(lengths, device="cpu"):
@@ -72,7 +76,7 @@ class Inputs:
             return self._call_kvcache(options)
         options["dropout_p"] = case.dropout_p
         if case.dropout_p > 0:
-            torch.manual_seed(zlib.crc32(case.id.encode()))
+            torch.manual_seed(seed_of(case))
         if case.layout == "dense":
             return flash_attn.flash_attn_func(self.q, self.k, self.v, **options)
         maxima = {"max_seqlen_q": max(case.lens_q), "max_seqlen_k": max(case.lens_k)}
@@ -239,7 +243,7 @@ def build(case, device="cpu", garbage=math.nan):
         angle = torch.rand(num_positions, case.rotary[0] // 2, generator=generator) * 2 * math.pi
         inputs.rotary = tuple(table.to(case.dtype).to(device) for table in (angle.cos(), angle.sin()))
     if case.dropout_p > 0:
-        inputs.rng_state = drawn_rng_state(zlib.crc32(case.id.encode()), device)
+        inputs.rng_state = drawn_rng_state(seed_of(case), device)
     return inputs
 
 

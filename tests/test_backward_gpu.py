@@ -52,6 +52,11 @@ def documented_workspace_bytes(batch, heads, seqlen_q, head_dim):
     return 4 * batch * heads * rows * (bucket + 4)
 
 
+def requested_bytes(which):
+    """Not what is allocated, which depends on the blocks that other tests have left in the cache."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256, 512])
 def test_memory_is_what_is_documented_and_linear(head_dim, deterministic):
@@ -62,11 +67,11 @@ def test_memory_is_what_is_documented_and_linear(head_dim, deterministic):
         out = flash_attn.flash_attn_func(*leaves, causal=True, deterministic=deterministic)
         dout = torch.randn_like(out)
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        before = requested_bytes("current")
         torch.cuda.reset_peak_memory_stats()
         gradients = torch.autograd.grad(out, leaves, dout)
         torch.cuda.synchronize()
-        peaks.append(torch.cuda.max_memory_allocated() - before)
+        peaks.append(requested_bytes("peak") - before)
         results = sum(gradient.numel() * gradient.element_size() for gradient in gradients)
         padded = 0 if head_dim % 8 == 0 else 2 * results
         allowed = results + padded + documented_workspace_bytes(1, 4, seqlen, head_dim) + MIB // 4

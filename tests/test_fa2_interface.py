@@ -98,7 +98,7 @@ def test_forward(path, case):
         return
     out, lse, probs, rng_state = result
     assert not (out.requires_grad or lse.requires_grad)
-    assert_right(Answer(out, lse, *declared_answers(case)))
+    assert_right(Answer(out, lse, *declared_answers(case, device_of(path))))
     assert probs.numel() == 0 and rng_state.shape == (2,) and rng_state.dtype == torch.int64
     if case.dropout_p > 0:
         assert torch.equal(rng_state, inputs.rng_state)
@@ -119,7 +119,7 @@ def test_backward_into_given_memory(path, case):
         return
     out, lse, softmax_d = result
     ours = dict(zip(("dq", "dk", "dv"), places, strict=True))
-    assert_gradients_right(Gradients(ours, *declared_gradients(case)))
+    assert_gradients_right(Gradients(ours, *declared_gradients(case, device_of(path))))
     assert all(rows.isnan().all() for rows in beside) and not softmax_d.requires_grad
     expected = (dout.double() * out.double().cpu()).sum(-1).movedim(-1, -2)
     assert softmax_d.dtype == lse.dtype and softmax_d.is_contiguous()
