@@ -307,7 +307,8 @@ def out_of(out: Any, q: torch.Tensor, shape_q: torch.Size, head_dim_v: int, need
 def generator_of(name: str, generator: Any, device: torch.device) -> None:
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"{name} must be a torch.Generator or None, got {type(generator).__name__}")
-    if generator.device != device:
+    # torch.Generator("cuda") has no index.
+    if generator.device.type != device.type or generator.device.index not in (None, device.index):
         raise ValueError(f"{name} must be on q's device {device}, got {generator.device}")
 
 

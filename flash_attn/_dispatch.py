@@ -154,6 +154,9 @@ _LARGEST_SMEM_BYTES = 227 * 1024
 def use_path(name: str) -> Iterator[None]:
     """Runs every call of this thread inside the `with` block on one path, for tests and benchmarks.
 
+    Autograd has threads of its own for GPUs, in which torch.utils.checkpoint runs a function again: there the `with`
+    block belongs into that function.
+
     A call that the path can't serve raises NotImplementedError instead of taking another.
 
     Parameters
@@ -316,10 +319,17 @@ def smem_bytes_for(q: torch.Tensor) -> int:
 def _device_facts(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability, and the bytes of shared memory that a thread block can have."""
     index = device.index if device.index is not None else torch.cuda.current_device()
+    # A graph that reads the table is compiled again once the table has changed.
+    if torch.compiler.is_compiling():
+        return _asked_facts(index)
     if index not in _devices:
-        properties = torch.cuda.get_device_properties(index)
-        _devices[index] = (properties.major, properties.minor), properties.shared_memory_per_block_optin
+        _devices[index] = _asked_facts(index)
     return _devices[index]
+
+
+def _asked_facts(index: int) -> tuple[tuple[int, int], int]:
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.shared_memory_per_block_optin
 
 
 def _refusal(forced: str | None, q: torch.Tensor, head_dim_v: int, features: frozenset[str]) -> str:

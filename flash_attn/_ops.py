@@ -154,7 +154,8 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
         return None, None, None, None
     saved = ctx.saved_tensors
     # A second differentiation has to meet the op, which refuses it.
-    direct = not torch.is_grad_enabled() and is_plain(*saved[:3])
+    given = [gradient for gradient in (dout, dlse) if gradient is not None]
+    direct = not torch.is_grad_enabled() and is_plain(*saved[:3], *given)
     arguments = (dout, dlse, *saved, *ctx.options, *ctx.arch)
     if ctx.arch:
         grads = _run_kernel("backward", arguments) if direct else torch.ops.flash_attn.backward(*arguments)

@@ -15,7 +15,7 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 def is_plain(tensor: Tensor, *others: Tensor) -> bool:
     """Whether no tracer, profiler, mode, subclass or transform would watch an op with these tensors, which are on one
-    device."""
+    device, and their memory holds their values, not the negatives (torch.resolve_neg)."""
     if (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
@@ -24,10 +24,11 @@ def is_plain(tensor: Tensor, *others: Tensor) -> bool:
         or _is_profiling()
         or type(tensor) not in _PLAIN_TYPES
         or tensor.is_meta
+        or tensor.is_neg()
     ):
         return False
     for other in others:
-        if type(other) not in _PLAIN_TYPES:
+        if type(other) not in _PLAIN_TYPES or other.is_neg():
             return False
     return True
 

@@ -111,6 +111,15 @@ def test_output_must_not_overlap_keys():
         flash_attn.flash_attn_func(*fused[:3], causal=True, out=fused[3])
 
 
+def test_negative_views():
+    """Tensors whose memory holds the negatives of their values; nothing but the dispatcher minds the difference."""
+    q, k, v = torch.randn(3, 1, 80, 2, 64).bfloat16()
+    with flash_attn.use_path("sm80"):
+        for out in (None, torch.empty_like(q)):
+            ours = flash_attn.flash_attn_func(q, k, torch._neg_view(v), causal=True, out=out)
+            assert torch.equal(ours, flash_attn.flash_attn_func(q, k, -v, causal=True))
+
+
 @pytest.mark.parametrize("window", [(-1, -1), (50, -1)])
 def test_longest_cache(window):
     """An infinite window beside as many rows as there may be: what kernels add to its sides stays an int."""

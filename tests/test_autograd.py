@@ -133,7 +133,8 @@ def test_checkpointing(path, case, reentrant):
         return torch.autograd.grad(_loss(attention(*leaves)), leaves)
 
     def attention(q, k, v):
-        return _attend(q, k, v, dropout_p=case.dropout_p)
+        with flash_attn.use_path(path):  # the second time in autograd's thread
+            return _attend(q, k, v, dropout_p=case.dropout_p)
 
     def checkpointed(*tensors):
         return checkpoint(attention, *tensors, use_reentrant=reentrant)
@@ -224,6 +225,41 @@ def test_autocast(path, dtype):
         return True
 
     on_path(path, (SMALL.features - {"gqa"}) | {"backward"}, anchor, run)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"dropout_p": 0.3}, {}], ids=str)
+def test_autocast_changes_no_bit(path, options):
+    """Inputs have the dtype that they have, and what a path widens stays wide."""
+    inputs = build(replace(SMALL, id=f"autocast-{options}", **options), device_of(path))
+
+    def run():
+        expected = gradients_of_a_loss(inputs), inputs.call()
+        with torch.autocast(inputs.q.device.type, dtype=BF16):
+            ours = gradients_of_a_loss(inputs), inputs.call()
+        _assert_same_gradients(ours[0].values(), expected[0].values())
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours[1], expected[1], strict=True))
+        return True
+
+    on_path(path, inputs.case.features | {"backward"}, inputs, run)
+
+
+def test_negative_views(path):
+    """Tensors whose memory holds the negatives of their values."""
+    inputs, (q, k, v) = _leaves(SMALL, path)
+
+    def run():
+        for negated in (0, 1, 2):
+            views = [torch._neg_view(x) if i == negated else x for i, x in enumerate((q, k, v))]
+            signs = [-1 if i == negated else 1 for i in range(3)]
+            out = _attend(*views)
+            expected = _attend(*(sign * x for sign, x in zip(signs, (q, k, v), strict=True)))
+            assert torch.equal(out, expected)
+            dout = torch.ones_like(out)
+            ours = torch.autograd.grad(out, (q, k, v), torch._neg_view(dout))
+            _assert_same_gradients(ours, torch.autograd.grad(expected, (q, k, v), -dout))
+        return True
+
+    on_path(path, SMALL.features | {"backward"}, inputs, run)
 
 
 # ---- Compilation ------------------------------------------------------------------------------------------------

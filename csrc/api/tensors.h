@@ -140,8 +140,12 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, Sc
   // libtorch's number of the dtype, which need not be the headers'.
   const auto dtype_id = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                  dtype_id, device_type, like.get_device_index(), &handle));
+  const AOTITorchError error =
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype_id, device_type,
+                               like.get_device_index(), &handle);
+  // libtorch has put the reason on stderr and not into the error. Trainers look for the words `CUDA out of memory.`
+  check(error == AOTI_TORCH_SUCCESS, "flash_attn could not allocate ", stride, " elements of dtype ",
+        torch::headeronly::toString(dtype), ", most likely for this reason: CUDA out of memory.");
   return Tensor(handle);
 }
 

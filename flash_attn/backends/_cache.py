@@ -10,8 +10,6 @@ from ._sequences import cache_rows
 
 
 def _check_capacity(cache_seqlens: Tensor, positions: Tensor, capacity: int) -> None:
-    if cache_seqlens.device.type != "cpu":
-        return
     if cache_seqlens.numel() and cache_seqlens.min() < 0:
         raise ValueError(f"cache_seqlens must not be negative, got {cache_seqlens.min().item()}")
     if positions.numel() and positions.max() >= capacity:
@@ -22,7 +20,7 @@ def _check_capacity(cache_seqlens: Tensor, positions: Tensor, capacity: int) -> 
 
 
 def _check_pages(ids: Tensor, num_pages: int) -> None:
-    if ids.device.type != "cpu" or not ids.numel():
+    if not ids.numel():
         return
     low, high = ids.min().item(), ids.max().item()
     if low < 0 or high >= num_pages:

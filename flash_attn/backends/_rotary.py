@@ -29,7 +29,7 @@ def token_positions(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """x (..., H, D) rotated at `positions` (...); computed in float32 or above, stored in x's dtype."""
-    if positions.numel() and positions.device.type == "cpu":
+    if positions.numel():
         low, high = positions.min().item(), positions.max().item()
         if low < 0 or high >= cos.shape[0]:
             raise ValueError(

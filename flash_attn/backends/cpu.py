@@ -7,6 +7,10 @@ to the pieces' results here.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +25,21 @@ WIDENED_ELEMENTS = 1 << 24
 __all__ = ["append_kv", "attn_probs", "backward", "combine", "forward", "rotary"]
 
 
+def _without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would round what was widened on purpose: the operands of matrix products."""
+
+    @functools.wraps(compute)
+    def run(*arguments: Any) -> Any:
+        device_type = next(tensor for tensor in arguments if tensor is not None).device.type
+        if not torch.is_autocast_enabled(device_type):
+            return compute(*arguments)
+        with torch.autocast(device_type, enabled=False):
+            return compute(*arguments)
+
+    return run
+
+
+@_without_autocast
 def forward(
     q: Tensor,
     k: Tensor,
@@ -103,6 +122,7 @@ def _with_sink(out: Tensor, lse: Tensor, s_aux: Tensor) -> tuple[Tensor, Tensor]
     return (out * share).to(out.dtype), total
 
 
+@_without_autocast
 def backward(
     dout: Tensor | None,
     dlse: Tensor | None,
@@ -186,6 +206,7 @@ def _sink_gradient(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
     return grad.sum(dim=[d for d in range(grad.dim()) if d != grad.dim() - 2]).to(s_aux.dtype)
 
 
+@_without_autocast
 def attn_probs(
     q: Tensor,
     k: Tensor,
