@@ -193,7 +193,8 @@ def get_scheduler_metadata(
     It is a hint: no result depends on it, whatever it holds. Its size depends on batch_size alone, so that a CUDA
     graph can keep it. The kernels derive the same numbers from the lengths themselves, in less time than it would
     take to read them. So you don't need it: it is here for programs written for other packages, and to show how
-    many parts a step will have.
+    many parts a step will have. On a GPU torch.compile runs it outside of its graphs, and refuses it with
+    fullgraph=True.
 
     Parameters
     ----------

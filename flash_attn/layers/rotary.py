@@ -175,6 +175,9 @@ def apply_rotary_emb_kv_(
 class RotaryEmbedding(torch.nn.Module):
     """Rotates queries and keys in place, with tables that grow with the longest sequence seen.
 
+    A longer sequence, or another dtype, replaces the tables. A CUDA graph reads those that it was captured with: call
+    once with the longest max_seqlen before.
+
     Parameters
     ----------
     dim : int
