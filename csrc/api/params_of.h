@@ -19,7 +19,7 @@ Tensor with_vector_rows(const Tensor& tensor);
 // The same for an operand of this architecture's forward kernels.
 Tensor as_operand(const char* name, const Tensor& tensor, OperandRole role, Arch arch);
 
-// Where a kernel writes: the tensor that the caller gets, unless its rows can't be written in pieces of 16 bytes.
+// Where a kernel writes: the tensor that the caller gets, unless this architecture's kernels can't write it as it is.
 struct OutputTarget {
   Tensor written;
   Tensor returned;
