@@ -33,7 +33,7 @@ SITE=${SITE:-/tmp/site}
 PYTHON=${PYTHON:-python3}
 JOBS=${JOBS:-8} # processes that share the GPU
 TUNE=${TUNE:-512/512 128/128 64/64 256/256}
-FEW_ROWS=${FEW_ROWS:-true}
+export FEW_ROWS=${FEW_ROWS:-true}
 export PYTHONPATH=$SITE PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 
 say() { echo "==== $(date +%T) $*"; }

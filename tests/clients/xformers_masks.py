@@ -16,11 +16,14 @@ import torch
 # xformers' masks are made on this device, too, unless they are told another.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, HEAD_DIM = 4, 32
-ALLOWED = 4e-3  # of values that reach 4, in float16
+ALLOWED = 2e-3  # of the largest value: two units in the last place of float16
 
 
 def import_fmha():
-    """On a machine without a GPU xformers' operators, which it registers for CUDA only, take the CPU as well."""
+    """xformers with what these calls don't need: its own extension, whose CUDA is an older one than torch's, and a GPU.
+
+    Its operators, which it registers for CUDA only, take the CPU as well.
+    """
     custom_op = torch.library.custom_op
 
     def for_any_device(name, function=None, /, **options):
@@ -31,6 +34,7 @@ def import_fmha():
         from xformers.ops import fmha
     finally:
         torch.library.custom_op = custom_op
+    fmha.common._built_with_cuda = True
     for operator in (fmha.flash.FwOp, fmha.flash.BwOp):
         operator.SUPPORTED_DEVICES = {"cuda", "cpu"}
     return fmha
@@ -53,8 +57,9 @@ def attend(q, k, v, mask):
 
 
 def difference(ours, expected):
-    largest = [(mine - theirs).abs().max() for mine, theirs in zip(ours, expected, strict=True)]
-    return torch.stack(largest).max().item()  # NaN if one is, which Python's max may not see
+    """The largest error of a tensor as part of its largest value."""
+    errors = [(mine - theirs).abs().max() / theirs.abs().max() for mine, theirs in zip(ours, expected, strict=True)]
+    return torch.stack(errors).max().item()  # NaN if one is, which Python's max may not see
 
 
 def trained(mask, batch, queries, keys, heads_k=HEADS):
