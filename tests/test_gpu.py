@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from harness import cumulative, int32
+from harness import cumulative, int32, require_features
 from tolerance import assert_same_bits
 
 import flash_attn
@@ -132,13 +132,48 @@ def test_streams_share_nothing():
             assert_same_bits("out", out, want)
 
 
+def _with_probabilities(random):
+    return flash_attn.flash_attn_func(*(random(1, 300, 2, 64) for _ in "qkv"), dropout_p=0.3, return_attn_probs=True)
+
+
+def _append_to_pages(random):
+    q, new_k, new_v = random(2, 3, 4, 64), random(2, 3, 2, 64), random(2, 3, 2, 64)
+    k_pages, v_pages = random(6, 64, 2, 64), random(6, 64, 2, 64)
+    options = {"rotary_cos": random(256, 32), "rotary_sin": random(256, 32), "causal": True, "num_splits": 2}
+    options["cache_seqlens"] = int32([130, 5], q.device)
+    options["block_table"] = int32([[4, 1, 0], [2, 5, 3]], q.device)
+    out, lse = flash_attn.flash_attn_with_kvcache(q, k_pages, v_pages, new_k, new_v, return_softmax_lse=True, **options)
+    return out, lse, k_pages, v_pages
+
+
+# (features beside those of a dense call, a call). The backward pass: test_backward_gpu.py.
+CALLS = {
+    "forward": ((), lambda random: [flash_attn.flash_attn_func(*(random(1, 300, 2, 64) for _ in "qkv"))]),
+    "probabilities": (("dropout", "attn_probs"), _with_probabilities),
+    "append": (("paged", "append", "rotary", "num_splits"), _append_to_pages),
+    "combine": (
+        ("combine",),
+        lambda random: flash_attn.flash_attn_combine(random(3, 9, 2, 64), random(3, 9, 2).float()),
+    ),
+}
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
-def test_second_device_leaves_the_current_one():
-    q, k, v = (_random(1, 64, 2, 64) for _ in range(3))
-    expected = flash_attn.flash_attn_func(q, k, v)
-    out = flash_attn.flash_attn_func(*(tensor.to("cuda:1") for tensor in (q, k, v)))
-    assert torch.cuda.current_device() == 0 and out.device == torch.device("cuda:1")
-    assert_same_bits("out", out.to("cuda:0"), expected)
+@pytest.mark.parametrize("name", CALLS)
+def test_second_device(gpu_path, name):
+    """The first device is the current one, which has run the same kernels before, and stays it."""
+    features, call = CALLS[name]
+    require_features(gpu_path, *features)
+
+    def results_on(device):
+        torch.manual_seed(0)
+        return call(lambda *shape: torch.randn(shape, dtype=torch.bfloat16).to(device))
+
+    expected, ours = results_on("cuda:0"), results_on("cuda:1")
+    assert torch.cuda.current_device() == 0
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.device == torch.device("cuda:1")
+        assert_same_bits(name, mine.cpu(), theirs.cpu())
 
 
 def _same_as_slices(q, k, v, picks, **options):
