@@ -16,6 +16,8 @@
 #   sm90      SM90's kernels beside the peers in the package's own harness, which can ask for them
 #   own       the package's own suites that no peer has: deterministic, pages, latency, tiny; host time
 #   train     the small GPT
+#   record_forward, record_backward, record_decode
+#             what README.md's tables are filled from, for benchmarks/results
 #   tune      tiles of SM90's kernels: TUNE="128/128 64/64"
 #
 # WHEELS (.whl): wheels that the machine lacks (nvidia-cutlass, expecttest, xformers; for the peers fa3-fwd), and
@@ -111,6 +113,9 @@ own() {
   bench --suites bwd_det,pages,latency,tiny,varlen,varlen_bwd --json own.json &&
     (cd "$OUT" && $PYTHON "$ROOT/benchmarks/host_overhead.py")
 }
+record_forward() { bench --suites fwd,fwd_short,hdim,local,score,varlen,tiny,memory --json h200_forward.json; }
+record_backward() { bench --suites bwd,hdim_bwd,bwd_det,varlen_bwd --json h200_backward.json; }
+record_decode() { bench --suites decode,paged,pages,latency --json h200_decode.json; }
 train() { (cd "$OUT" && $PYTHON "$ROOT/benchmarks/train_gpt.py" --json train.json); }
 tune() { (cd "$OUT" && CUTLASS_PATH=$SITE/cutlass_library/source/include $PYTHON "$ROOT/benchmarks/tune_sm90.py" $TUNE); }
 

@@ -47,7 +47,8 @@ def gpu_table(name: str, table: Callable[[dict[str, Any]], str]) -> str:
         return NOT_MEASURED
     recorded = json.loads(file.read_text())
     made_on = recorded["environment"]
-    where = f"{made_on['gpu']}, driver {made_on['driver']}, torch {made_on['torch']}, commit {made_on['commit'][:10]}"
+    driver = made_on.get("driver", "unknown")
+    where = f"{made_on['gpu']}, driver {driver}, torch {made_on['torch']}, commit {made_on['commit'][:10]}"
     return f"Measured on {where}.\n\n{table(recorded)}"
 
 
