@@ -292,6 +292,13 @@ def require_features(path, *features):
         pytest.skip(f"no kernel for it: {path}: {'; '.join(lacks)}")
 
 
+def require_kernels(path, q, *features):
+    """The same where this GPU's shared memory or this build may lack them for q's head dim and dtype."""
+    reasons = flash_attn._dispatch.objections(path, q, q.shape[-1], frozenset({"dense", *features}))
+    if reasons:
+        pytest.skip(f"no kernel for it: {path}: {'; '.join(reasons)}")
+
+
 def require_memory(gib):
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] / 2**30

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from cases import FP32, Case
-from harness import build, cumulative, int32, require_features, require_memory
+from harness import build, cumulative, int32, require_features, require_kernels, require_memory
 from tolerance import assert_same_bits
 
 import flash_attn
@@ -60,7 +60,8 @@ def requested_bytes(which):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256, 512])
-def test_memory_is_what_is_documented_and_linear(head_dim, deterministic):
+def test_memory_is_what_is_documented_and_linear(gpu_path, head_dim, deterministic):
+    require_kernels(gpu_path, _random(1, 1, 1, head_dim), "backward")
     peaks = []
     for seqlen in (2048, 8192):
         q, k, v = _random(1, seqlen, 4, head_dim), _random(1, seqlen, 2, head_dim), _random(1, seqlen, 2, head_dim)
@@ -221,9 +222,9 @@ def _captured(step):
 def test_graph_draws_a_mask_in_each_replay_that_both_passes_use(gpu_path, head_dim):
     """With q = 0 a probability is 1 / Sk. With unit vectors as values, out is the mask; with unit vectors as dout,
     dv is its transpose."""
-    require_features(gpu_path, "dropout")
     dropout_p = 0.4
     k = _random(2, head_dim, 3, head_dim, dtype=FP16)
+    require_kernels(gpu_path, k, "dropout", "backward")
     eye = torch.eye(head_dim, device="cuda", dtype=FP16)[None, :, None].expand_as(k)
     q, k, v = _leaves(torch.zeros_like(k), k, eye)
 
