@@ -238,8 +238,10 @@ def objections(name: str, q: torch.Tensor, head_dim_v: int, features: frozenset[
     if path.capability is None or not q.is_cuda or not _extension.is_loaded():
         return plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features) + _device_objections(path, q)
     capability, smem_bytes = _device_facts(q.device)
-    reasons = plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features, smem_bytes)
-    return reasons + _capability_objections(path, capability, str(q.device))
+    of_capability = _capability_objections(path, capability, str(q.device))
+    # Of kernels for another GPU it doesn't matter whether they would fit into this one's shared memory.
+    fits = _LARGEST_SMEM_BYTES if of_capability else smem_bytes
+    return plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features, fits) + of_capability
 
 
 def plan_objections(

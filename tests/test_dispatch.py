@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,16 @@ def test_refusal_names_the_compute_capability(path, capability, said):
 def test_every_path_serves_only_known_features():
     for path in _dispatch.PATHS.values():
         assert path.unproven <= path.features <= set(_dispatch.FEATURES)
+
+
+@built
+def test_kernels_for_another_gpu_are_not_said_to_need_shared_memory(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_device_facts", lambda device: ((8, 6), 99 * 1024))
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(1, 1, 1, 512))
+    (reason,) = _dispatch.objections("sm90", q, 512, frozenset({"dense"}))
+    assert reason == "needs compute capability 9.0, and cuda:0 has 8.6"
+    (reason,) = _dispatch.objections("sm80", q, 512, frozenset({"dense"}))
+    assert reason == "forward at head_dim 512/512 needs more shared memory than the 99 KB here"
 
 
 @pytest.fixture
