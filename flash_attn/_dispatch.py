@@ -240,8 +240,8 @@ def objections(name: str, q: torch.Tensor, head_dim_v: int, features: frozenset[
     capability, smem_bytes = _device_facts(q.device)
     of_capability = _capability_objections(path, capability, str(q.device))
     # Of kernels for another GPU it doesn't matter whether they would fit into this one's shared memory.
-    fits = _LARGEST_SMEM_BYTES if of_capability else smem_bytes
-    return plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features, fits) + of_capability
+    smem_limit = _LARGEST_SMEM_BYTES if of_capability else smem_bytes
+    return plan_objections(path, q.dtype, q.shape[-1], head_dim_v, features, smem_limit) + of_capability
 
 
 def plan_objections(
