@@ -16,7 +16,7 @@ import torch
 # xformers' masks are made on this device, too, unless they are told another.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, HEAD_DIM = 4, 32
-ALLOWED = 2e-3  # of the largest value: two units in the last place of float16
+ALLOWED = 4e-3  # of values that reach 4, in float16
 
 
 def import_fmha():
@@ -57,9 +57,8 @@ def attend(q, k, v, mask):
 
 
 def difference(ours, expected):
-    """The largest error of a tensor as part of its largest value."""
-    errors = [(mine - theirs).abs().max() / theirs.abs().max() for mine, theirs in zip(ours, expected, strict=True)]
-    return torch.stack(errors).max().item()  # NaN if one is, which Python's max may not see
+    largest = [(mine - theirs).abs().max() for mine, theirs in zip(ours, expected, strict=True)]
+    return torch.stack(largest).max().item()  # NaN if one is, which Python's max may not see
 
 
 def trained(mask, batch, queries, keys, heads_k=HEADS):
