@@ -15,7 +15,8 @@ from flash_attn import _arguments as check
 from flash_attn import _checks
 from flash_attn._checks import ForwardCall
 from flash_attn._checks_backward import backward_call
-from flash_attn._run import draw_rng_state, run, run_backward
+from flash_attn._checks_kvcache import kvcache_call
+from flash_attn._run import draw_rng_state, run, run_backward, run_kvcache
 
 _FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -54,6 +55,26 @@ def varlen_fwd(
         return _forward(call, gen)
 
 
+def fwd_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, cache_seqlens: Tensor | None,
+    rotary_cos: Tensor | None, rotary_sin: Tensor | None, cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None, block_table: Tensor | None, alibi_slopes: Tensor | None, out: Tensor | None,
+    softmax_scale: float | None, causal: bool, window_size_left: int | None, window_size_right: int | None,
+    softcap: float, rotary_interleaved: bool, num_splits: int, /,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`flash_attn.flash_attn_with_kvcache`: out, softmax_lse."""
+    with torch.no_grad():
+        call = kvcache_call(
+            q, k_cache, v_cache, k, v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, block_table=block_table,
+            softmax_scale=softmax_scale, causal=causal, window_size=_window(window_size_left, window_size_right),
+            softcap=softcap, rotary_interleaved=rotary_interleaved, alibi_slopes=alibi_slopes, num_splits=num_splits,
+            return_softmax_lse=True, s_aux=None, out=out, cu_seqlens_q=None, max_seqlen_q=None, cu_seqlens_k_new=None,
+            scheduler_metadata=None, pack_gqa=None,
+        )  # fmt: skip
+        return run_kvcache(call)
+
+
 def bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
     dk: Tensor | None, dv: Tensor | None, alibi_slopes: Tensor | None, dropout_p: float, softmax_scale: float | None,
@@ -90,23 +111,27 @@ def _options(
     alibi_slopes: Tensor | None, dropout_p: float, softmax_scale: float | None, causal: bool,
     window_size_left: int | None, window_size_right: int | None, softcap: float, return_softmax: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The arguments that all four have, as `_checks.finish_call` takes them."""
-    for name, side in (("window_size_left", window_size_left), ("window_size_right", window_size_right)):
-        if side is not None:
-            check.as_int(name, side)
+    """The arguments that all but fwd_kvcache have, as `_checks.finish_call` takes them."""
     check.require_bool("return_softmax", return_softmax)
     return {
         "alibi_slopes": alibi_slopes,
         "dropout_p": dropout_p,
         "softmax_scale": softmax_scale,
         "causal": causal,
-        "window_size": (window_size_left, window_size_right),
+        "window_size": _window(window_size_left, window_size_right),
         "softcap": softcap,
         "return_attn_probs": return_softmax,
         "return_softmax_lse": True,
         "s_aux": None,
         "pack_gqa": None,
     }
+
+
+def _window(left: int | None, right: int | None) -> tuple[int | None, int | None]:
+    for name, side in (("window_size_left", left), ("window_size_right", right)):
+        if side is not None:
+            check.as_int(name, side)
+    return left, right
 
 
 def _forward(call: ForwardCall, gen: torch.Generator | None) -> _FourTensors:

@@ -3,6 +3,7 @@
 import math
 import zlib
 
+import cases
 import pytest
 import torch
 from cases import BF16, FP32, FP64, Case
@@ -252,6 +253,38 @@ def test_backward_of_a_part_of_the_keys():
     dqs, dks, dvs = zip(*grads, strict=True)
     for ours, theirs in zip((sum(dqs), torch.cat(dks, 1), torch.cat(dvs, 1)), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+# Its function has no packed queries and no sinks.
+CACHED = [case for case in cases.KVCACHE if not (case.varlen_q or case.sinks)]
+
+
+@pytest.mark.parametrize("case", CACHED, ids=lambda case: case.id)
+def test_cache(path, case):
+    """20 arguments, as FlashAttention-2's flash_attn_with_kvcache passes them."""
+    public, raw = build(case, device_of(path)), build(case, device_of(path))
+    expected = on_path(path, case.features, public, public.call)
+    out = torch.empty_like(expected[0]) if expected is not None else None
+    _, scale, causal, *window, softcap, slopes = score(raw)
+
+    def run():
+        layout = raw.layout
+        places = (layout.get(name) for name in ("cache_batch_idx", "leftpad_k", "block_table"))
+        interleaved = case.rotary is None or case.rotary[1]
+        with torch.enable_grad():
+            return flash_attn_2_cuda.fwd_kvcache(
+                raw.q.requires_grad_(), raw.k, raw.v, raw.new_k, raw.new_v, layout.get("seqused_k"), *raw.rotary, *places,
+                slopes, out, scale, causal, *window, softcap, interleaved, raw.extra.get("num_splits", 0),
+            )  # fmt: skip
+
+    ours = on_path(path, case.features, raw, run)
+    if ours is None:
+        return
+    assert ours[0] is out and not ours[0].requires_grad
+    for name, left, right in zip(("out", "lse"), ours, expected, strict=True):
+        assert_same_bits(name, left, right)
+    for name in "kv":
+        assert_same_bits(f"{name}_cache", getattr(raw, name), getattr(public, name))
 
 
 def test_random_numbers_come_from_gen():
