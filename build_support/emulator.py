@@ -48,6 +48,7 @@ VARIANTS = (
         },
     ),
     ("forward", 90, "bf16", (512, 512, "227KB"), {("Mask::kCausal", "Score::kPlain")}),
+    ("forward", 90, "bf16", (64, 512, "227KB"), {("Mask::kCausal", "Score::kPlain")}),
     ("backward", 80, "bf16", (64, 64, "163KB"), {("Score::kPlain",)}),
     ("backward", 80, "bf16", (64, 64, "99KB"), {("Score::kGeneral",)}),
     ("backward", 80, "fp16", (32, 32, "99KB"), {("Score::kPlain",)}),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_HEAD_DIM = 512
+# 576/512 is what multi-head latent attention has where queries and keys are compressed (DeepSeek-V2, arXiv:2405.04434).
+MAX_HEAD_DIM = 576
+MAX_HEAD_DIM_V = 512
 MAX_SPLITS = 256
 # A window side of this size or more is infinite: no sequence is that long, and sums with it must not
 # overflow.

@@ -235,8 +235,8 @@ def check_qkv(q: Any, k: Any, v: Any, names: tuple[str, str, str], layout_q: str
         raise ValueError(f"{name_q} must have a head_dim from 1 to {check.MAX_HEAD_DIM}, got {head_dim}")
     if shape_k[-1] != head_dim:
         raise ValueError(f"{name_k} must have q's head_dim {head_dim}, got shape {tuple(shape_k)}")
-    if not 1 <= head_dim_v <= check.MAX_HEAD_DIM:
-        raise ValueError(f"{name_v} must have a head_dim_v from 1 to {check.MAX_HEAD_DIM}, got {head_dim_v}")
+    if not 1 <= head_dim_v <= check.MAX_HEAD_DIM_V:
+        raise ValueError(f"{name_v} must have a head_dim_v from 1 to {check.MAX_HEAD_DIM_V}, got {head_dim_v}")
     # In two steps, since a slice takes as long as ten such comparisons.
     if shape_v != shape_k and shape_v[:-1] != shape_k[:-1]:
         raise ValueError(
@@ -302,6 +302,7 @@ def finish_call(
         None if sequences.block_table is None else "paged",
         None if sequences.cache_batch_idx is None else "cache_batch_idx",
         *more_features,
+        "wide_heads" if head_dim > check.MAX_HEAD_DIM_V else None,
         "gqa" if num_heads != shape_k[-2] else None,
         "causal" if right == 0 else None,
         "window" if left >= 0 or right > 0 else None,

@@ -307,10 +307,13 @@ def check_scheduler_metadata(
     heads, heads_kv = _at_least("num_heads_q", num_heads_q, 1), _at_least("num_heads_kv", num_heads_kv, 1)
     if heads % heads_kv:
         raise ValueError(f"num_heads_q must be a multiple of num_heads_kv {heads_kv}, got {heads}")
-    for name, value, default in (("headdim", headdim, None), ("headdim_v", headdim_v, headdim)):
+    for name, value, default, largest in (
+        ("headdim", headdim, None, check.MAX_HEAD_DIM),
+        ("headdim_v", headdim_v, headdim, check.MAX_HEAD_DIM_V),
+    ):
         value = check.as_int(name, default if value is None else value)
-        if not 1 <= value <= check.MAX_HEAD_DIM:
-            raise ValueError(f"{name} must be in [1, {check.MAX_HEAD_DIM}], got {value}")
+        if not 1 <= value <= largest:
+            raise ValueError(f"{name} must be in [1, {largest}], got {value}")
     if qkv_dtype not in check.DTYPES:
         raise ValueError(f"qkv_dtype must be float16, bfloat16, float32 or float64, got {qkv_dtype!r}")
     check.max_seqlen_of("max_seqlen_q", max_seqlen_q)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from flash_attn import _extension
+from flash_attn._arguments import MAX_HEAD_DIM, MAX_HEAD_DIM_V
 
 # Every feature that a call may use, in the order of the support table.
 FEATURES = {
@@ -24,6 +25,7 @@ FEATURES = {
     "causal": "causal mask, bottom-right aligned",
     "window": "sliding window",
     "gqa": "grouped-query and multi-query heads",
+    "wide_heads": f"head_dim above {MAX_HEAD_DIM_V}",
     "softcap": "softcap",
     "alibi": "ALiBi slopes",
     "sinks": "attention sinks (s_aux)",
@@ -58,7 +60,7 @@ class PathSpec:
     arch: int | None  # the kernels' architecture; None: plain PyTorch on any device
     capability: tuple[tuple[int, int], tuple[int, int] | None] | None  # compute capabilities, first and last
     dtypes: frozenset[str]
-    max_head_dim: int
+    max_head_dims: tuple[int, int]  # of q and k, and of v
     features: frozenset[str]
     # Of the features, those whose kernels have run in the emulator (docs/contributing.md) and on no GPU yet.
     unproven: frozenset[str] = frozenset()
@@ -80,6 +82,7 @@ _SM90_FEATURES = frozenset(
         "causal",
         "window",
         "gqa",
+        "wide_heads",
         "softcap",
         "alibi",
         "sinks",
@@ -99,7 +102,7 @@ PATHS = {
         arch=90,
         capability=((9, 0), (9, 0)),
         dtypes=frozenset({"fp16", "bf16"}),
-        max_head_dim=512,
+        max_head_dims=(MAX_HEAD_DIM, MAX_HEAD_DIM_V),
         features=_SM90_FEATURES,
         unproven=_SM90_FEATURES,
         backward_arch=80,
@@ -111,10 +114,11 @@ PATHS = {
         # Machine code for 8.x and 9.0; the driver compiles the PTX that goes along for what came after.
         capability=((8, 0), None),
         dtypes=frozenset({"fp16", "bf16"}),
-        max_head_dim=512,
+        max_head_dims=(MAX_HEAD_DIM, MAX_HEAD_DIM_V),
         features=frozenset(FEATURES),
         unproven=frozenset(
             {
+                "wide_heads",
                 "paged",
                 "leftpad",
                 "cache_batch_idx",
@@ -135,7 +139,7 @@ PATHS = {
         arch=None,
         capability=None,
         dtypes=frozenset({"fp16", "bf16", "fp32", "fp64"}),
-        max_head_dim=512,
+        max_head_dims=(MAX_HEAD_DIM, MAX_HEAD_DIM_V),
         features=frozenset(FEATURES),
         combine_dtypes=frozenset({"fp16", "bf16", "fp32", "fp64"}),
     ),
@@ -259,8 +263,8 @@ def plan_objections(
     dtypes = path.dtypes if attends else path.combine_dtypes
     if dtypes and dtype_name not in dtypes:  # no dtype at all: the feature is missing, which is said below
         reasons.append(f"dtype {dtype_name} (it takes {', '.join(sorted(dtypes))})")
-    if attends and max(head_dim, head_dim_v) > path.max_head_dim:
-        reasons.append(f"head_dim {head_dim}/{head_dim_v} (it takes up to {path.max_head_dim})")
+    if attends and not _holds(path.max_head_dims, head_dim, head_dim_v):
+        reasons.append(f"head_dim {head_dim}/{head_dim_v} (it takes up to {_pair(path.max_head_dims)})")
     reasons += [FEATURES[key] for key in FEATURES if key in features and key not in path.features]
     if attends and not reasons and path.arch is not None and _extension.is_loaded():
         kinds = [("forward", path.arch)]
@@ -275,11 +279,13 @@ def _build_objections(
     kind: str, arch: int, dtype_name: str, head_dim: int, head_dim_v: int, smem_bytes: int
 ) -> list[str]:
     """What the GPU's shared memory doesn't hold, or FLASH_ATTN_HEAD_DIMS and the like left out of this build."""
-    for row in _extension.kernels.tile_rows[kind, arch]:
-        if head_dim <= row[0] and head_dim_v <= row[1] and row[2] <= smem_bytes:
-            break
-    else:
-        dims = f"{kind} at head_dim {head_dim}/{head_dim_v}"
+    rows = [row for row in _extension.kernels.tile_rows[kind, arch] if _holds(row[:2], head_dim, head_dim_v)]
+    dims = f"{kind} at head_dim {head_dim}/{head_dim_v}"
+    if not rows:
+        largest = max(row[:2] for row in _extension.kernels.tile_rows[kind, arch])
+        return [f"{dims} (it takes up to {_pair(largest)})"]
+    row = next((row for row in rows if row[2] <= smem_bytes), None)
+    if row is None:
         return [f"{dims} needs more shared memory than the {smem_bytes // 1024} KB here"]
     if (kind, arch, dtype_name, row) in _extension.kernels.built:
         return []
@@ -289,6 +295,14 @@ def _build_objections(
         f"FLASH_ATTN_ARCHS={_joined(build.archs)}, FLASH_ATTN_HEAD_DIMS={_joined(build.head_dims)}, "
         f"FLASH_ATTN_DTYPES={_joined(build.dtypes)}"
     ]
+
+
+def _holds(largest: tuple[int, ...], head_dim: int, head_dim_v: int) -> bool:
+    return head_dim <= largest[0] and head_dim_v <= largest[1]
+
+
+def _pair(head_dims: tuple[int, ...]) -> str:
+    return "/".join(map(str, head_dims))
 
 
 def _joined(values: tuple[object, ...]) -> str:
@@ -350,7 +364,7 @@ def support_table() -> str:
             "dtypes",
             *(", ".join(name for name in DTYPE_NAMES.values() if name in path.dtypes) for path in paths),
         ],
-        ["head dims (q and v independent)", *(f"1 to {path.max_head_dim}" for path in paths)],
+        ["head dims of q and k, and of v", *("1 to {}, 1 to {}".format(*path.max_head_dims) for path in paths)],
     ]
     for key, title in FEATURES.items():
         rows.append([title, *(_support(path, key) for path in paths)])

@@ -60,7 +60,7 @@ def flash_attn_func(
     Parameters
     ----------
     q : Tensor, (batch, seqlen_q, num_heads, head_dim)
-        float16, bfloat16, float32 or float64, of any strides; head_dim from 1 to 512.
+        float16, bfloat16, float32 or float64, of any strides; head_dim from 1 to 576.
     k : Tensor, (batch, seqlen_k, num_heads_k, head_dim)
         num_heads must be a multiple of num_heads_k; query head h attends to key head h // (num_heads //
         num_heads_k).

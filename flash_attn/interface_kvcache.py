@@ -204,7 +204,7 @@ def get_scheduler_metadata(
         means unknown.
     num_heads_q, num_heads_kv : int
     headdim, headdim_v : int
-        From 1 to 512; headdim_v is headdim if None.
+        From 1 to 576 and from 1 to 512; headdim_v is headdim if None.
     cache_seqlens : Tensor, (batch_size,), int32
         As in `flash_attn_with_kvcache`. The result is on the same device.
     qkv_dtype : torch.dtype

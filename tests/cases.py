@@ -75,6 +75,7 @@ class Case:
             "dropout": self.dropout_p > 0,
             "sinks": self.sinks is not None,
             "gqa": self.heads[0] != self.heads[1],
+            "wide_heads": self.dims[0] > 512,
             "seqused_q": self.seqused_q is not None,
             "seqused_k": self.seqused_k is not None or self.lengths_by_cu_seqlens_k,
             "leftpad": self.leftpad is not None,
@@ -99,7 +100,7 @@ def _cache(id, reason, lens_q, capacity, **options):
 
 _LENGTH_PAIRS = ((1, 1), (1, 200), (2, 17), (17, 2), (63, 65), (64, 64), (65, 63), (128, 129), (129, 128))
 _HEAD_DIMS = (1, 8, 16, 32, 40, 64, 80, 96, 111, 128, 160, 192, 224, 256, 320, 512)
-_DIM_PAIRS = ((192, 128), (64, 512), (40, 64), (128, 64), (33, 7))
+_DIM_PAIRS = ((192, 128), (64, 512), (576, 512), (525, 40), (40, 64), (128, 64), (33, 7))
 
 LENGTHS = [
     _dense(f"len-{sq}x{sk}{'-causal' * causal}", "tile edges: one short, exact, one over; both ways round",
@@ -298,6 +299,8 @@ KVCACHE = [
     _cache("cache-varlen-q", "queries of different numbers", (1, 7, 3), 100, seqused_k=(50, 64, 9),
            varlen_q=True,
            causal=True),
+    _cache("cache-latent", "multi-head latent attention, keys compressed", (2, 2), 150, seqused_k=(140, 33),
+           dims=(576, 512), heads=(16, 1), page=64, causal=True),
     _cache("cache-fp32", "float32", (2, 2), 65, seqused_k=(50, 64), dtype=FP32),
     _cache("append-1", "one new token", (1, 1), 65, seqused_k=(50, 0), new=(1, 1), causal=True),
     _cache("append-many", "a chunk of new tokens", (9, 9), 65, seqused_k=(50, 3), new=(9, 9), causal=True,

@@ -17,8 +17,8 @@ import flash_attn
 from flash_attn import _ops
 
 # Served by the kernels that build_support/emulator.py compiles: bf16 with causal masks or general scores and head dims
-# up to 64; and head dim 512, causal. With few rows a call is left to SM80's kernels, but not a varlen call with one
-# split.
+# up to 64; and head dims 512/512 and 64/512, causal. With few rows a call is left to SM80's kernels, but not a varlen
+# call with one split.
 DENSE = (
     "causal-short-k-sinks",
     "dim-33x7-bfloat16",
@@ -34,6 +34,7 @@ MORE = (
     replace(CASES["empty-k-causal"], id="empty-k-70-causal", lens_q=(70, 70)),
     replace(CASES["scale-negative-causal"], id="scale-negative-70-causal", lens_q=(70,), lens_k=(90,)),
     replace(CASES["cache-batch-idx"], id="cache-batch-idx-70", lens_q=(70, 70), causal=True),
+    replace(CASES["len-200x257-causal"], id="len-200x257-dims-64x512", dims=(64, 512)),
 )
 PACKED = (
     replace(CASES["alibi-softcap-window"], id="packed-everything", heads=(8, 2), sinks=BF16),

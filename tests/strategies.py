@@ -10,11 +10,15 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from memory import Memory
 
+from flash_attn._arguments import MAX_HEAD_DIM, MAX_HEAD_DIM_V
+
 _FEW_HEADS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (5, 1)]
 HEADS = st.sampled_from([*_FEW_HEADS, (6, 3), (7, 1), (12, 2), (17, 1)])
 
 
-HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)  # the buckets of head dims; SM80 has none of 80 and 160
+# Pairs of models that have a bucket of their own, by the larger of the two.
+_MODELS_PAIRS = {192: (192, 128), 512: (64, 512), 576: (576, 512)}
+HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512, 576)  # the buckets of head dims; SM80 has none of 80 and 160
 
 
 class Sizes(NamedTuple):
@@ -30,17 +34,22 @@ class Sizes(NamedTuple):
 
 
 def _equal_or_not(head_dim):
-    return st.one_of(head_dim.map(lambda d: (d, d)), st.tuples(head_dim, head_dim))
+    pairs = st.one_of(head_dim.map(lambda d: (d, d)), st.tuples(head_dim, head_dim))
+    return pairs.map(lambda dims: (dims[0], min(dims[1], MAX_HEAD_DIM_V)))
 
 
 @st.composite
 def dims_in(draw, buckets):
     """(head_dim, head_dim_v), the larger of which lies in one of the buckets, often at an end of it."""
     bucket = draw(st.sampled_from(buckets))
+    if bucket in _MODELS_PAIRS and draw(st.sampled_from([False, False, False, True])):
+        return _MODELS_PAIRS[bucket]
     least = max((other for other in HEAD_DIMS if other < bucket), default=0) + 1
     ends = {bucket, bucket - 8, bucket - 1, least, least + 7}
     larger = draw(st.one_of(st.sampled_from(sorted(ends, reverse=True)), st.integers(least, bucket)))
     other = draw(st.one_of(st.just(larger), st.just(larger), st.integers(1, larger)))
+    if larger > MAX_HEAD_DIM_V:
+        return larger, min(other, MAX_HEAD_DIM_V)
     return (larger, other) if draw(st.booleans()) else (other, larger)
 
 
@@ -52,13 +61,13 @@ SMALL = Sizes(
     side=st.one_of(st.just(-1), st.integers(0, 40)),
 )
 _TILE_EDGES = [edge + by for edge in (16, 32, 64, 128) for by in (0, -1, 1)]
-_DIM_EDGES = [edge + by for edge in HEAD_DIMS for by in (0, -1, 1, -8, 8) if edge + by <= 512]
+_DIM_EDGES = [edge + by for edge in HEAD_DIMS for by in (0, -1, 1, -8, 8) if edge + by <= MAX_HEAD_DIM]
 # The sizes at which kernels change their ways: ends of tiles, ends of head-dim buckets.
 EDGES = Sizes(
     length=st.one_of(st.sampled_from([0, 1, *_TILE_EDGES]), st.integers(0, 70), st.integers(0, 300)),
     cached_queries=st.one_of(st.integers(0, 9), st.sampled_from(_TILE_EDGES)),
     capacity=st.one_of(st.sampled_from([1, *_TILE_EDGES]), st.integers(1, 70), st.integers(1, 300)),
-    dims=_equal_or_not(st.one_of(st.sampled_from(_DIM_EDGES), st.integers(1, 512))),
+    dims=_equal_or_not(st.one_of(st.sampled_from(_DIM_EDGES), st.integers(1, MAX_HEAD_DIM))),
     side=st.one_of(st.sampled_from([-1, 0, 1, -3, 2**31 - 1, *_TILE_EDGES]), st.integers(0, 40), st.integers(0, 300)),
 )
 # What emulated kernels compute in a few seconds: several tiles of rows and of keys, caches that are split by the
@@ -69,7 +78,7 @@ EMULATED = Sizes(
     capacity=st.one_of(
         st.sampled_from([1, *_TILE_EDGES]), st.integers(1, 300), st.integers(1, 300), st.integers(300, 1300)
     ),
-    dims=dims_in([64, 64, 64, 64, 32, 32, 128, 128, 128, 96, 192, 256, 512]),
+    dims=dims_in([64, 64, 64, 64, 32, 32, 128, 128, 128, 96, 192, 256, 512, 576]),
     side=st.one_of(
         st.sampled_from([-1, 0, 1, -3, 2**31 - 1, *_TILE_EDGES]), *[st.integers(0, 40)] * 2, st.integers(0, 150)
     ),

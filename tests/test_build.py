@@ -38,7 +38,7 @@ def test_everything_is_built_by_default():
     options = read_options({})
     assert not options.skip_cuda
     assert options.archs == (80, 90)
-    assert options.head_dims == (32, 64, 80, 96, 128, 160, 192, 256, 512)
+    assert options.head_dims == (32, 64, 80, 96, 128, 160, 192, 256, 512, 576)
     assert options.dtypes == ("fp16", "bf16")
 
 

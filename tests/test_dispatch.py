@@ -65,9 +65,9 @@ def test_refusal_names_the_missing_feature(feature, monkeypatch):
 
 
 def test_refusal_names_dtype_and_head_dim():
-    narrow = dataclasses.replace(_dispatch.PATHS["sm80"], max_head_dim=128)
+    narrow = dataclasses.replace(_dispatch.PATHS["sm80"], max_head_dims=(128, 128))
     reasons = " ".join(_dispatch.plan_objections(narrow, torch.float32, 192, 64, frozenset({"dense"})))
-    assert "fp32" in reasons and "192/64" in reasons and "up to 128" in reasons
+    assert "fp32" in reasons and "192/64" in reasons and "up to 128/128" in reasons
 
 
 def test_refusal_of_a_feature_names_no_empty_set_of_dtypes():
@@ -354,7 +354,7 @@ def test_check_tells_what_did_not_run(capsys, monkeypatch):
     [
         ("--dropout 1.5", "dropout_p must be in [0, 1), got 1.5"),
         ("--dropout 0.1 --softcap 3", "softcap must be 0 when dropout_p > 0, got 3.0 and 0.1"),
-        ("--head-dim 513", "q must have a head_dim from 1 to 512, got 513"),
+        ("--head-dim 577", "q must have a head_dim from 1 to 576, got 577"),
         ("--heads 3 --heads-k 2", "got num_heads 3 and num_heads_k 2"),
     ],
 )

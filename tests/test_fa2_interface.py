@@ -273,8 +273,8 @@ def test_cache(path, case):
         interleaved = case.rotary is None or case.rotary[1]
         with torch.enable_grad():
             return flash_attn_2_cuda.fwd_kvcache(
-                raw.q.requires_grad_(), raw.k, raw.v, raw.new_k, raw.new_v, layout.get("seqused_k"), *raw.rotary, *places,
-                slopes, out, scale, causal, *window, softcap, interleaved, raw.extra.get("num_splits", 0),
+                raw.q.requires_grad_(), raw.k, raw.v, raw.new_k, raw.new_v, layout.get("seqused_k"), *raw.rotary,
+                *places, slopes, out, scale, causal, *window, softcap, interleaved, raw.extra.get("num_splits", 0),
             )  # fmt: skip
 
     ours = on_path(path, case.features, raw, run)

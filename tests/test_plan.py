@@ -64,6 +64,7 @@ def plan(smem=LARGEST_SMEM, arch=planner.Arch.SM80, **changes):
         ("SM80", 192, 129, (192, 192)),
         ("SM80", 64, 256, (256, 256)),
         ("SM80", 257, 1, (512, 512)),
+        ("SM80", 513, 1, (576, 512)),
         ("SM90", 1, 32, (32, 32)),
         ("SM90", 40, 32, (64, 64)),
         ("SM90", 80, 65, (80, 96)),
@@ -72,6 +73,10 @@ def plan(smem=LARGEST_SMEM, arch=planner.Arch.SM80, **changes):
         ("SM90", 129, 8, (160, 160)),
         ("SM90", 160, 160, (160, 160)),
         ("SM90", 161, 128, (192, 128)),
+        ("SM90", 64, 256, (256, 256)),
+        ("SM90", 33, 257, (64, 512)),
+        ("SM90", 65, 257, (512, 512)),
+        ("SM90", 576, 512, (576, 512)),
     ],
 )
 def test_smallest_bucket_that_holds_both_head_dims(arch, head_dim, head_dim_v, bucket):
@@ -80,8 +85,8 @@ def test_smallest_bucket_that_holds_both_head_dims(arch, head_dim, head_dim_v, b
 
 
 def test_no_bucket_names_the_head_dims():
-    with pytest.raises(planner.UnsupportedProblem, match="head_dim.*513/128"):
-        plan(head_dim=513, head_dim_v=128)
+    with pytest.raises(planner.UnsupportedProblem, match="head_dim.*577/128"):
+        plan(head_dim=577, head_dim_v=128)
 
 
 def test_the_largest_tile_that_the_gpu_holds():
@@ -103,7 +108,7 @@ def test_the_largest_tile_that_the_gpu_holds():
 def test_each_tile_row_has_a_reason(arch, row_class):
     rows = planner.tile_rows(arch, row_class)
     assert rows and all(reason for *_, reason in rows)
-    order = [(qk, v, -smem) for qk, v, smem, *_ in rows]
+    order = [(qk + v, qk, v, -smem) for qk, v, smem, *_ in rows]
     assert sorted(order) == order, "the planner takes the first row that holds a call"
 
 

@@ -16,7 +16,7 @@ from tolerance import assert_same_bits
 import flash_attn
 
 PAGES = (1, 8, 16, 32, 64, 128, 256)
-DIMS = ((64, 64), (128, 128), (256, 256), (512, 512), (192, 128), (64, 512))
+DIMS = ((64, 64), (128, 128), (256, 256), (512, 512), (192, 128), (64, 512), (576, 512))
 
 
 def _ids(case):
@@ -136,13 +136,14 @@ def test_append_through_views_of_one_buffer(path, view):
         assert_same_bits("v_cache", v, plain.v)
 
 
+@pytest.mark.parametrize("dims", [(192, 128), (576, 512)], ids=str)
 @pytest.mark.parametrize("page", [None, 16])
-def test_values_are_part_of_the_keys(path, page):
+def test_values_are_part_of_the_keys(path, page, dims):
     """As in MLA: v is the first columns of k, in the same memory."""
     case = Case(f"alias-{page}", "one tensor", "kvcache", (1, 1), (130, 130), seqused_k=(100, 33), page=page,
-                heads=(8, 1), dims=(192, 128), causal=True)  # fmt: skip
+                heads=(8, 1), dims=dims, causal=True)  # fmt: skip
     inputs = build(case, device_of(path))
-    v = inputs.k[..., :128]
+    v = inputs.k[..., : dims[1]]
     expected = on_path(path, case.features, inputs, replace(inputs, v=v.clone()).call)
     ours = on_path(path, case.features, inputs, replace(inputs, v=v).call)
     if ours is not None:

@@ -87,6 +87,8 @@ inline constexpr TileRow kForwardTilesSm80[] = {
      "registers: O (128) leaves no more than 64 rows; shared memory 201 KB. Reading Q, K and V from it is the limit, "
      "which splitting columns over four warps, rather than rows, lowers"},
     {{512, 512}, SmemClass::k163KB, {64, 32, 4, 2}, "as above with half the keys a step: 133 KB for SM80"},
+    {{576, 512}, SmemClass::k227KB, {64, 64, 2, 4}, "as 512/512: 217 KB"},
+    {{576, 512}, SmemClass::k163KB, {64, 32, 4, 2}, "as 512/512: 145 KB for SM80"},
 };
 
 // Rows::k64: as much of a tile as a few heads with a few queries each fill, still two blocks on an SM.
@@ -99,6 +101,8 @@ inline constexpr TileRow kForwardTiles64Sm80[] = {
     {{256, 256}, SmemClass::k99KB, {64, 64, 4, 1}, "the large tile itself"},
     {{512, 512}, SmemClass::k227KB, {64, 64, 2, 4}, "the large tile itself"},
     {{512, 512}, SmemClass::k163KB, {64, 32, 4, 2}, "the large tile itself"},
+    {{576, 512}, SmemClass::k227KB, {64, 64, 2, 4}, "the large tile itself"},
+    {{576, 512}, SmemClass::k163KB, {64, 32, 4, 2}, "the large tile itself"},
 };
 
 // Rows::k16: one instruction's rows, for decoding. What counts is bytes on their way from memory: warps share the rows
@@ -111,6 +115,7 @@ inline constexpr TileRow kForwardTiles16Sm80[] = {
      SmemClass::k163KB,
      {16, 64, 1, 4},
      "146 KB: 128 KB on their way in one block; half the keys would leave two warps without any"},
+    {{576, 512}, SmemClass::k163KB, {16, 64, 1, 4}, "157 KB, as above"},
 };
 
 // Thread blocks of a cluster where the head dim allows two. 1 until a GPU has said which is faster; the other is built
@@ -153,10 +158,15 @@ inline constexpr TileRow kForwardTilesSm90[] = {
      SmemClass::k227KB,
      clustered({128, 80, 8, 1, 2, 1}),
      "shared memory: 225 KB with one stage of Q; registers: O (128) + S (40) + P (20)"},
+    {{64, 512},
+     SmemClass::k227KB,
+     {64, 64, 4, 2, 2, 1},
+     "as 512/512; K is narrow enough for two stages of it and of V: 225 KB"},
     {{512, 512},
      SmemClass::k227KB,
      clustered({64, 64, 4, 2, 1, 1}),
      "registers: a group's half of O (128) leaves 64 rows; shared memory: 209 KB with one stage of everything"},
+    {{576, 512}, SmemClass::k227KB, {64, 64, 4, 2, 1, 1}, "as 512/512: 225 KB"},
 };
 
 inline constexpr int kThreadsPerWarp = 32;

@@ -151,6 +151,14 @@ def _by_head_dim(suite: str, device: str) -> Iterator[Case]:
             yield _dense(suite, device, batch, heads, seqlen, head_dim, head_dim_v=head_dim_v, causal=causal)
 
 
+def _latent(suite: str, device: str) -> Iterator[Case]:
+    batch, width, seqlen = (2, 2048, 8192) if device == "cuda" else (1, 512, 256)
+    for head_dim in (64, 576):
+        heads = max(4 if device == "cuda" else 1, width // head_dim)
+        for causal in (False, True):
+            yield _dense(suite, device, batch, heads, seqlen, head_dim, head_dim_v=512, causal=causal)
+
+
 def _backward(cases: Callable[[str, str], Iterator[Case]]):
     def of(suite: str, device: str) -> Iterator[Case]:
         for case in cases(suite, device):
@@ -271,6 +279,7 @@ SUITES = {
         Suite("fwd", "speed over length", _by_length((64, 128, 256), (1024, 4096, 16384), (256, 1024))),
         Suite("fwd_short", "short sequences", _by_length((64, 128), (512, 1024, 2048), (64, 128))),
         Suite("hdim", "other head dims", _by_head_dim),
+        Suite("mla", "head dims of multi-head latent attention", _latent),
         Suite("local", "a sliding window", _local),
         Suite("score", "options of the score, at one shape", _score),
         Suite("varlen", "packed sequences of skewed lengths", _varlen),

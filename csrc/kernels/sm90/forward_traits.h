@@ -85,19 +85,18 @@ struct ForwardTraits {
 
   using SmemLayoutQ = SmemLayout<kTileM, kHeadDim, kQStages>;
   using SmemLayoutK = SmemLayout<kTileN, kHeadDim, kKvStages>;
-  // A group's columns of V, seen as (columns, keys), which is how the second product reads them.
+  // V seen as (columns, keys, stage), which is how the second product reads it. A group's columns are a tile of it.
   using SmemLayoutVt = decltype(tile_to_shape(
-      AtomMN<kGroupCols>{}, Shape<Int<kGroupCols>, Int<kTileN>, Int<kKvStages>>{}, Step<_2, _1, _3>{}));
-  static_assert(kColumnGroups == 1 || kKvStages == 1,
-                "a group's columns of several stages of V don't lie side by side");
+      AtomMN<kGroupCols>{}, Shape<Int<kHeadDimV>, Int<kTileN>, Int<kKvStages>>{}, Step<_2, _1, _3>{}));
+  using GroupTileVt = Shape<Int<kGroupCols>, Int<kTileN>>;
   static_assert(kColumnGroups == 1 || kQStages == 1,
                 "the last factors are written again only after Q's one stage has come back");
-  static_assert(kHeadDimV <= kHeadDim && kBoxCols<kHeadDim> == kBoxCols<kGroupCols>,
-                "a group's part of O must lie within its part of Q, which other groups may still read");
+  static_assert(kBoxCols<kHeadDim> == kBoxCols<kGroupCols> && (kColumnGroups > 1 || kHeadDimV <= kHeadDim),
+                "a group's part of O must lie within its part of Q, unless no other group reads Q");
 
   // K comes in slices of columns with a barrier each where there is one stage only: the next tile's slices arrive while
   // the last ones of this are still in use.
-  static constexpr int kKSlices = kKvStages == 1 ? 4 : 1;
+  static constexpr int kKSlices = kKvStages > 1 ? 1 : kHeadDim % (4 * kBoxCols<kHeadDim>) == 0 ? 4 : 3;
   static constexpr int kKSliceCols = kHeadDim / kKSlices;
   static_assert(kKSliceCols % (kBoxCols<kHeadDim> * kClusterBlocks) == 0 &&
                     kGroupCols % (kBoxCols<kGroupCols> * kClusterBlocks) == 0,
@@ -131,7 +130,7 @@ struct ForwardTraits {
     std::conditional_t<(kColumnGroups > 1), RowFactors, NoRowFactors> row_factors;
   };
   struct SharedStorage : std::conditional_t<(kColumnGroups > 1), Exchange, NoExchange> {
-    alignas(kSwizzleBytes) Element q_or_o[kQStages][kTileM * kHeadDim];
+    alignas(kSwizzleBytes) Element q_or_o[kQStages][kTileM * (kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV)];
     alignas(kSwizzleBytes) Element k[kKvStages][kTileN * kHeadDim];
     alignas(kSwizzleBytes) Element v[kKvStages][kTileN * kHeadDimV];
     alignas(kSwizzleBytes) Barriers barriers;

@@ -71,10 +71,9 @@ class SplitColumnsSchedule {
   template <class Score, class Meanwhile, class AccO>
   __device__ void lead(const KvRange& range, int q_stage, const Score& score, const Meanwhile& meanwhile,
                        Softmax& softmax, AccO& tOrO) {
-    Tensor sVt = make_tensor(make_smem_ptr(&smem_.v[0][0]), typename Traits::SmemLayoutVt{});
     typename Traits::TiledMmaPV mma_pv;
     const auto group_pv = mma_pv.get_slice(0);
-    const Tensor tOrV = group_pv.partition_fragment_B(sVt)(_, _, _, _0{});  // (MMA, MMA_N over columns, MMA_K)
+    const Tensor tOrV = group_pv.partition_fragment_B(columns_of_group(_0{}));  // (MMA, MMA_N, MMA_K, stage)
     Tensor tSrS = make_accumulator<Traits::kTileN>();
     Tensor tOrP = make_tensor<Element>(as_a_operand(tSrS.layout()));  // (MMA, MMA_M, MMA_K)
     Tensor scores = make_tensor(tSrS.data(), as_rows_and_columns(tSrS.layout()));
@@ -97,7 +96,7 @@ class SplitColumnsSchedule {
       const int p_stage = hand_over(make_tensor(tOrP.data(), tSrS.layout()), factors);
       rescale_output<Traits, Softmax>(output, factors);
       wait_full(smem_.barriers.v[0], v_);
-      start_gemm(mma_pv, tOrP, tOrV, tOrO, GMMA::ScaleOut::One);
+      start_gemm(mma_pv, tOrP, tOrV(_, _, _, stage_of(v_)), tOrO, GMMA::ScaleOut::One);
       wait_for_scores<1>(tSrS);
       arrive_at(NamedBarrier::kFollow, p_stage, kNumThreads);
       score(scores, n);
@@ -108,7 +107,7 @@ class SplitColumnsSchedule {
     arrive_at(NamedBarrier::kFollow, p_stage, kNumThreads);
     rescale_output<Traits, Softmax>(output, factors);
     wait_full(smem_.barriers.v[0], v_);
-    start_gemm(mma_pv, tOrP, tOrV, tOrO, GMMA::ScaleOut::One);
+    start_gemm(mma_pv, tOrP, tOrV(_, _, _, stage_of(v_)), tOrO, GMMA::ScaleOut::One);
     wait_for_gemms<0>(tOrO);
     release(smem_.barriers.v[0], v_);
   }
@@ -117,12 +116,10 @@ class SplitColumnsSchedule {
   template <class AccO>
   __device__ void follow(const KvRange& range, AccO& tOrO) {
     Tensor sP = make_tensor(make_smem_ptr(&smem_.p[0][0]), SmemLayoutP{});
-    Tensor sVt =
-        make_tensor(make_smem_ptr(&smem_.v[0][Traits::kGroupCols * Traits::kTileN]), typename Traits::SmemLayoutVt{});
     typename Traits::TiledMmaSharedPV mma_pv;
     const auto group_pv = mma_pv.get_slice(0);
-    const Tensor tOrP = group_pv.partition_fragment_A(sP);                  // (MMA, MMA_M, MMA_K, stage)
-    const Tensor tOrV = group_pv.partition_fragment_B(sVt)(_, _, _, _0{});  // (MMA, MMA_N over columns, MMA_K)
+    const Tensor tOrP = group_pv.partition_fragment_A(sP);                      // (MMA, MMA_M, MMA_K, stage)
+    const Tensor tOrV = group_pv.partition_fragment_B(columns_of_group(_1{}));  // (MMA, MMA_N, MMA_K, stage)
     Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
     Tensor factors = make_tensor<float>(Shape<Int<Traits::kRowsPerLane>, _1>{});
 
@@ -133,11 +130,27 @@ class SplitColumnsSchedule {
       wait_full(smem_.barriers.v[1], v_);
       wait_at(NamedBarrier::kFollow, p_.idx, kNumThreads);
       Tensor tOrP_stage = tOrP(_, _, _, p_.idx);
-      start_gemm(mma_pv, tOrP_stage, tOrV, tOrO, GMMA::ScaleOut::One);
+      start_gemm(mma_pv, tOrP_stage, tOrV(_, _, _, stage_of(v_)), tOrO, GMMA::ScaleOut::One);
       wait_for_gemms<0>(tOrO);
       release(smem_.barriers.v[1], v_);
       arrive_at(NamedBarrier::kProbsEmpty, p_.idx, kNumThreads);
       p_.advance();
+    }
+  }
+
+  // V's columns that belong to a group, (columns, keys, stage).
+  template <class Group>
+  __device__ auto columns_of_group(Group group) const {
+    Tensor sVt = make_tensor(make_smem_ptr(&smem_.v[0][0]), typename Traits::SmemLayoutVt{});
+    return local_tile(sVt, typename Traits::GroupTileVt{}, make_coord(group, _0{}));
+  }
+  // Of K and V; a constant where there is one.
+  template <int kNumStages>
+  static __device__ auto stage_of(const StageCursor<kNumStages>& cursor) {
+    if constexpr (Traits::kKvStages == 1) {
+      return _0{};
+    } else {
+      return cursor.idx;
     }
   }
 
@@ -148,8 +161,8 @@ class SplitColumnsSchedule {
     Tensor sK = make_tensor(make_smem_ptr(&smem_.k[0][0]), typename Traits::SmemLayoutK{});
     typename Traits::TiledMmaQK mma;
     const auto group_mma = mma.get_slice(0);
-    Tensor tSrQ = group_mma.partition_fragment_A(sQ)(_, _, _, _0{});  // (MMA, MMA_M, MMA_K)
-    Tensor tSrK = group_mma.partition_fragment_B(sK)(_, _, _, _0{});  // (MMA, MMA_N, MMA_K)
+    Tensor tSrQ = group_mma.partition_fragment_A(sQ)(_, _, _, _0{});          // (MMA, MMA_M, MMA_K)
+    Tensor tSrK = group_mma.partition_fragment_B(sK)(_, _, _, stage_of(k_));  // (MMA, MMA_N, MMA_K)
     constexpr int kSteps = decltype(size<2>(tSrK))::value / Traits::kKSlices;
     // The descriptors are the same in each step: nvcc 13.0 would keep all 64 at hand, in spilled registers.
     hide_origin(tSrQ);
@@ -202,9 +215,9 @@ class SplitColumnsSchedule {
 
   SharedStorage& smem_;
   int group_;
-  StageCursor<Traits::kKSlices> k_;           // where products start
-  StageCursor<Traits::kKSlices> k_released_;  // where they end
-  StageCursor<1> v_;
+  StageCursor<Traits::kKvStages * Traits::kKSlices> k_;           // where products start
+  StageCursor<Traits::kKvStages * Traits::kKSlices> k_released_;  // where they end
+  StageCursor<Traits::kKvStages> v_;
   StageCursor<Traits::kPStages> p_;
 };
 
