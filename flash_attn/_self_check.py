@@ -42,16 +42,23 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-def _qkv(random: _Random, lengths: tuple[int, int], heads: tuple[int, int], head_dim: int) -> list[Tensor]:
-    """q, k and v; lengths and heads are those of q and those of k."""
-    shapes = (lengths[0], heads[0]), (lengths[1], heads[1]), (lengths[1], heads[1])
-    return [random(_BATCH, length, count, head_dim) for length, count in shapes]
+def _qkv(
+    random: _Random, lengths: tuple[int, int], heads: tuple[int, int], head_dim: int, head_dim_v: int | None = None
+) -> list[Tensor]:
+    """q, k and v; lengths and heads are those of q and those of k. head_dim_v is head_dim if None."""
+    q = random(_BATCH, lengths[0], heads[0], head_dim)
+    return [q, *(random(_BATCH, lengths[1], heads[1], dim) for dim in (head_dim, head_dim_v or head_dim))]
 
 
 def _forward(
-    random: _Random, lengths: tuple[int, int], heads: tuple[int, int], head_dim: int, causal: bool
+    random: _Random,
+    lengths: tuple[int, int],
+    heads: tuple[int, int],
+    head_dim: int,
+    causal: bool,
+    head_dim_v: int | None = None,
 ) -> _Results:
-    q, k, v = _qkv(random, lengths, heads, head_dim)
+    q, k, v = _qkv(random, lengths, heads, head_dim, head_dim_v)
     return [(flash_attn_func(q, k, v, causal=causal), _attention(q, k, v, causal))]
 
 
@@ -103,6 +110,11 @@ _CHECKS: tuple[tuple[str, Callable[[_Random], _Results], set[str]], ...] = (
         set(),
     ),
     ("full, head dim 40", partial(_forward, lengths=(65, 129), heads=(2, 2), head_dim=40, causal=False), set()),
+    (
+        "causal, head dims 576 and 512",
+        partial(_forward, lengths=(130, 200), heads=(4, 1), head_dim=576, causal=True, head_dim_v=512),
+        set(),
+    ),
     ("causal, varlen, head dim 64", partial(_varlen, seqlen=200, head_dim=64), set()),
     ("gradients, head dim 64", partial(_backward, head_dim=64, deterministic=False), {"backward"}),
     ("gradients, deterministic, head dim 128", partial(_backward, head_dim=128, deterministic=True), {"backward"}),

@@ -84,6 +84,16 @@ def test_refusal_names_the_shared_memory_that_is_short():
     assert "512/64 needs more shared memory than the 99 KB here" in reasons[0]
 
 
+@built
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+def test_refusal_names_the_head_dims_that_have_gradients(path):
+    features = frozenset({"dense", "wide_heads"})
+    spec = _dispatch.PATHS[path]
+    assert _dispatch.plan_objections(spec, torch.bfloat16, 576, 512, features) == []
+    reasons = _dispatch.plan_objections(spec, torch.bfloat16, 576, 512, features | {"backward"})
+    assert reasons == ["backward at head_dim 576/512 (it takes up to 512/512)"]
+
+
 @pytest.mark.parametrize(
     "path, capability, said",
     [
