@@ -92,7 +92,7 @@ struct ForwardTraits {
   static_assert(kColumnGroups == 1 || kQStages == 1,
                 "the last factors are written again only after Q's one stage has come back");
   static_assert(kBoxCols<kHeadDim> == kBoxCols<kGroupCols> && (kColumnGroups > 1 || kHeadDimV <= kHeadDim),
-                "a group's part of O must lie within its part of Q, unless no other group reads Q");
+                "a group's part of O must lie within its part of Q, unless Q has been read before any O is written");
 
   // K comes in slices of columns with a barrier each where there is one stage only: the next tile's slices arrive while
   // the last ones of this are still in use.
