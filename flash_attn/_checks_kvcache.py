@@ -301,8 +301,8 @@ def check_scheduler_metadata(
     num_splits: Any,
     pack_gqa: Any,
     sm_margin: Any,
-) -> tuple[int, int]:
-    """Arguments of get_scheduler_metadata; returns (batch_size, num_splits)."""
+) -> int:
+    """Arguments of get_scheduler_metadata; returns num_splits."""
     batch_size = _at_least("batch_size", batch_size, 0)
     heads, heads_kv = _at_least("num_heads_q", num_heads_q, 1), _at_least("num_heads_kv", num_heads_kv, 1)
     if heads % heads_kv:
@@ -337,7 +337,7 @@ def check_scheduler_metadata(
     for name, value in (("attention_chunk", attention_chunk), ("sm_margin", sm_margin)):
         if check.as_int(name, value) != 0:
             raise NotImplementedError(f"{name} must be 0 (nothing else is supported yet), got {value}")
-    return batch_size, check.num_splits_of(num_splits)
+    return check.num_splits_of(num_splits)
 
 
 def _at_least(name: str, value: Any, least: int) -> int:

@@ -9,17 +9,27 @@ import torch
 from torch import Tensor
 
 from flash_attn import _dispatch
-from flash_attn._arguments import MAX_SPLITS, window_of
-from flash_attn._checks import Window
+from flash_attn._arguments import MAX_SPLITS
 from flash_attn._checks_kvcache import kvcache_call
+from flash_attn._plain import is_plain
 
 _MAX_TRIES = 3
 _UNKNOWN_LENGTH = 1 << 20
 
+_LIB = torch.library.Library("flash_attn", "FRAGMENT")
+_SCHEMA = (
+    "(Tensor seqlens_k, Tensor? cu_seqlens_q, Tensor? leftpad, SymInt num_heads, SymInt num_heads_k, SymInt head_dim, "
+    "SymInt head_dim_v, ScalarType dtype, SymInt longest_q, SymInt longest_k, SymInt? page_size, SymInt window_left, "
+    "SymInt window_right, bool has_softcap, SymInt num_splits, bool? pack_gqa) -> Tensor"
+)
+
 
 class Step(NamedTuple):
-    """What get_scheduler_metadata is told about a decoding step. A longest length of 0 is unknown."""
+    """What get_scheduler_metadata is told of a decoding step, as the op takes it. A longest length of 0 is unknown."""
 
+    seqlens_k: Tensor  # new tokens and left padding included
+    cu_seqlens_q: Tensor | None
+    leftpad: Tensor | None
     num_heads: int
     num_heads_k: int
     head_dim: int
@@ -27,20 +37,42 @@ class Step(NamedTuple):
     dtype: torch.dtype
     longest_q: int
     longest_k: int
-    cache_seqlens: Tensor
-    cu_seqlens_q: Tensor | None
-    new_tokens: int | Tensor  # of each entry
-    leftpad: Tensor | None
     page_size: int | None
-    causal: bool
-    window: Window
-    softcap: float
+    window_left: int
+    window_right: int
+    has_softcap: bool
     num_splits: int
     pack_gqa: bool | None
 
 
+def scheduler_metadata(step: Step) -> Tensor:
+    """What get_scheduler_metadata returns; nothing waits for the device."""
+    # The planner, which takes tensors and returns text, is not for tracing: it is within the op.
+    return _metadata(*step) if is_plain(step.seqlens_k) else torch.ops.flash_attn.scheduler_metadata(*step)
+
+
+def _metadata(*arguments: Any) -> Tensor:
+    step = Step(*arguments)
+    metadata = step.seqlens_k.new_zeros(_size(step.seqlens_k))
+    metadata[1 : 1 + step.seqlens_k.shape[0]] = num_splits(step)
+    return metadata
+
+
+def _fake_metadata(seqlens_k: Tensor, *_: Any) -> Tensor:
+    return seqlens_k.new_empty(_size(seqlens_k))
+
+
+def _size(seqlens_k: Tensor) -> int:
+    return 1 + 4 * ((seqlens_k.shape[0] + 3) // 4 * 4)
+
+
+_LIB.define("scheduler_metadata" + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_LIB.impl("scheduler_metadata", _metadata, "CompositeExplicitAutograd")
+torch.library.register_fake("flash_attn::scheduler_metadata", _fake_metadata, lib=_LIB)
+
+
 def num_splits(step: Step) -> int | Tensor:
-    """Of each entry; nothing waits for the device."""
+    """Of each entry."""
     plan = _plan(step)
     if plan is None:
         return max(step.num_splits, 1)
@@ -61,7 +93,7 @@ def _plan(step: Step) -> dict[str, Any] | None:
 
 
 def _call(step: Step) -> Any:
-    lengths = step.cache_seqlens
+    lengths = step.seqlens_k
     batch, longest_k = lengths.shape[0], step.longest_k or _UNKNOWN_LENGTH
     one = lengths.new_empty(1, dtype=step.dtype)
     rows_q = (batch, max(step.longest_q, 1)) if step.cu_seqlens_q is None else (batch * max(step.longest_q, 1),)
@@ -77,21 +109,21 @@ def _call(step: Step) -> Any:
         None, None, rotary_cos=None, rotary_sin=None, cache_seqlens=lengths, cache_batch_idx=None,
         cache_leftpad=step.leftpad, block_table=table, rotary_interleaved=True, cu_seqlens_q=step.cu_seqlens_q,
         max_seqlen_q=step.longest_q or None, cu_seqlens_k_new=None, scheduler_metadata=None, softmax_scale=None,
-        causal=step.causal, window_size=step.window, softcap=step.softcap, alibi_slopes=None,
-        num_splits=step.num_splits, return_softmax_lse=False, s_aux=None, out=None, pack_gqa=step.pack_gqa,
+        causal=False, window_size=(step.window_left, step.window_right), softcap=float(step.has_softcap),
+        alibi_slopes=None, num_splits=step.num_splits, return_softmax_lse=False, s_aux=None, out=None,
+        pack_gqa=step.pack_gqa,
     ).forward  # fmt: skip
 
 
 def _by_lengths(step: Step, plan: dict[str, Any]) -> Tensor:
     tile_m, tile_n = plan["tile_m"], plan["tile_n"]
-    window_left, _ = window_of(step.window, step.causal)
-    keys = (step.cache_seqlens + step.new_tokens).to(torch.int64)
+    keys = step.seqlens_k.to(torch.int64)
     if step.leftpad is not None:
         keys = keys - step.leftpad
     keys = keys.clamp(min=0)
     longest_q = torch.full_like(keys, max(step.longest_q, 1))
     queries = longest_q if step.cu_seqlens_q is None else step.cu_seqlens_q.diff().to(torch.int64)
-    first = torch.zeros_like(keys) if window_left < 0 else (keys - queries - window_left).clamp(min=0)
+    first = torch.zeros_like(keys) if step.window_left < 0 else (keys - queries - step.window_left).clamp(min=0)
     key_tiles = ((keys + tile_n - 1) // tile_n - first // tile_n).clamp(min=0) * (queries > 0)
     row_tiles = (queries * plan["packed_heads"] + tile_m - 1) // tile_m
     target = plan["target_slots"]

@@ -81,6 +81,15 @@ def test_opcheck_forward_with_gradients(name):
     opcheck(ops.cpu_forward.default, requiring_grad(FORWARD[name]))
 
 
+def test_opcheck_scheduler_metadata():
+    lengths, cu_seqlens_q = i32(70, 9, 0), i32(0, 1, 3, 4)
+    for more in ((None, None), (cu_seqlens_q, i32(3, 0, 0))):
+        opcheck(
+            ops.scheduler_metadata.default,
+            (lengths, *more, 8, 2, 64, 64, torch.bfloat16, 2, 80, 16, -1, 0, False, 3, None),
+        )
+
+
 @pytest.mark.parametrize("name", FORWARD)
 def test_opcheck_forward_out(name):
     q, _, v = FORWARD[name][:3]

@@ -11,9 +11,9 @@ PLAN = {"tile_m": 16, "tile_n": 64, "packed_heads": 4, "target_slots": 40, "min_
 
 def step(lengths, **changes):
     made = _schedule.Step(
-        num_heads=32, num_heads_k=8, head_dim=128, head_dim_v=128, dtype=torch.bfloat16, longest_q=1, longest_k=8192,
-        cache_seqlens=torch.tensor(lengths, dtype=torch.int32), cu_seqlens_q=None, new_tokens=0, leftpad=None,
-        page_size=None, causal=True, window=(-1, -1), softcap=0.0, num_splits=0, pack_gqa=None,
+        seqlens_k=torch.tensor(lengths, dtype=torch.int32), cu_seqlens_q=None, leftpad=None, num_heads=32,
+        num_heads_k=8, head_dim=128, head_dim_v=128, dtype=torch.bfloat16, longest_q=1, longest_k=8192,
+        page_size=None, window_left=-1, window_right=0, has_softcap=False, num_splits=0, pack_gqa=None,
     )  # fmt: skip
     return made._replace(**changes)
 
@@ -68,15 +68,15 @@ def test_no_part_has_too_few_keys():
     assert splits([64 * 4 * 3, 1], PLAN | {"target_slots": 1000}) == [3, 1]
 
 
-def test_new_tokens_count_and_left_padding_does_not():
+def test_left_padding_does_not_count():
     plan = PLAN | {"target_slots": 1000}
     assert splits([256], plan) == [1]
-    assert splits([256], plan, new_tokens=1) == [2]
+    assert splits([257], plan) == [2]
     assert splits([2560], plan, leftpad=torch.tensor([2304], dtype=torch.int32)) == [1]
 
 
 def test_a_window_hides_keys():
-    assert splits([8192], PLAN | {"target_slots": 1000}, window=(255, 0)) == [1]
+    assert splits([8192], PLAN | {"target_slots": 1000}, window_left=255) == [1]
 
 
 def test_the_cpu_path_does_not_split():

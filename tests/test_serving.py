@@ -346,3 +346,19 @@ def test_metadata_serves_all_layers(path, num_splits):
         assert error <= 2 * torch.finfo(case.dtype).eps * exact.abs().max().item()
         assert torch.equal(metadata, made) and metadata[0] == 0
     assert not buffer[made.numel() :].any()
+
+
+def test_metadata_of_a_compiled_step(path):
+    """Nothing breaks the graph, which serves other batches and lengths as well."""
+    device = device_of(path)
+
+    def make(lengths, new_tokens):
+        return flash_attn.get_scheduler_metadata(
+            lengths.shape[0], 1, 2048, 8, 2, 64, lengths, page_size=16, max_seqlen_k_new=new_tokens, causal=True
+        )
+
+    compiled = torch.compile(make, backend="aot_eager", fullgraph=True, dynamic=True)
+    for lengths, new_tokens in (([2000, 3, 0], 1), ([70, 1900], 5)):
+        lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        with flash_attn.use_path(path):
+            assert_same_bits("metadata", compiled(lengths, new_tokens), make(lengths, new_tokens))
