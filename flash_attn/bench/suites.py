@@ -142,21 +142,15 @@ def _by_length(head_dims: tuple[int, ...], lengths: tuple[int, ...], cpu_lengths
     return cases
 
 
-def _by_head_dim(suite: str, device: str) -> Iterator[Case]:
-    pairs = [(dim, dim) for dim in (32, 80, 96, 160, 192)] + [(192, 128)] + [(dim, dim) for dim in (320, 384, 512)]
-    batch, width, seqlen = (2, 2048, 8192) if device == "cuda" else (1, 512, 256)
-    for head_dim, head_dim_v in pairs:
-        heads = max(4 if device == "cuda" else 1, width // head_dim)
-        for causal in (False, True):
-            yield _dense(suite, device, batch, heads, seqlen, head_dim, head_dim_v=head_dim_v, causal=causal)
+def _by_head_dim(pairs: tuple[tuple[int, int], ...]):
+    def cases(suite: str, device: str) -> Iterator[Case]:
+        batch, width, seqlen = (2, 2048, 8192) if device == "cuda" else (1, 512, 256)
+        for head_dim, head_dim_v in pairs:
+            heads = max(4 if device == "cuda" else 1, width // head_dim)
+            for causal in (False, True):
+                yield _dense(suite, device, batch, heads, seqlen, head_dim, head_dim_v=head_dim_v, causal=causal)
 
-
-def _latent(suite: str, device: str) -> Iterator[Case]:
-    batch, width, seqlen = (2, 2048, 8192) if device == "cuda" else (1, 512, 256)
-    for head_dim in (64, 576):
-        heads = max(4 if device == "cuda" else 1, width // head_dim)
-        for causal in (False, True):
-            yield _dense(suite, device, batch, heads, seqlen, head_dim, head_dim_v=512, causal=causal)
+    return cases
 
 
 def _backward(cases: Callable[[str, str], Iterator[Case]]):
@@ -165,15 +159,6 @@ def _backward(cases: Callable[[str, str], Iterator[Case]]):
             yield replace(case, backward=True)
 
     return of
-
-
-def _by_head_dim_backward(suite: str, device: str) -> Iterator[Case]:
-    batch, width, seqlen = (2, 2048, 8192) if device == "cuda" else (1, 512, 256)
-    for head_dim, head_dim_v in ((32, 32), (96, 96), (192, 192), (192, 128), (512, 512)):
-        heads = max(4 if device == "cuda" else 1, width // head_dim)
-        for causal in (False, True):
-            case = _dense(suite, device, batch, heads, seqlen, head_dim, head_dim_v=head_dim_v, causal=causal)
-            yield replace(case, backward=True)
 
 
 def _local(suite: str, device: str) -> Iterator[Case]:
@@ -271,6 +256,10 @@ def _declared_elsewhere(suite: str, device: str) -> Iterator[Case]:
     return iter(())
 
 
+_HEAD_DIMS = (
+    (32, 32), (80, 80), (96, 96), (160, 160), (192, 192), (192, 128), (320, 320), (384, 384), (512, 512),
+)  # fmt: skip
+_HEAD_DIMS_BACKWARD = ((32, 32), (96, 96), (192, 192), (192, 128), (512, 512))
 CPU_PATH = "cpu"  # its cases and its timing are those of benchmarks/cpu_path.py
 
 SUITES = {
@@ -278,15 +267,15 @@ SUITES = {
     for suite in (
         Suite("fwd", "speed over length", _by_length((64, 128, 256), (1024, 4096, 16384), (256, 1024))),
         Suite("fwd_short", "short sequences", _by_length((64, 128), (512, 1024, 2048), (64, 128))),
-        Suite("hdim", "other head dims", _by_head_dim),
-        Suite("mla", "head dims of multi-head latent attention", _latent),
+        Suite("hdim", "other head dims", _by_head_dim(_HEAD_DIMS)),
+        Suite("mla", "head dims of multi-head latent attention", _by_head_dim(((64, 512), (576, 512)))),
         Suite("local", "a sliding window", _local),
         Suite("score", "options of the score, at one shape", _score),
         Suite("varlen", "packed sequences of skewed lengths", _varlen),
         Suite(
             "bwd", "the backward pass over length", _backward(_by_length((64, 128, 256), (1024, 4096, 16384), (256,)))
         ),
-        Suite("hdim_bwd", "the backward pass at other head dims", _by_head_dim_backward),
+        Suite("hdim_bwd", "the backward pass at other head dims", _backward(_by_head_dim(_HEAD_DIMS_BACKWARD))),
         Suite("varlen_bwd", "the backward pass of packed sequences", _backward(_varlen)),
         Suite(
             "bwd_det",
