@@ -15,8 +15,8 @@ from flash_attn import _arguments as check
 from flash_attn import _checks
 from flash_attn._checks import ForwardCall
 from flash_attn._checks_backward import backward_call
-from flash_attn._checks_kvcache import kvcache_call
-from flash_attn._run import draw_rng_state, run, run_backward, run_kvcache
+from flash_attn._run import draw_rng_state, run, run_backward
+from flash_attn.interface_kvcache import flash_attn_with_kvcache
 
 _FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -64,15 +64,11 @@ def fwd_kvcache(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`flash_attn.flash_attn_with_kvcache`: out, softmax_lse."""
     with torch.no_grad():
-        call = kvcache_call(
-            q, k_cache, v_cache, k, v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_seqlens=cache_seqlens,
-            cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, block_table=block_table,
-            softmax_scale=softmax_scale, causal=causal, window_size=_window(window_size_left, window_size_right),
-            softcap=softcap, rotary_interleaved=rotary_interleaved, alibi_slopes=alibi_slopes, num_splits=num_splits,
-            return_softmax_lse=True, s_aux=None, out=out, cu_seqlens_q=None, max_seqlen_q=None, cu_seqlens_k_new=None,
-            scheduler_metadata=None, pack_gqa=None,
+        return flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
+            block_table, softmax_scale, causal, _window(window_size_left, window_size_right), softcap,
+            rotary_interleaved, alibi_slopes, num_splits, return_softmax_lse=True, out=out,
         )  # fmt: skip
-        return run_kvcache(call)
 
 
 def bwd(
