@@ -1,9 +1,11 @@
 """Splits computed ahead for get_scheduler_metadata, from a plan such as the kernels' planner makes."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flash_attn
 from flash_attn import _schedule
 
 PLAN = {"tile_m": 16, "tile_n": 64, "packed_heads": 4, "target_slots": 40, "min_tiles": 4}
@@ -66,6 +68,15 @@ def test_long_requests_have_more_parts_and_empty_ones_have_one():
 
 def test_no_part_has_too_few_keys():
     assert splits([64 * 4 * 3, 1], PLAN | {"target_slots": 1000}) == [3, 1]
+
+
+@pytest.mark.parametrize("new", [{"max_seqlen_k_new": 1}, {"cu_seqlens_k_new": [0, 1, 1]}], ids=str)
+def test_new_tokens_count(monkeypatch, new):
+    monkeypatch.setattr(_schedule, "_plan", lambda step: PLAN | {"target_slots": 1000, "num_splits": 0})
+    lengths = torch.tensor([256, 255], dtype=torch.int32)
+    new = {name: torch.tensor(value, dtype=torch.int32) for name, value in new.items()}
+    assert flash_attn.get_scheduler_metadata(2, 1, 8192, 32, 8, 128, lengths)[1:3].tolist() == [1, 1]
+    assert flash_attn.get_scheduler_metadata(2, 1, 8192, 32, 8, 128, lengths, **new)[1:3].tolist() == [2, 1]
 
 
 def test_left_padding_does_not_count():
