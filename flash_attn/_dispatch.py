@@ -79,6 +79,7 @@ _SM90_FEATURES = frozenset(
     {
         "dense",
         "varlen",
+        "paged",
         "causal",
         "window",
         "gqa",
@@ -90,6 +91,8 @@ _SM90_FEATURES = frozenset(
         "seqused_k",
         "leftpad",
         "cache_batch_idx",
+        "append",
+        "rotary",
         "out",
         "backward",
     }

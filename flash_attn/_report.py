@@ -98,7 +98,8 @@ class Explanation:
             if name in self.plans:
                 plan = self.plans[name]
                 if plan["arch"] != _dispatch.PATHS[name].arch:
-                    lines.append(f"    a kernel of SM{plan['arch']}: {_WHY_ANOTHER_ARCH}")
+                    why = _WHY_SM80_PAGES if plan["pages_need_sm80"] else _WHY_SM80_ROWS
+                    lines.append(f"    a kernel of SM{plan['arch']}: {why}")
                 lines.append(
                     f"    variant {plan['dtype']} d{plan['head_dim']}/{plan['head_dim_v']} {plan['mask']} mask, "
                     f"{plan['score']} score, "
@@ -113,7 +114,10 @@ class Explanation:
         return "\n".join(lines)
 
 
-_WHY_ANOTHER_ARCH = "few query rows, for which it has smaller tiles and splits keys"
+_WHY_SM80_ROWS = "few query rows, for which they have smaller tiles and split keys"
+_WHY_SM80_PAGES = (
+    "SM90's take pages of a multiple of 16 tokens, without leftpad_k, whose rows lie apart in steps of 16 bytes"
+)
 _WHY_COPIES = "rows have to lie apart, with the last dimension contiguous, in steps of 16 bytes from aligned addresses"
 
 

@@ -80,7 +80,7 @@ def num_splits(step: Step) -> int | Tensor:
 
 
 def _plan(step: Step) -> dict[str, Any] | None:
-    """The kernel's plan for tensors of these shapes, which take no memory; None if no kernel would run."""
+    """The kernel's plan for tensors of these shapes, of which there is a row or a page; None if no kernel would run."""
     call = _call(step)
     try:
         path = _dispatch.choose_path(call.q, call.head_dims, call.features)
@@ -98,14 +98,16 @@ def _call(step: Step) -> Any:
     one = lengths.new_empty(1, dtype=step.dtype)
     rows_q = (batch, max(step.longest_q, 1)) if step.cu_seqlens_q is None else (batch * max(step.longest_q, 1),)
     rows_k = (batch, longest_k) if step.page_size is None else (1, step.page_size)
+    # A page's rows lie apart, or SM90's kernels would not take them.
+    rows = 1 if step.page_size is None else step.page_size
     table = None
     if step.page_size is not None:
         num_pages = -(-longest_k // step.page_size)
         table = lengths.new_empty(num_pages).expand(batch, num_pages)
     return kvcache_call(
         one.expand(*rows_q, step.num_heads, step.head_dim),
-        one.expand(*rows_k, step.num_heads_k, step.head_dim),
-        one.expand(*rows_k, step.num_heads_k, step.head_dim_v),
+        one.new_empty(rows, 1, step.head_dim).expand(*rows_k, step.num_heads_k, step.head_dim),
+        one.new_empty(rows, 1, step.head_dim_v).expand(*rows_k, step.num_heads_k, step.head_dim_v),
         None, None, rotary_cos=None, rotary_sin=None, cache_seqlens=lengths, cache_batch_idx=None,
         cache_leftpad=step.leftpad, block_table=table, rotary_interleaved=True, cu_seqlens_q=step.cu_seqlens_q,
         max_seqlen_q=step.longest_q or None, cu_seqlens_k_new=None, scheduler_metadata=None, softmax_scale=None,

@@ -23,9 +23,16 @@ MANY_FULL = [("full", "dense", (150, 150), (270, 270), {"heads": (2, 1)})]
 MANY_CAUSAL = [("causal", "dense", (150,), (270,), {"heads": (2, 1), "causal": True})]
 MANY_GENERAL = [
     ("window", "varlen", (150, 0, 70), (270, 9, 20), {"window": (100, 17), "sinks": BF16, "heads": (3, 1)}),
-    ("pages", "varlen", (150, 70), (270, 150), {"page": 48, "causal": True, "seqused_k": (261, 90),
-                                                "leftpad": (20, 0)}),
+    ("pages", "varlen", (150, 70), (270, 150), {"page": 48, "window": (170, 0), "seqused_k": (261, 90)}),
+    ("leftpad", "varlen", (150, 70), (270, 150), {"page": 7, "causal": True, "seqused_k": (261, 90),
+                                                  "leftpad": (20, 0)}),
 ]  # fmt: skip
+# SM90's kernels for these masks take pages, too.
+PAGES_SM90 = {
+    ("Mask::kFull", "Score::kPlain"): ("pages", "varlen", (150, 70), (270, 150), {"page": 16, "seqused_k": (261, 90)}),
+    ("Mask::kCausal", "Score::kPlain"): ("pages", "varlen", (150, 70), (270, 150), {"page": 64, "causal": True,
+                                                                                    "seqused_k": (261, 90)}),
+}  # fmt: skip
 MANY_SCORES = [
     ("scores", "varlen", (150, 33), (270, 40), {"window": (200, 3), "seqused_q": (140, 0), **SCORES}),
     ("dropout", "dense", (150,), (270,), {"causal": True, **DROPOUT}),
@@ -60,16 +67,20 @@ NUM_SPLITS = (0, 1, 3)  # of kernels with few rows
 
 def _cases(kernel):
     group, dtype, options = kernel
-    declared = (FORWARD if group.kind.name == "forward" else BACKWARD)[options]
+    declared = list((FORWARD if group.kind.name == "forward" else BACKWARD)[options])
     served = _dispatch.PATHS[f"sm{group.arch}"].features
+    if group.arch == 90:  # pages that TMA can't take are left to SM80's kernels
+        declared = [case for case in declared if case[0] != "leftpad"]
+        declared += [PAGES_SM90[options]] if options in PAGES_SM90 else []
     # A package for some head dims has kernels for few rows in the bucket above them.
     qk, v = (min(dim, max(_extension.build_info.head_dims)) for dim in group.tile_row[:2])
     for what, layout, lens_q, lens_k, more in declared:
-        for dims in ((qk, v), (qk - 5, v - 7)):
+        fewer = (8, 8) if group.arch == 90 and "page" in more else (5, 7)
+        for dims in ((qk, v), (qk - fewer[0], v - fewer[1])):
             name = f"{name_of(kernel)}-{what}-{dims[0]}x{dims[1]}"
             own = {"dims": dims, "dtype": DTYPES[dtype], **more}
             case = Case(name, "this kernel's rows, tiles and columns", layout, lens_q, lens_k, **own)
-            if case.features <= served:  # SM90's kernels leave pages and dropout to SM80's
+            if case.features <= served:  # SM90's kernels leave dropout to SM80's
                 yield case
 
 

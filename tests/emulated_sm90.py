@@ -51,6 +51,25 @@ PACKED = (
     ),
     replace(CASES["dim-512x512-bfloat16"], id="packed-512", heads=(4, 2)),
 )
+# Boxes of 16 to 128 rows, whole pages or parts of them; entries of many rows each, which SM90's kernels serve.
+PAGED = (
+    replace(CASES["paged-16"], id="paged-16-many", lens_q=(170, 65, 64)),
+    replace(CASES["paged-5"], id="paged-48-window", page=48, lens_q=(70, 130), softcap=5.0),
+    replace(CASES["paged-64-seqused-q"], id="paged-64-many", lens_q=(133, 64)),
+    replace(CASES["paged-256"], id="paged-256-packed", lens_q=(100, 40), causal=True, heads=(4, 1)),
+    replace(CASES["paged-cu-seqlens-k"], id="paged-80-cu-seqlens-k", lens_q=(70, 80), page=80),
+    replace(CASES["paged-empty"], id="paged-empty-many", lens_q=(75, 70), causal=True),
+    replace(CASES["paged-dims"], id="paged-dims-many", lens_q=(90, 70)),
+    replace(CASES["paged-16-recycled-prefill"], id="paged-16-recycled-softcap", softcap=5.0),
+    replace(CASES["paged-64-recycled"], id="paged-64-recycled-many", lens_q=(70, 133)),
+    # Unseen at both ends of the only box of an entry.
+    replace(CASES["paged-64-recycled"], id="paged-128-recycled", lens_q=(70, 80), seqused_k=(210, 330), page=128,
+            window=(3, 0)),
+    replace(CASES["append-paged"], id="append-paged-many", lens_q=(70, 70)),
+    replace(CASES["rotary-paged-gqa"], id="rotary-paged-many", lens_q=(70, 70), new=(3, 3)),
+    replace(CASES["paged-16"], id="paged-16-dims-512", lens_q=(170, 65, 64), dims=(512, 512)),
+    replace(CASES["paged-16"], id="paged-32-dims-64x512", lens_q=(170, 65, 64), dims=(64, 512), page=32),
+)  # fmt: skip
 
 _TOO_EARLY = "reads byte .* of shared memory(, which nothing has written| while a copy|, which a copy)"
 # Kernels of csrc/dev/emulator/faulty_kernels_sm90.cu, and what is said of them.
@@ -129,6 +148,12 @@ def test_varlen(name, ran):
 @pytest.mark.parametrize("case", PACKED, ids=lambda case: case.id)
 def test_packed_heads(case, ran):
     checks.check_forward("sm90", case, pack_gqa=True)
+    assert ran == {90}
+
+
+@pytest.mark.parametrize("case", PAGED, ids=lambda case: case.id)
+def test_pages(case, ran):
+    checks.check_forward("sm90", case)
     assert ran == {90}
 
 

@@ -149,7 +149,7 @@ def _pairs_of_lengths(draw, sizes):
     return tuple(zip(*pairs, strict=True))
 
 
-PAGES = st.one_of(st.sampled_from([1, 1, 2, 7, 16, 64]), st.integers(1, 20), st.integers(1, 300))
+PAGES = st.one_of(st.sampled_from([1, 1, 2, 7, 8, 16, 48, 64, 128]), st.integers(1, 20), st.integers(1, 300))
 
 
 @st.composite

@@ -291,6 +291,24 @@ def test_explain_tells_what_is_copied_first():
 
 
 @built
+@pytest.mark.parametrize(
+    ("page_size", "what", "arch"),
+    [(16, "", 90), (48, "", 90), (8, "", 80), (20, "", 80), (16, "leftpad", 80), (16, "rows of stride 0", 80)],
+)
+def test_explain_tells_which_pages_sm90_kernels_take(page_size, what, arch):
+    q, pages = torch.zeros(2, 100, 4, 64).bfloat16(), torch.zeros(32, page_size, 4, 64).bfloat16()
+    if what == "rows of stride 0":
+        pages = pages[:, :1].expand(-1, page_size, -1, -1)
+    options = {"cache_leftpad": torch.zeros(2, dtype=torch.int32)} if what == "leftpad" else {}
+    table = torch.zeros(2, 16, dtype=torch.int32)
+    explanation = flash_attn.explain(
+        flash_attn.flash_attn_with_kvcache, q, pages, pages, block_table=table, causal=True, **options
+    )
+    plan = explanation.plans["sm90"]
+    assert plan["arch"] == arch and not plan["copies"] and ("multiple of 16 tokens" in str(explanation)) == (arch == 80)
+
+
+@built
 def test_explain_plans_nothing_that_the_gpu_has_no_shared_memory_for(monkeypatch):
     """As on an RTX card, where the planner refuses SM90's tiles."""
     with_227_kb = flash_attn.explain(flash_attn.flash_attn_func, *_qkv())

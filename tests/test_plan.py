@@ -26,6 +26,7 @@ def problem(**changes):
         "rows_q": 1000,
         "rows_k": 1000,
         "has_pages": False,
+        "pages_suit_tma": False,
         "window_left": -1,
         "window_right": -1,
         "has_softcap": False,
@@ -369,6 +370,7 @@ def sm90_plan(**changes):
         ({"rows_q": 1, "allows_few_rows": False}, "SM90", 4),
         ({"has_dropout": True}, "SM80", 1),
         ({"has_pages": True}, "SM80", 1),
+        ({"has_pages": True, "pages_suit_tma": True}, "SM90", 1),
     ],
 )
 def test_sm90_leaves_few_rows_and_what_it_lacks_to_sm80(changes, arch, packed_heads):
@@ -379,6 +381,12 @@ def test_sm90_leaves_few_rows_and_what_it_lacks_to_sm80(changes, arch, packed_he
         assert made.tiles_per_head == -(-rows // made.tile_m)
         heads = (PREFILL | changes)["num_heads"] // packed_heads
         assert made.num_blocks == made.tiles_per_head * heads * (PREFILL | changes)["batch"]
+
+
+def test_pages_keep_their_mask_on_sm90():
+    pages = {"has_pages": True, "pages_suit_tma": True, "window_right": 0}
+    assert sm90_plan(**pages).mask == planner.Mask.CAUSAL
+    assert sm90_plan(**pages, window_left=100).mask == planner.Mask.GENERAL
 
 
 def test_one_split_takes_the_same_sm90_kernel_whatever_the_batch():

@@ -124,9 +124,11 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
 
 std::string explain_forward(const ForwardArgs& args) {
   const Gpu gpu = args.q.is_cuda() ? gpu_of(args.q) : kH200;
-  const Plan plan = make_plan_of_built(make_problem(args), arch_of(args.arch), gpu);
+  const Problem problem = make_problem(args);
+  const Plan plan = make_plan_of_built(problem, arch_of(args.arch), gpu);
   std::string json = describe(plan);
   json.pop_back();  // the brace that closes it
+  json += std::string(", \"pages_need_sm80\": ") + (problem.has_pages && !problem.pages_suit_tma ? "true" : "false");
   json += ", \"copies\": [";
   const char* separator = "";
   const auto list = [&](const char* name, const Tensor& tensor, OperandRole role) {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <utility>
 
+#include "api/params_of.h"
 #include "variant/tiles.h"
 
 // Whether the planner may choose the kernels for few rows and split keys in any call, as it may in a build for the
@@ -104,6 +105,13 @@ bool allows_few_rows(const ForwardArgs& args) {
   return FLASH_ATTN_FEW_ROWS || args.block_table || args.leftpad_k || args.cache_batch_idx || args.num_splits > 1;
 }
 
+// No cache is copied to suit TMA, nor one page's rows brought in parts that begin anywhere.
+bool pages_suit_tma(const ForwardArgs& args) {
+  if (!args.block_table || arch_of(args.arch) != Arch::kSm90 || args.leftpad_k) return false;
+  return args.k.size(1) % kLeastPageBoxRows == 0 && can_be_operand(args.k, OperandRole::kKeys, Arch::kSm90) &&
+         can_be_operand(args.v, OperandRole::kKeys, Arch::kSm90);
+}
+
 PackGqa pack_gqa_of(const std::optional<bool>& pack_gqa) {
   if (!pack_gqa) return PackGqa::kAuto;
   return *pack_gqa ? PackGqa::kAlways : PackGqa::kNever;
@@ -157,6 +165,7 @@ Problem make_problem(const ForwardArgs& args) {
           .rows_q = rows_q,
           .rows_k = args.cache_batch_idx && args.k.size(0) == 0 ? 0 : rows_k,
           .has_pages = args.block_table.has_value(),
+          .pages_suit_tma = pages_suit_tma(args),
           .window_left = args.window_left,
           .window_right = args.window_right,
           .has_softcap = args.softcap > 0.0,

@@ -36,6 +36,7 @@ PYBIND11_MODULE(flash_attn_plan, module) {
       .def_readwrite("rows_q", &Problem::rows_q)
       .def_readwrite("rows_k", &Problem::rows_k)
       .def_readwrite("has_pages", &Problem::has_pages)
+      .def_readwrite("pages_suit_tma", &Problem::pages_suit_tma)
       .def_readwrite("window_left", &Problem::window_left)
       .def_readwrite("window_right", &Problem::window_right)
       .def_readwrite("has_softcap", &Problem::has_softcap)

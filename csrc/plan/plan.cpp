@@ -10,13 +10,12 @@
 namespace flash_attn {
 namespace {
 
-// The general score, pages, splits and few rows are compiled with the general mask only, which is as good as any other
-// where most of the time goes into the score or the loads.
-Mask mask_of(const Problem& problem, Rows rows) {
+// The general score, splits and few rows, and SM80's pages, are compiled with the general mask only, which is as good
+// as any other where most of the time goes into the score or the loads.
+Mask mask_of(const Problem& problem, Arch arch, Rows rows) {
   const bool all_left = problem.window_left < 0 || problem.window_left >= problem.rows_k;
-  if (rows != Rows::kMany || score_of(problem) == Score::kGeneral || problem.has_pages || !all_left) {
-    return Mask::kGeneral;
-  }
+  const bool pages_need_it = problem.has_pages && arch == Arch::kSm80;
+  if (rows != Rows::kMany || score_of(problem) == Score::kGeneral || pages_need_it || !all_left) return Mask::kGeneral;
   if (problem.window_right < 0) return Mask::kFull;
   return problem.window_right == 0 ? Mask::kCausal : Mask::kGeneral;
 }
@@ -33,9 +32,9 @@ static_assert(serve_every_mask(kForwardTilesSm80), "the general mask's kernel ma
 // Whose kernel serves a call.
 Arch serving_arch(const Problem& problem, Arch preferred, const Gpu& gpu) {
   if (preferred != Arch::kSm90) return preferred;
-  if (problem.has_dropout || problem.has_pages) return Arch::kSm80;
-  const TileRow* row = find_tile_row(Arch::kSm90, Rows::kMany, mask_of(problem, Rows::kMany), problem.head_dim,
-                                     problem.head_dim_v, gpu.smem_limit);
+  if (problem.has_dropout || (problem.has_pages && !problem.pages_suit_tma)) return Arch::kSm80;
+  const TileRow* row = find_tile_row(Arch::kSm90, Rows::kMany, mask_of(problem, Arch::kSm90, Rows::kMany),
+                                     problem.head_dim, problem.head_dim_v, gpu.smem_limit);
   return row != nullptr && few_rows_beat_sm90(problem, row->tile, gpu) ? Arch::kSm80 : Arch::kSm90;
 }
 
@@ -45,12 +44,12 @@ Plan make_plan(const Problem& problem, Arch preferred, const Gpu& gpu) {
   const Arch arch = serving_arch(problem, preferred, gpu);
   const Rows rows = arch == Arch::kSm80 ? choose_rows(problem) : Rows::kMany;
   const TileRow* row =
-      find_tile_row(arch, rows, mask_of(problem, rows), problem.head_dim, problem.head_dim_v, gpu.smem_limit);
+      find_tile_row(arch, rows, mask_of(problem, arch, rows), problem.head_dim, problem.head_dim_v, gpu.smem_limit);
   if (row == nullptr) refuse_head_dims(problem, arch, "kernel", gpu.smem_limit);
   const int smem = smem_bytes(arch, row->head_dim, row->tile);
   SplitPlan split;
   if (arch == Arch::kSm80 && can_split(problem, rows)) split = make_split_plan(problem, rows, row->tile, smem, gpu);
-  const Mask mask = split.needs_merge() ? Mask::kGeneral : mask_of(problem, rows);
+  const Mask mask = split.needs_merge() ? Mask::kGeneral : mask_of(problem, arch, rows);
   const Variant variant{arch, problem.dtype, row->head_dim, row->smem, mask, score_of(problem), rows};
   if (arch == Arch::kSm90) split.packed_heads = packed_heads_on_sm90(problem, row->tile);
   const int64_t head_runs = problem.num_heads / split.packed_heads;

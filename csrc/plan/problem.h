@@ -25,6 +25,7 @@ struct Problem {
   int64_t rows_q;  // kDense: query length of each entry; kVarlen: query rows of all entries together
   int64_t rows_k;  // likewise. With pages, the rows that those of an entry can hold
   bool has_pages;
+  bool pages_suit_tma;  // SM90's kernels can take K and V out of them
   // Keys visible to the left and right of the diagonal; negative: all of them.
   int64_t window_left;
   int64_t window_right;

@@ -213,6 +213,17 @@ constexpr Tile tile_for(const Variant& variant) {
       ->tile;
 }
 
+// SM90: K and V come out of pages in boxes of so many rows, each of one page: the most, of the powers of two, that
+// divide pages and tiles.
+constexpr int page_box_rows(int page_size, int tile_n) {
+  const int of_page = page_size & -page_size;
+  const int of_tile = tile_n & -tile_n;
+  return of_page < of_tile ? of_page : of_tile;
+}
+// All tiles of keys have a multiple of them. Smaller boxes would take the producer longer to start than the consumers
+// to use, and the swizzle's pattern, which a box has to begin with, repeats after 8 rows.
+inline constexpr int kLeastPageBoxRows = 16;
+
 constexpr int num_threads(Arch arch, const Tile& tile) {
   return tile.num_warps() * kThreadsPerWarp + (arch == Arch::kSm90 ? kThreadsPerWarpgroup : 0);
 }

@@ -52,7 +52,7 @@ struct SeqParams {
 };
 
 // Key t of an entry is row t % page_size of page table[t / page_size]: K's and V's batch dimension counts pages. Null
-// table: no pages. Kernels with Mask::kGeneral read it.
+// table: no pages. Of SM80's kernels those with Mask::kGeneral read it.
 struct PageParams {
   const int* table;  // (rows, pages of each)
   int64_t table_stride;

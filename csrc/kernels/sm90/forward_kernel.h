@@ -95,9 +95,11 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
   if (group == 0) {
     give_up_registers<Traits::kProducerRegisters>();
     if (warp_idx() == 0 && is_elected_lane()) {
-      Producer<Traits, TmaKvSource> producer(params, maps, smem);
-      for_each_tile<Traits>(params, order, [&](const TileId& id) { producer.bring(id); });
-      producer.announce(TileId::none());
+      if (params.page.table == nullptr) {
+        Producer<Traits, RowKvSource>(params, maps, smem).bring_all(order);
+      } else {
+        Producer<Traits, PagedKvSource>(params, maps, smem).bring_all(order);
+      }
     }
   } else {
     take_registers<Traits::kConsumerRegisters>();

@@ -42,14 +42,17 @@ cudaError_t make_tensor_maps(const ForwardParams& params, ForwardTensorMaps& map
   };
   constexpr int kBoxQK = Traits::template kBoxCols<Traits::kHeadDim>;
   constexpr int kBoxV = Traits::template kBoxCols<Traits::kHeadDimV>;
+  const bool has_pages = params.page.table != nullptr;
+  const int page_size = params.page.page_size.divisor();
+  const int entries_k = has_pages ? params.page.num_pages : seq.num_cache_rows;
+  const int rows_k = has_pages ? page_size : seq.rows_k;
+  const int box_rows_k = has_pages ? page_box_rows(page_size, Traits::kTileN) : Traits::kTileN;
   cudaError_t error = encode(params.q, seq.batch, seq.rows_q, heads.num_heads, heads.head_dim,
                              {Traits::kTileM, packed_heads, kBoxQK}, maps.q);
   if (error != cudaSuccess) return error;
-  error = encode(params.k, seq.num_cache_rows, seq.rows_k, num_heads_kv, heads.head_dim, {Traits::kTileN, 1, kBoxQK},
-                 maps.k);
+  error = encode(params.k, entries_k, rows_k, num_heads_kv, heads.head_dim, {box_rows_k, 1, kBoxQK}, maps.k);
   if (error != cudaSuccess) return error;
-  error = encode(params.v, seq.num_cache_rows, seq.rows_k, num_heads_kv, heads.head_dim_v, {Traits::kTileN, 1, kBoxV},
-                 maps.v);
+  error = encode(params.v, entries_k, rows_k, num_heads_kv, heads.head_dim_v, {box_rows_k, 1, kBoxV}, maps.v);
   if (error != cudaSuccess) return error;
   return encode(params.o, seq.batch, seq.rows_q, heads.num_heads, heads.head_dim_v,
                 {Traits::kGroupRows, packed_heads, kBoxV}, maps.o);

@@ -118,6 +118,7 @@ struct BoxCoord {
   int head;
   int row;
   int row_end;
+  int wraps = kRowBound;
 };
 
 __device__ inline void prefetch_descriptor(const CUtensorMap& map) {
@@ -126,16 +127,16 @@ __device__ inline void prefetch_descriptor(const CUtensorMap& map) {
 __device__ inline void load_box(const CUtensorMap& map, CacheHint hint, Mbarrier& barrier, void* smem,
                                 const BoxCoord& at) {
   SM90_TMA_LOAD_5D::copy(&map, barrier.get(), static_cast<uint64_t>(hint), smem, at.col, at.head, at.row, at.row_end,
-                         int{kRowBound});
+                         at.wraps);
 }
 // To the same place of each block of the cluster whose bit is set, with the barrier that lies there.
 __device__ inline void load_box_to_blocks(const CUtensorMap& map, CacheHint hint, Mbarrier& barrier, void* smem,
                                           unsigned blocks, const BoxCoord& at) {
   SM90_TMA_LOAD_MULTICAST_5D::copy(&map, barrier.get(), static_cast<uint16_t>(blocks), static_cast<uint64_t>(hint),
-                                   smem, at.col, at.head, at.row, at.row_end, int{kRowBound});
+                                   smem, at.col, at.head, at.row, at.row_end, at.wraps);
 }
 __device__ inline void store_box(const CUtensorMap& map, const void* smem, const BoxCoord& at) {
-  SM90_TMA_STORE_5D::copy(&map, smem, at.col, at.head, at.row, at.row_end, int{kRowBound});
+  SM90_TMA_STORE_5D::copy(&map, smem, at.col, at.head, at.row, at.row_end, at.wraps);
 }
 // cp.async.bulk.commit_group and wait_group.read: the stores that this thread started since the last commit are one
 // group; the wait is until all groups have read their shared memory.

@@ -1,55 +1,9 @@
 // The producer's side: one thread that starts the copies of TMA.
 #pragma once
 
-#include "kernels/sm90/forward_traits.h"
-#include "kernels/sm90/row_box.h"
-#include "kernels/sm90/tensor_map.h"
-#include "kernels/sm90/tile_order.h"
+#include "kernels/sm90/kv_source.h"
 
 namespace flash_attn::sm90 {
-
-struct ForwardTensorMaps {
-  TensorMap q;
-  TensorMap k;
-  TensorMap v;
-  TensorMap o;
-};
-
-// K and V of one head of one sequence, contiguous or strided, through TMA. Rows past the sequence arrive as zeros, so
-// that 0 V is 0 whatever memory holds there.
-template <class Traits>
-class TmaKvSource {
- public:
-  using Element = typename Traits::Element;
-
-  __device__ TmaKvSource(const ForwardParams& params, const ForwardTensorMaps& maps, const PackedTile& tile)
-      : maps_(maps), seq_(tile.seq), head_idx_(tile.rows.first_head / params.heads.num_heads_per_kv) {}
-
-  // A slice of columns of a tile of keys, to its place in the tile at `smem`.
-  __device__ void load_k(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
-    box<Traits::kHeadDim>(maps_.k, n_idx)
-        .template load_for_cluster<Traits::kKSliceCols, Traits::kClusterBlocks>(kHint, barrier, smem, first_col);
-  }
-  __device__ void load_v(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
-    box<Traits::kGroupCols>(maps_.v, n_idx)
-        .template load_for_cluster<Traits::kGroupCols, Traits::kClusterBlocks>(kHint, barrier, smem, first_col);
-  }
-
- private:
-  // Every tile of queries reads the same keys.
-  static constexpr CacheHint kHint = CacheHint::EVICT_LAST;
-
-  template <int kCols>
-  __device__ auto box(const TensorMap& map, int n_idx) const {
-    const int n_begin = n_idx * Traits::kTileN;
-    return RowBox<Traits::kTileN, Traits::template kBoxCols<kCols>>(
-        map, seq_.kv_batch_idx, head_idx_, seq_.row_begin_k + n_begin, seq_.seqlen_k - n_begin);
-  }
-
-  const ForwardTensorMaps& maps_;
-  const SeqInfo& seq_;
-  int head_idx_;
-};
 
 // Announces each tile, brings its Q, and K and V in the order in which the consumers take them: the last tile of keys
 // first, each K one step before the V that goes with the K before it.
@@ -61,6 +15,13 @@ class Producer {
   __device__ Producer(const ForwardParams& params, const ForwardTensorMaps& maps, typename Traits::SharedStorage& smem)
       : params_(params), maps_(maps), smem_(smem) {}
 
+  // All tiles of this block's cluster.
+  __device__ void bring_all(const TileOrder& order) {
+    for_each_tile<Traits>(params_, order, [&](const TileId& id) { bring(id); });
+    announce(TileId::none());
+  }
+
+ private:
   // The cluster's tile, unless it has no rows.
   __device__ void bring(const TileId& id) {
     const PackedTile all_rows = packed_tile_of(params_, id);
@@ -84,8 +45,6 @@ class Producer {
     tile_ids.full[tile_id_.idx].arrive();
     tile_id_.advance();
   }
-
- private:
   __device__ void bring_q(const PackedTile& tile) {
     using Box = RowBox<Traits::kTileM, Traits::template kBoxCols<Traits::kHeadDim>>;
     const Box box = Box::of_packed_rows(maps_.q, tile, 0);

@@ -21,6 +21,15 @@ class RowBox {
         row_(kRowBound - min(num_rows, kBoxRows)),
         row_end_(static_cast<int>(row_begin) + min(num_rows, kBoxRows)) {}
 
+  // All rows from `row_begin` on that a box has, the first `num_zeros` of them zeros.
+  static __device__ RowBox with_zeros(const TensorMap& map, int batch_idx, int head_idx, int row_begin, int num_zeros) {
+    RowBox box(map, batch_idx, head_idx, row_begin, 0);
+    box.row_ = -num_zeros;
+    box.row_end_ = row_begin + num_zeros;
+    box.wraps_ = 0;
+    return box;
+  }
+
   // The packed rows of a tile from `first_row` of it on: a box has the heads of a query side by side, of which there
   // are a power of two, and so a whole number of queries.
   static __device__ RowBox of_packed_rows(const TensorMap& map, const PackedTile& tile, int first_row) {
@@ -65,12 +74,13 @@ class RowBox {
   }
 
  private:
-  __device__ BoxCoord at(int col) const { return {col, head_, row_, row_end_}; }
+  __device__ BoxCoord at(int col) const { return {col, head_, row_, row_end_, wraps_}; }
 
   const TensorMap& map_;
   int head_;
   int row_;
   int row_end_;
+  int wraps_ = kRowBound;
 };
 
 }  // namespace flash_attn::sm90

@@ -39,6 +39,8 @@ inline constexpr int kRowBound = 1 << 30;
 // elements is nothing in 64 bits of address. Of the box's rows those past `count` lie outside the first dimension, so
 // they are filled with zeros on a load and left out of a store.
 //
+// The box from row `begin` on whose first `count` rows are filled with zeros is at (-count, begin + count, 0).
+//
 // Two dimensions would do on a base that lies kRowBound rows, or one box, before the tensor, where there may be no
 // memory: stores accept that, loads are said not to (a comment in QuACK's copy_utils.py). The third is Triton's way
 // (triton/tools/ragged_tma.py), which has run on Hopper.

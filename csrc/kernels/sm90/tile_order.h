@@ -27,15 +27,27 @@ __device__ inline PackedTile packed_tile_of(const ForwardParams& params, const T
   return {entry_info(params.seq, id.entry), {id.first_head, params.split.packed_heads}, id.m_begin};
 }
 
+// The first key that a tile counts if `first_seen` is the first one that any of its rows sees: where rows don't come in
+// boxes of one page each, that. A box begins at the beginning of one, and TMA replaces what nobody sees in it by zeros;
+// but not at both of its ends, so the only box of a tile begins with what is seen.
+template <class Traits>
+__device__ int first_counted_key(const PageParams& page, int first_seen, int num_keys) {
+  if (page.table == nullptr) return first_seen;
+  const int box_rows = page_box_rows(page.page_size.divisor(), Traits::kTileN);
+  const int box_begin = first_seen & -box_rows;
+  return num_keys - box_begin > box_rows ? box_begin : first_seen;
+}
+
 // The tile, its keys counted from the first one that any of its rows sees: what lies before that may be anything, NaN
-// too, which even a probability of 0 would spread, and TMA can't replace it by zeros as it does past the last key.
+// too, which even a probability of 0 would spread, and TMA replaces by zeros only what lies past the last key.
 template <class Traits>
 __device__ PackedTile without_unseen_keys(const ForwardParams& params, PackedTile tile) {
   using Keys = PackedKeys<Traits::kMask>;
   if (Keys::kHasBegin && tile.has_used_rows()) {
     const int first_seen = Keys{{tile.seq, params.window}, tile.rows}.begin(tile.m_begin);
-    tile.seq.row_begin_k += first_seen;
-    tile.seq.seqlen_k -= first_seen;
+    const int first = first_counted_key<Traits>(params.page, first_seen, tile.seq.seqlen_k);
+    tile.seq.row_begin_k += first;
+    tile.seq.seqlen_k -= first;
   }
   return tile;
 }

@@ -70,8 +70,9 @@ struct BoxCoord {
   int head;
   int row;
   int row_end;
+  int wraps = kRowBound;
 
-  emulator::BoxOrigin origin() const { return {{col, head, row, row_end, kRowBound}}; }
+  emulator::BoxOrigin origin() const { return {{col, head, row, row_end, wraps}}; }
 };
 
 inline void prefetch_descriptor(const CUtensorMap&) {}
