@@ -51,6 +51,7 @@ PACKED = (
     ),
     replace(CASES["dim-512x512-bfloat16"], id="packed-512", heads=(4, 2)),
 )
+HEADS_OF_TWO_TILES = replace(CASES["len-200x257-causal"], id="128-heads", lens_q=(65,), lens_k=(70,), heads=(128, 1))
 # Boxes of 16 to 128 rows, whole pages or parts of them; entries of many rows each, which SM90's kernels serve.
 PAGED = (
     replace(CASES["paged-16"], id="paged-16-many", lens_q=(170, 65, 64)),
@@ -148,6 +149,11 @@ def test_varlen(name, ran):
 @pytest.mark.parametrize("case", PACKED, ids=lambda case: case.id)
 def test_packed_heads(case, ran):
     checks.check_forward("sm90", case, pack_gqa=True)
+    assert ran == {90}
+
+
+def test_more_heads_than_share_a_tile(ran):
+    checks.check_forward("sm90", HEADS_OF_TWO_TILES)
     assert ran == {90}
 
 

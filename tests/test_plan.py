@@ -345,6 +345,7 @@ def test_nothing_is_split_where_nothing_is_won(changes):
 
 PREFILL = {"batch": 4, "num_heads": 32, "num_heads_k": 8, "rows_q": 4096, "rows_k": 4096, "head_dim": 128}
 PREFILL["head_dim_v"] = 128
+LATENT = {"head_dim": 576, "head_dim_v": 512}
 
 
 def sm90_plan(**changes):
@@ -368,6 +369,9 @@ def sm90_plan(**changes):
         ({"rows_q": 63, "batch": 64, "pack_gqa": planner.PackGqa.NEVER}, "SM80", 1),
         ({"rows_q": 16, "batch": 64, "num_heads": 8}, "SM80", 1),
         ({"rows_q": 1, "allows_few_rows": False}, "SM90", 4),
+        ({"rows_q": 1, "batch": 66, "num_heads": 128, "num_heads_k": 1} | LATENT, "SM90", 64),
+        ({"rows_q": 1, "batch": 65, "num_heads": 128, "num_heads_k": 1} | LATENT, "SM80", 128),
+        ({"rows_q": 65, "num_heads": 128, "num_heads_k": 1}, "SM90", 64),
         ({"has_dropout": True}, "SM80", 1),
         ({"has_pages": True}, "SM80", 1),
         ({"has_pages": True, "pages_suit_tma": True}, "SM90", 1),
@@ -381,6 +385,29 @@ def test_sm90_leaves_few_rows_and_what_it_lacks_to_sm80(changes, arch, packed_he
         assert made.tiles_per_head == -(-rows // made.tile_m)
         heads = (PREFILL | changes)["num_heads"] // packed_heads
         assert made.num_blocks == made.tiles_per_head * heads * (PREFILL | changes)["batch"]
+
+
+CHUNK_OF_ONE = {"batch": 1, "num_heads": 8, "num_heads_k": 1, "rows_q": 640, "rows_k": 32768, "window_right": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "arch"),
+    [
+        ({}, "SM80"),
+        ({"rows_q": 768}, "SM90"),  # 48 tiles: six parts of each don't fit at once
+        ({"rows_k": 5120}, "SM90"),
+        ({"rows_k": 5121}, "SM80"),
+        ({"num_splits": 1}, "SM90"),
+        ({"num_splits": 1, "layout": planner.Layout.VARLEN, "layout_k": planner.Layout.VARLEN}, "SM90"),
+        ({"window_left": 4096}, "SM90"),
+        ({"has_pages": True, "pages_suit_tma": True}, "SM80"),
+        ({"allows_few_rows": False}, "SM90"),
+    ],
+)
+def test_sm90_leaves_keys_that_have_to_be_split_to_sm80(changes, arch):
+    made = sm90_plan(**(CHUNK_OF_ONE | changes))
+    assert made.arch == getattr(planner.Arch, arch)
+    assert (made.num_splits >= 6) == (arch == "SM80")
 
 
 def test_pages_keep_their_mask_on_sm90():

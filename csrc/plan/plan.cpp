@@ -35,7 +35,7 @@ Arch serving_arch(const Problem& problem, Arch preferred, const Gpu& gpu) {
   if (problem.has_dropout || (problem.has_pages && !problem.pages_suit_tma)) return Arch::kSm80;
   const TileRow* row = find_tile_row(Arch::kSm90, Rows::kMany, mask_of(problem, Arch::kSm90, Rows::kMany),
                                      problem.head_dim, problem.head_dim_v, gpu.smem_limit);
-  return row != nullptr && few_rows_beat_sm90(problem, row->tile, gpu) ? Arch::kSm80 : Arch::kSm90;
+  return row != nullptr && sm80_beats_sm90(problem, row->tile, gpu) ? Arch::kSm80 : Arch::kSm90;
 }
 
 }  // namespace

@@ -5,11 +5,12 @@
 
 namespace flash_attn {
 
-// How many query heads of a key-value head share a tile of rows, or those of a cluster: all or one.
+// How many query heads of a key-value head share a tile of rows, or those of a cluster: one, all, or as many of them as
+// a tile can take.
 int packed_heads_on_sm90(const Problem& problem, const Tile& tile);
 
-// Whether SM80's tiles for few rows serve the call better than SM90's, most of whose rows would be empty, or whose keys
-// would have to be split to occupy the GPU.
-bool few_rows_beat_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu);
+// Whether SM80's kernels serve the call better: by tiles for few rows, where most rows of SM90's would be empty, or by
+// splitting keys, where SM90's tiles would leave most of the GPU idle.
+bool sm80_beats_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu);
 
 }  // namespace flash_attn

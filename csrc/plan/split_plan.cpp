@@ -54,6 +54,10 @@ int64_t most_key_tiles(const Problem& problem, int64_t queries, int tile_n) {
 
 }  // namespace
 
+int64_t most_splits(const Problem& problem, Rows rows, int64_t queries, int tile_n) {
+  return ceil_div(most_key_tiles(problem, queries, tile_n), ceil_div(sharing_of(rows).min_keys, tile_n));
+}
+
 int64_t queries_per_entry(const Problem& problem) {
   if (problem.layout == Layout::kDense) return problem.rows_q;
   return ceil_div(problem.rows_q, std::max<int64_t>(problem.batch, 1));
@@ -86,29 +90,26 @@ SplitPlan make_split_plan(const Problem& problem, Rows rows, const Tile& tile, i
   const int64_t blocks_per_sm = (gpu.smem_limit + kReservedSmem) / (smem_bytes + kReservedSmem);
   const int64_t wave = gpu.num_sms * std::clamp<int64_t>(blocks_per_sm, 1, sharing.max_blocks_per_sm);
   plan.min_tiles = static_cast<int>(ceil_div(sharing.min_keys, tile.n));
-  const auto most_splits = [&](int64_t queries) {
-    return ceil_div(most_key_tiles(problem, queries, tile.n), plan.min_tiles);
-  };
   // Where lengths vary, row_tiles bounds their number, and this is what it will be about.
   const int64_t queries = queries_per_entry(problem);
   const int64_t likely_row_tiles = problem.batch * ceil_div(queries * plan.packed_heads, int64_t{tile.m});
   const double waves = static_cast<double>(likely_row_tiles * head_runs) / static_cast<double>(wave);
   plan.num_splits = problem.num_splits;
   const bool is_enough = waves > sharing.waves_enough || waves == 0.0;
-  if (problem.num_splits == 0 && (most_splits(queries) <= 1 || is_enough)) {
+  if (problem.num_splits == 0 && (most_splits(problem, rows, queries, tile.n) <= 1 || is_enough)) {
     plan.num_splits = 1;
   } else if (problem.num_splits == 0 && rows == Rows::kMany) {
     // Their registers leave no room for sharing out by lengths, and they have the shapes of prefilling: one request's
     // chunk, or several of a kind.
-    plan.num_splits = static_cast<int>(
-        std::min<int64_t>({most_splits(queries), kMaxSplits, static_cast<int64_t>(sharing.waves_wanted / waves)}));
+    plan.num_splits = static_cast<int>(std::min<int64_t>(
+        {most_splits(problem, rows, queries, tile.n), kMaxSplits, static_cast<int64_t>(sharing.waves_wanted / waves)}));
   }
   plan.num_slots = row_tiles * std::max(plan.num_splits, 1);
   if (plan.num_splits == 0) {
     const double target = sharing.waves_wanted * static_cast<double>(wave) / std::max<double>(head_runs, 1);
     plan.target_slots = std::max(static_cast<int>(target), 1);
     // All queries of a packed batch may be one entry's: the grid must hold its splits, too.
-    const int64_t most = std::min<int64_t>(most_splits(problem.rows_q), kMaxSplits);
+    const int64_t most = std::min<int64_t>(most_splits(problem, rows, problem.rows_q, tile.n), kMaxSplits);
     plan.num_slots = std::min(row_tiles + plan.target_slots, row_tiles * most);
   }
   return plan;

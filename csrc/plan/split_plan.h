@@ -10,6 +10,9 @@ int64_t queries_per_entry(const Problem& problem);
 
 Rows choose_rows(const Problem& problem);
 
+// Parts that the keys of a tile with so many queries could be split into, each long enough to be worth it.
+int64_t most_splits(const Problem& problem, Rows rows, int64_t queries, int tile_n);
+
 // Whether the kernels that a call runs in could split its keys.
 bool can_split(const Problem& problem, Rows rows);
 
