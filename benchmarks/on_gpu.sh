@@ -108,14 +108,14 @@ forward() { peers fwd,hdim ours80,fa2,mem --out forward.json; }
 short() { peers fwd_short,gemma,local ours80,fa2,cudnn --out short.json; }
 backward() { peers bwd,hdim_bwd ours80,fa2,cudnn,mem --out backward.json; }
 serving() { peers decode,paged ours80 --out serving.json; }
-sm90() { bench --suites fwd,fwd_short,hdim,mla,local,varlen --impls ours90,ours80,flash,cudnn,fa3 --json sm90.json; }
+sm90() { bench --suites fwd,fwd_short,hdim,mla,local,varlen,prefill --impls ours90,ours80,flash,cudnn,fa3 --json sm90.json; }
 own() {
   bench --suites bwd_det,pages,latency,tiny,varlen,varlen_bwd --json own.json &&
     (cd "$OUT" && $PYTHON "$ROOT/benchmarks/host_overhead.py")
 }
 record_forward() { bench --suites fwd,fwd_short,hdim,mla,local,score,varlen,tiny,memory --json h200_forward.json; }
 record_backward() { bench --suites bwd,hdim_bwd,bwd_det,varlen_bwd --json h200_backward.json; }
-record_decode() { bench --suites decode,paged,pages,latency --json h200_decode.json; }
+record_decode() { bench --suites decode,paged,pages,prefill,latency --json h200_decode.json; }
 train() { (cd "$OUT" && $PYTHON "$ROOT/benchmarks/train_gpt.py" --json train.json); }
 tune() { (cd "$OUT" && CUTLASS_PATH=$SITE/cutlass_library/source/include $PYTHON "$ROOT/benchmarks/tune_sm90.py" $TUNE); }
 

@@ -79,12 +79,12 @@ def _backward(random: _Random, head_dim: int, deterministic: bool) -> _Results:
     return list(zip(gradients, expected, strict=True))
 
 
-def _decode(random: _Random, head_dim: int, num_splits: int) -> _Results:
-    """A token more for each entry of a paged cache, whose pages lie in reverse order."""
-    lengths = (300, 17)
-    num_pages = -(-(max(lengths) + 1) // _PAGE_SIZE)
+def _cached(random: _Random, num_tokens: int, lengths: tuple[int, int], head_dim: int, num_splits: int) -> _Results:
+    """Tokens more for each entry of a paged cache, whose pages lie in reverse order."""
+    num_pages = -(-(max(lengths) + num_tokens) // _PAGE_SIZE)
     k, v = (random(_BATCH, num_pages * _PAGE_SIZE, 2, head_dim) for _ in range(2))
-    q, new_k, new_v = random(_BATCH, 1, 8, head_dim), *(random(_BATCH, 1, 2, head_dim) for _ in range(2))
+    q, *new = (random(_BATCH, num_tokens, heads, head_dim) for heads in (8, 2, 2))
+    new_k, new_v = new
     pages = [tensor.view(_BATCH * num_pages, _PAGE_SIZE, 2, head_dim).flip(0) for tensor in (k, v)]
     table = torch.arange(_BATCH * num_pages, dtype=torch.int32, device=q.device).flip(0).view(_BATCH, num_pages)
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=q.device)
@@ -118,11 +118,20 @@ _CHECKS: tuple[tuple[str, Callable[[_Random], _Results], set[str]], ...] = (
     ("causal, varlen, head dim 64", partial(_varlen, seqlen=200, head_dim=64), set()),
     ("gradients, head dim 64", partial(_backward, head_dim=64, deterministic=False), {"backward"}),
     ("gradients, deterministic, head dim 128", partial(_backward, head_dim=128, deterministic=True), {"backward"}),
-    ("paged cache, head dim 128", partial(_decode, head_dim=128, num_splits=0), {"paged", "append"}),
+    (
+        "paged cache, head dim 128",
+        partial(_cached, num_tokens=1, lengths=(300, 17), head_dim=128, num_splits=0),
+        {"paged", "append"},
+    ),
     (
         "paged cache, 3 splits, head dim 64",
-        partial(_decode, head_dim=64, num_splits=3),
+        partial(_cached, num_tokens=1, lengths=(300, 17), head_dim=64, num_splits=3),
         {"paged", "append", "num_splits"},
+    ),
+    (
+        "paged cache, 130 queries, head dim 128",
+        partial(_cached, num_tokens=130, lengths=(70, 0), head_dim=128, num_splits=0),
+        {"paged", "append"},
     ),
 )
 

@@ -240,6 +240,21 @@ def _paged(*pages: int):
     return cases
 
 
+# Queries; batch, query heads, key heads, keys; head dims. The last is a step of multi-head latent attention, whose 128
+# heads make as many rows of each query.
+_CHUNKS = ((2048, (1, 32, 8, 16384), (128, 128)), (512, (8, 8, 1, 8192), (128, 128)),
+           (512, (1, 8, 1, 32768), (128, 128)), (2048, (1, 16, 2, 16384), (256, 256)),
+           (1, (128, 128, 1, 8192), (576, 512)))  # fmt: skip
+_CHUNKS_ON_CPU = ((128, (1, 8, 2, 1024), (64, 64)), (1, (4, 16, 1, 256), (576, 512)))
+
+
+def _prefill(suite: str, device: str) -> Iterator[Case]:
+    for page in (0, 16, 64, 256):
+        for queries, shape, (head_dim, head_dim_v) in _CHUNKS if device == "cuda" else _CHUNKS_ON_CPU:
+            step = _step(suite, device, (*shape, head_dim), page)
+            yield replace(step, seqlen_q=queries, head_dim_v=head_dim_v)
+
+
 def _latency(suite: str, device: str) -> Iterator[Case]:
     for seqlen_k in (1024, 4096) if device == "cuda" else (256, 1024):
         for head_dim in (64, 128):
@@ -286,6 +301,7 @@ SUITES = {
         Suite("decode", "one query each, a dense cache", _decode, measure=Measure.GRAPH_BANDWIDTH),
         Suite("paged", "one query each, a cache in pages", _paged(16, 64, 256), measure=Measure.GRAPH_BANDWIDTH),
         Suite("pages", "the same with other page sizes", _paged(1, 8, 32, 128), measure=Measure.GRAPH_BANDWIDTH),
+        Suite("prefill", "a chunk of queries against a cache, dense or in pages, and latent attention", _prefill),
         Suite("latency", "one query of one request, in a CUDA graph", _latency, measure=Measure.GRAPH),
         Suite("tiny", "the host's time per eager call", _tiny, also=("sdpa",), measure=Measure.HOST),
         Suite("memory", "memory over length", _memory, also=("math",), devices=("cuda",)),
