@@ -93,6 +93,7 @@ _SM90_FEATURES = frozenset(
         "cache_batch_idx",
         "append",
         "rotary",
+        "num_splits",
         "out",
         "backward",
     }

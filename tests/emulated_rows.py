@@ -63,6 +63,7 @@ FORWARD = {
     ("Mask::kGeneral", "Score::kGeneral", "Rows::k16"): [("few-scores", *FEW_16[:3], FEW_16[3] | SCORES)],
 }
 NUM_SPLITS = (0, 1, 3)  # of kernels with few rows
+NUM_SPLITS_SM90 = (0, 3)
 
 
 def _cases(kernel):
@@ -107,8 +108,8 @@ def test_kernel(kernel, shared_memory):
     for case in _cases(kernel):
         if group.kind.name == "backward":
             checks.check_backward(path, case)
-        elif group.rows:
-            for num_splits in NUM_SPLITS:
+        elif group.rows or group.arch == 90:
+            for num_splits in NUM_SPLITS if group.rows else NUM_SPLITS_SM90:
                 features = frozenset({"num_splits"} if num_splits > 1 else ())
                 checks.check_forward(path, case, features, num_splits=num_splits)
         else:

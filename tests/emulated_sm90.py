@@ -8,7 +8,7 @@ from dataclasses import replace
 import checks
 import pytest
 import torch
-from cases import BF16
+from cases import BF16, FP32
 from emulated import CASES
 from emulated_kernels import take_launches
 from tolerance import assert_same_bits
@@ -159,6 +159,28 @@ def test_more_heads_than_share_a_tile(ran):
 
 @pytest.mark.parametrize("case", PAGED, ids=lambda case: case.id)
 def test_pages(case, ran):
+    checks.check_forward("sm90", case)
+    assert ran == {90}
+
+
+SPLIT = (
+    *(case for case in PAGED if case.id in ("paged-16-many", "paged-16-recycled-softcap", "paged-32-dims-64x512")),
+    *(replace(case, sinks=BF16) for case in PACKED if case.id in ("packed-varlen", "packed-512")),
+    replace(CASES["seqused-q"], id="seqused-q-many", lens_q=(70, 200, 80), seqused_q=(3, 190, 0), causal=True),
+    replace(CASES["alibi-softcap-window"], id="scores-many", lens_q=(80, 80), lens_k=(300, 300), sinks=FP32),
+    replace(CASES["varlen-causal-gqa"], id="varlen-many", lens_q=(200, 1, 0, 90), lens_k=(600, 9, 70, 0)),
+)
+
+
+@pytest.mark.parametrize("num_splits", [2, 5])
+@pytest.mark.parametrize("case", SPLIT, ids=lambda case: case.id)
+def test_split_keys(case, num_splits, ran):
+    checks.check_forward("sm90", case, frozenset({"num_splits"}), num_splits=num_splits)
+    assert ran == {90}
+
+
+def test_keys_are_split_where_tiles_are_few(ran):
+    case = replace(CASES["paged-16"], id="chunk", lens_q=(70,), lens_k=(4400,), seqused_k=(4390,), heads=(2, 1))
     checks.check_forward("sm90", case)
     assert ran == {90}
 

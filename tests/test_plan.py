@@ -363,14 +363,17 @@ def sm90_plan(**changes):
         ({"rows_q": 129, "num_heads": 24}, "SM90", 1),
         ({"pack_gqa": planner.PackGqa.ALWAYS, "num_heads": 24}, "SM80", 3),
         ({"rows_q": 1}, "SM80", 4),
-        ({"rows_q": 64}, "SM80", 4),
+        ({"rows_q": 64}, "SM90", 4),
+        ({"rows_q": 64, "rows_k": 2048}, "SM80", 4),  # 64 tiles that aren't split
         ({"rows_q": 64, "batch": 64}, "SM90", 4),
         ({"rows_q": 64, "batch": 64, "pack_gqa": planner.PackGqa.NEVER}, "SM90", 1),
         ({"rows_q": 63, "batch": 64, "pack_gqa": planner.PackGqa.NEVER}, "SM80", 1),
         ({"rows_q": 16, "batch": 64, "num_heads": 8}, "SM80", 1),
         ({"rows_q": 1, "allows_few_rows": False}, "SM90", 4),
         ({"rows_q": 1, "batch": 66, "num_heads": 128, "num_heads_k": 1} | LATENT, "SM90", 64),
-        ({"rows_q": 1, "batch": 65, "num_heads": 128, "num_heads_k": 1} | LATENT, "SM80", 128),
+        ({"rows_q": 1, "batch": 65, "num_heads": 128, "num_heads_k": 1} | LATENT, "SM90", 64),
+        ({"rows_q": 1, "batch": 20, "num_heads": 128, "num_heads_k": 1} | LATENT, "SM80", 128),  # 80 parts for 132 SMs
+        ({"rows_q": 1, "batch": 16, "num_heads": 128, "num_heads_k": 1, "rows_k": 8192} | LATENT, "SM90", 64),
         ({"rows_q": 65, "num_heads": 128, "num_heads_k": 1}, "SM90", 64),
         ({"has_dropout": True}, "SM80", 1),
         ({"has_pages": True}, "SM80", 1),
@@ -384,30 +387,34 @@ def test_sm90_leaves_few_rows_and_what_it_lacks_to_sm80(changes, arch, packed_he
         rows = (PREFILL | changes)["rows_q"] * packed_heads
         assert made.tiles_per_head == -(-rows // made.tile_m)
         heads = (PREFILL | changes)["num_heads"] // packed_heads
-        assert made.num_blocks == made.tiles_per_head * heads * (PREFILL | changes)["batch"]
+        num_parts = made.tiles_per_head * heads * (PREFILL | changes)["batch"] * made.num_splits
+        assert made.num_blocks == num_parts
 
 
 CHUNK_OF_ONE = {"batch": 1, "num_heads": 8, "num_heads_k": 1, "rows_q": 640, "rows_k": 32768, "window_right": 0}
 
 
 @pytest.mark.parametrize(
-    ("changes", "arch"),
+    ("changes", "num_splits"),
     [
-        ({}, "SM80"),
-        ({"rows_q": 768}, "SM90"),  # 48 tiles: six parts of each don't fit at once
-        ({"rows_k": 5120}, "SM90"),
-        ({"rows_k": 5121}, "SM80"),
-        ({"num_splits": 1}, "SM90"),
-        ({"num_splits": 1, "layout": planner.Layout.VARLEN, "layout_k": planner.Layout.VARLEN}, "SM90"),
-        ({"window_left": 4096}, "SM90"),
-        ({"has_pages": True, "pages_suit_tma": True}, "SM80"),
-        ({"allows_few_rows": False}, "SM90"),
+        ({}, 3),  # of 40 tiles, so that the parts fit at once
+        ({"rows_q": 1024}, 2),
+        ({"rows_q": 1100}, 1),
+        ({"rows_k": 4096}, 2),
+        ({"rows_k": 2048}, 1),
+        ({"rows_k": 0}, 1),
+        ({"window_left": 1000}, 1),
+        ({"has_pages": True, "pages_suit_tma": True}, 3),
+        ({"num_splits": 1}, 1),
+        ({"num_splits": 7}, 7),
+        ({"allows_few_rows": False}, 1),
     ],
 )
-def test_sm90_leaves_keys_that_have_to_be_split_to_sm80(changes, arch):
+def test_sm90_splits_keys_where_tiles_are_few(changes, num_splits):
     made = sm90_plan(**(CHUNK_OF_ONE | changes))
-    assert made.arch == getattr(planner.Arch, arch)
-    assert (made.num_splits >= 6) == (arch == "SM80")
+    assert (made.arch, made.num_splits) == (planner.Arch.SM90, num_splits)
+    assert made.num_blocks == made.tiles_per_head * 8 * num_splits
+    assert num_splits == 1 or made.num_slots == made.tiles_per_head * num_splits
 
 
 def test_pages_keep_their_mask_on_sm90():

@@ -10,8 +10,8 @@
 namespace flash_attn {
 namespace {
 
-// The general score, splits and few rows, and SM80's pages, are compiled with the general mask only, which is as good
-// as any other where most of the time goes into the score or the loads.
+// The general score and few rows, and SM80's pages and splits, are compiled with the general mask only, which is as
+// good as any other where most of the time goes into the score or the loads.
 Mask mask_of(const Problem& problem, Arch arch, Rows rows) {
   const bool all_left = problem.window_left < 0 || problem.window_left >= problem.rows_k;
   const bool pages_need_it = problem.has_pages && arch == Arch::kSm80;
@@ -48,10 +48,14 @@ Plan make_plan(const Problem& problem, Arch preferred, const Gpu& gpu) {
   if (row == nullptr) refuse_head_dims(problem, arch, "kernel", gpu.smem_limit);
   const int smem = smem_bytes(arch, row->head_dim, row->tile);
   SplitPlan split;
-  if (arch == Arch::kSm80 && can_split(problem, rows)) split = make_split_plan(problem, rows, row->tile, smem, gpu);
-  const Mask mask = split.needs_merge() ? Mask::kGeneral : mask_of(problem, arch, rows);
+  if (arch == Arch::kSm90) {
+    split = split_plan_on_sm90(problem, row->tile, gpu);
+  } else if (can_split(problem, rows)) {
+    split = make_split_plan(problem, rows, row->tile, smem, gpu);
+  }
+  const bool split_on_sm80 = arch == Arch::kSm80 && split.needs_merge();
+  const Mask mask = split_on_sm80 ? Mask::kGeneral : mask_of(problem, arch, rows);
   const Variant variant{arch, problem.dtype, row->head_dim, row->smem, mask, score_of(problem), rows};
-  if (arch == Arch::kSm90) split.packed_heads = packed_heads_on_sm90(problem, row->tile);
   const int64_t head_runs = problem.num_heads / split.packed_heads;
   const int64_t packed_rows = problem.rows_q * split.packed_heads;
   const bool by_slots = rows != Rows::kMany;

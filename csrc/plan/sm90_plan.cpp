@@ -16,6 +16,12 @@ double share_of_used_rows(int64_t rows, int tile_m) {
   return static_cast<double>(rows) / static_cast<double>(ceil_div(rows, tile_m) * tile_m);
 }
 
+// If the entries of a variable-length batch have about as many queries each.
+int64_t count_likely_tiles(const Problem& problem, const Tile& tile, int packed_heads) {
+  const int64_t head_runs = problem.num_heads / packed_heads;
+  return ceil_div(queries_per_entry(problem) * packed_heads, tile.m) * problem.batch * head_runs;
+}
+
 }  // namespace
 
 int packed_heads_on_sm90(const Problem& problem, const Tile& tile) {
@@ -33,27 +39,37 @@ int packed_heads_on_sm90(const Problem& problem, const Tile& tile) {
   return unpacked < kWorthIt * share_of_used_rows(queries * heads, tile.cluster_rows()) ? static_cast<int>(heads) : 1;
 }
 
-bool sm80_beats_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu) {
-  const Rows rows = choose_rows(problem);
-  if (rows == Rows::k16) return true;
-  const int packed_heads = packed_heads_on_sm90(problem, tile);
-  const int64_t queries = queries_per_entry(problem);
-  const int64_t rows_of_entry = queries * packed_heads;
-  const int64_t num_tiles = ceil_div(rows_of_entry, tile.m) * problem.batch * (problem.num_heads / packed_heads);
-  if (rows == Rows::kMany) {
-    // Two of SM80's thread blocks, which an SM has room for, do half of what one of SM90's does in the same time: a
-    // tile in four parts takes as long as a tile there. Merging the parts takes time, too.
-    constexpr int64_t kBlocksPerSm = 2;
-    constexpr int64_t kPartsThatPay = 6;
-    return can_split(problem, rows) && num_tiles * kPartsThatPay <= gpu.num_sms * kBlocksPerSm &&
-           most_splits(problem, rows, queries, tile.n) >= kPartsThatPay;
+SplitPlan split_plan_on_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu) {
+  SplitPlan plan{.packed_heads = packed_heads_on_sm90(problem, tile)};
+  if (tile.cluster > 1 || !can_split(problem, Rows::kMany)) return plan;
+  plan.num_splits = problem.num_splits;
+  if (plan.num_splits == 0) {
+    // 128 rows and so many keys take some 20 microseconds, of which the merge must be a small part.
+    constexpr int kKeysOfAPart = 2048;
+    const int64_t num_tiles = std::max<int64_t>(count_likely_tiles(problem, tile, plan.packed_heads), 1);
+    const int64_t most = most_splits(problem, queries_per_entry(problem), tile.n, kKeysOfAPart);
+    const int64_t splits = std::min<int64_t>({gpu.num_sms / num_tiles, most, kMaxSplits});
+    plan.num_splits = static_cast<int>(std::max<int64_t>(splits, 1));
   }
+  plan.num_slots = count_tiles(problem.layout, problem.rows_q * plan.packed_heads, problem.batch, tile.m) *
+                   problem.num_tile_runs() * plan.num_splits;
+  return plan;
+}
+
+bool sm80_beats_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu) {
+  if (problem.num_splits > 1 && tile.cluster > 1) return true;
+  const Rows rows = choose_rows(problem);
+  if (rows != Rows::k64) return rows == Rows::k16;
   if (problem.is_batch_invariant()) return true;
-  if (problem.pack_gqa == PackGqa::kAlways && packed_heads == 1 && problem.num_heads_per_kv() > 1) return true;
+  const SplitPlan split = split_plan_on_sm90(problem, tile, gpu);
+  const bool packs = split.packed_heads > 1 || problem.num_heads_per_kv() == 1;
+  if (problem.pack_gqa == PackGqa::kAlways && !packs) return true;
   // WGMMA does twice the work of mma.sync in the same time.
   constexpr double kEvenShare = 0.5;
-  return num_tiles < gpu.num_sms ||
-         share_of_used_rows(std::max<int64_t>(rows_of_entry, 1), tile.cluster_rows()) < kEvenShare;
+  constexpr double kShareOfSms = 0.75;
+  const int64_t rows_of_entry = std::max<int64_t>(queries_per_entry(problem) * split.packed_heads, 1);
+  const auto num_parts = static_cast<double>(count_likely_tiles(problem, tile, split.packed_heads) * split.num_splits);
+  return num_parts < kShareOfSms * gpu.num_sms || share_of_used_rows(rows_of_entry, tile.cluster_rows()) < kEvenShare;
 }
 
 }  // namespace flash_attn

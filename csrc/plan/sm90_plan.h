@@ -9,8 +9,11 @@ namespace flash_attn {
 // a tile can take.
 int packed_heads_on_sm90(const Problem& problem, const Tile& tile);
 
-// Whether SM80's kernels serve the call better: by tiles for few rows, where most rows of SM90's would be empty, or by
-// splitting keys, where SM90's tiles would leave most of the GPU idle.
+// The heads that share tiles, and in how many parts the keys of all tiles are.
+SplitPlan split_plan_on_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu);
+
+// Whether SM80's tiles for few rows serve the call better than SM90's, most of whose rows would be empty, or which
+// would leave part of the GPU idle even with their keys split.
 bool sm80_beats_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu);
 
 }  // namespace flash_attn

@@ -54,8 +54,8 @@ int64_t most_key_tiles(const Problem& problem, int64_t queries, int tile_n) {
 
 }  // namespace
 
-int64_t most_splits(const Problem& problem, Rows rows, int64_t queries, int tile_n) {
-  return ceil_div(most_key_tiles(problem, queries, tile_n), ceil_div(sharing_of(rows).min_keys, tile_n));
+int64_t most_splits(const Problem& problem, int64_t queries, int tile_n, int min_keys) {
+  return ceil_div(most_key_tiles(problem, queries, tile_n), ceil_div(min_keys, tile_n));
 }
 
 int64_t queries_per_entry(const Problem& problem) {
@@ -96,20 +96,21 @@ SplitPlan make_split_plan(const Problem& problem, Rows rows, const Tile& tile, i
   const double waves = static_cast<double>(likely_row_tiles * head_runs) / static_cast<double>(wave);
   plan.num_splits = problem.num_splits;
   const bool is_enough = waves > sharing.waves_enough || waves == 0.0;
-  if (problem.num_splits == 0 && (most_splits(problem, rows, queries, tile.n) <= 1 || is_enough)) {
+  if (problem.num_splits == 0 && (most_splits(problem, queries, tile.n, sharing.min_keys) <= 1 || is_enough)) {
     plan.num_splits = 1;
   } else if (problem.num_splits == 0 && rows == Rows::kMany) {
     // Their registers leave no room for sharing out by lengths, and they have the shapes of prefilling: one request's
     // chunk, or several of a kind.
-    plan.num_splits = static_cast<int>(std::min<int64_t>(
-        {most_splits(problem, rows, queries, tile.n), kMaxSplits, static_cast<int64_t>(sharing.waves_wanted / waves)}));
+    plan.num_splits =
+        static_cast<int>(std::min<int64_t>({most_splits(problem, queries, tile.n, sharing.min_keys), kMaxSplits,
+                                            static_cast<int64_t>(sharing.waves_wanted / waves)}));
   }
   plan.num_slots = row_tiles * std::max(plan.num_splits, 1);
   if (plan.num_splits == 0) {
     const double target = sharing.waves_wanted * static_cast<double>(wave) / std::max<double>(head_runs, 1);
     plan.target_slots = std::max(static_cast<int>(target), 1);
     // All queries of a packed batch may be one entry's: the grid must hold its splits, too.
-    const int64_t most = std::min<int64_t>(most_splits(problem, rows, problem.rows_q, tile.n), kMaxSplits);
+    const int64_t most = std::min<int64_t>(most_splits(problem, problem.rows_q, tile.n, sharing.min_keys), kMaxSplits);
     plan.num_slots = std::min(row_tiles + plan.target_slots, row_tiles * most);
   }
   return plan;

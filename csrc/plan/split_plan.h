@@ -10,8 +10,8 @@ int64_t queries_per_entry(const Problem& problem);
 
 Rows choose_rows(const Problem& problem);
 
-// Parts that the keys of a tile with so many queries could be split into, each long enough to be worth it.
-int64_t most_splits(const Problem& problem, Rows rows, int64_t queries, int tile_n);
+// Parts of about `min_keys` or more that the keys of a tile with so many queries could be split into.
+int64_t most_splits(const Problem& problem, int64_t queries, int tile_n, int min_keys);
 
 // Whether the kernels that a call runs in could split its keys.
 bool can_split(const Problem& problem, Rows rows);

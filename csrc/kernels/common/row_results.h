@@ -51,15 +51,15 @@ __device__ void store_packed_lse(const ForwardParams& params, const PackedTile& 
   }
 }
 
-// The sink of each packed row that a lane holds.
+// The sink of each packed row that a lane holds; null: none.
 template <class Softmax, class Coords>
-__device__ typename Softmax::RowTensor sinks_of_rows(const ForwardParams& params, const PackedTile& tile,
+__device__ typename Softmax::RowTensor sinks_of_rows(const float* sinks_of_heads, const PackedTile& tile,
                                                      const Coords& coords) {
   typename Softmax::RowTensor sinks;
   CUTE_UNROLL
   for (int i = 0; i < size(sinks); ++i) {
     const int row = tile.m_begin + static_cast<int>(get<0>(coords(i, 0)));
-    sinks(i) = params.sink.scores == nullptr ? -INFINITY : params.sink.scores[tile.rows.head(row)];
+    sinks(i) = sinks_of_heads == nullptr ? -INFINITY : sinks_of_heads[tile.rows.head(row)];
   }
   return sinks;
 }

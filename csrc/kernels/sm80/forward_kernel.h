@@ -6,11 +6,10 @@
 #include "kernels/common/row_address.h"
 #include "kernels/common/row_results.h"
 #include "kernels/common/seq_info.h"
-#include "kernels/common/split_schedule.h"
+#include "kernels/common/split_store.h"
 #include "kernels/common/tensor.h"
 #include "kernels/sm80/forward_mainloop.h"
 #include "kernels/sm80/forward_traits.h"
-#include "kernels/sm80/split_epilogue.h"
 #include "kernels/sm80/tile_loader.h"
 #include "kernels/sm80/tile_store.h"
 
@@ -38,24 +37,20 @@ __device__ TileCoord locate_tile_or_part(const ForwardParams& params) {
   return locate_tile<Traits::kTileM>(params.seq, params.heads.num_heads, params.tiles_per_head, tile_idx);
 }
 
-// Stores one of several parts in the workspace of SplitParams. An entry's first thread block notes where its parts are.
+// Stores one of several parts in the workspace of SplitParams.
 template <class Traits, class Softmax, class Reducer, class AccO>
 __device__ void store_part(const ForwardParams& params, const TileCoord& tile, Softmax& softmax, const Reducer& reducer,
                            AccO& output) {
   const SeqInfo& seq = tile.seq;
-  const int num_splits = num_splits_of<Traits>(params);
-  const int64_t row_tiles = num_row_tiles<Traits::kTileM>(seq.rows_q, 1);
-  const int64_t first_slot = num_splits * (params.seq.cu_seqlens_q == nullptr
-                                               ? seq.batch_idx * row_tiles
-                                               : first_varlen_slot(seq.row_begin_q, seq.batch_idx, Traits::kTileM));
-  const int64_t slot = first_slot + part_idx_of<Traits>(params) * row_tiles + tile.m_begin / Traits::kTileM;
-  if (slot == first_slot && tile.head_idx == 0 && threadIdx.x == 0) {
-    params.split.entries[seq.batch_idx] = {static_cast<int>(first_slot), num_splits};
-  }
+  const auto coords = Traits::output_coords();
+  const int64_t slot =
+      slot_of_part<Traits::kTileM>(params, seq, 1, tile.m_begin, part_idx_of<Traits>(params),
+                                   num_splits_of<Traits>(params), tile.head_idx == 0 && threadIdx.x == 0);
   // The sinks join when the parts meet.
   auto lse = softmax.finish(output, reducer, -INFINITY, 1.f);
-  clear_unused_rows<Traits::kTileM>(tile.m_begin, seq.seqlen_q, Traits::output_coords(), output, lse);
-  store_partial<Traits>(params, slot * params.heads.num_heads + tile.head_idx, seq.rows_q - tile.m_begin, output, lse);
+  clear_unused_rows<Traits::kTileM>(tile.m_begin, seq.seqlen_q, coords, output, lse);
+  store_partial<Traits::kTileM>(params, slot * params.heads.num_heads + tile.head_idx, seq.rows_q - tile.m_begin,
+                                coords, 0, output, lse);
 }
 
 template <class Traits, class Softmax, class Reducer, class AccO>

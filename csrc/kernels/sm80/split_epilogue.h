@@ -1,4 +1,4 @@
-// Stores a tile of packed rows: O where it belongs, or a part's O and LSE in the workspace.
+// Stores O of a tile of packed rows.
 #pragma once
 
 #include "kernels/common/params.h"
@@ -48,29 +48,6 @@ __device__ void store_packed_output(const ForwardParams& params, const PackedTil
     const int row_idx = tile.m_begin + Access::row_of_pass(pass);
     if (row_idx >= tile.num_rows()) continue;
     store_parts<Access>(rows.row(row_idx) + Access::col_of_part(0), staged, pass, params.heads.head_dim_v);
-  }
-}
-
-// One part of the tile's first `num_rows` rows, to the workspace's tile `tile_idx`, in float32 and straight from the
-// registers: a lane has pairs of columns, and four lanes write a sector.
-template <class Traits, class Output, class LseRows>
-__device__ void store_partial(const ForwardParams& params, int64_t tile_idx, int num_rows, const Output& output,
-                              const LseRows& lse) {
-  const int64_t first_row = tile_idx * Traits::kTileM;
-  const int head_dim_v = params.heads.head_dim_v;
-  const auto coords = Traits::output_coords();
-  CUTE_UNROLL
-  for (int i = 0; i < size<0>(output); ++i) {
-    const int row = get<0>(coords(i, 0));
-    if (row >= num_rows) continue;
-    if (static_cast<int>(get<1>(coords(i, 0))) == 0) params.split.lse[first_row + row] = lse(i);
-    float* target = params.split.o + (first_row + row) * head_dim_v;
-    CUTE_UNROLL
-    for (int j = 0; j < size<1>(output); j += 2) {
-      const int column = get<1>(coords(i, j));
-      if (column < head_dim_v)
-        *reinterpret_cast<float2*>(target + column) = make_float2(output(i, j), output(i, j + 1));
-    }
   }
 }
 

@@ -5,6 +5,7 @@
 #include "kernels/common/params.h"
 #include "kernels/common/row_results.h"
 #include "kernels/common/split_schedule.h"
+#include "kernels/common/split_store.h"
 #include "kernels/common/tensor.h"
 #include "kernels/sm80/forward_mainloop.h"
 #include "kernels/sm80/forward_traits.h"
@@ -56,10 +57,10 @@ __global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid
     // The sinks join when the parts meet.
     auto lse = softmax.finish(output, reducer, -INFINITY, 1.f);
     clear_unused_rows<Traits::kTileM>(tile.m_begin, tile.num_used_rows(), coords, output, lse);
-    store_partial<Traits>(params, blockIdx.x, tile.num_rows() - tile.m_begin, output, lse);
+    store_partial<Traits::kTileM>(params, blockIdx.x, tile.num_rows() - tile.m_begin, coords, 0, output, lse);
     return;
   }
-  auto lse = softmax.finish(output, reducer, sinks_of_rows<Softmax>(params, tile, coords), 1.f);
+  auto lse = softmax.finish(output, reducer, sinks_of_rows<Softmax>(params.sink.scores, tile, coords), 1.f);
   clear_unused_rows<Traits::kTileM>(tile.m_begin, tile.num_used_rows(), coords, output, lse);
   store_packed_lse(params, tile, coords, lse);
   store_packed_output<Traits>(params, tile, smem, tOrO);

@@ -1,9 +1,10 @@
-// Stores a tile of O through shared memory and TMA, and its log-sum-exp.
+// Stores a tile of O through shared memory and TMA, or a part's O and log-sum-exp in the workspace.
 #pragma once
 
 #include <cute/tensor.hpp>
 
 #include "kernels/common/convert.h"
+#include "kernels/common/split_store.h"
 #include "kernels/sm90/producer.h"
 #include "kernels/sm90/wgmma.h"
 
@@ -34,6 +35,20 @@ __device__ void store_output(const ForwardTensorMaps& maps, const PackedTile& ti
   }
 }
 
+// Stores a part of the tile's keys in the workspace, a group's rows and columns of it.
+template <class Traits, class Coords, class Output, class LseRows>
+__device__ void store_part(const ForwardParams& params, const PackedTile& tile, int part, int group,
+                           const Coords& coords, const Output& output, const LseRows& lse) {
+  const int factor = tile.rows.num_heads.divisor();
+  const bool notes = tile.rows.first_head == 0 && group == 0 && threadIdx.x % kThreadsPerWarpgroup == 0;
+  const int64_t slot =
+      slot_of_part<Traits::kTileM>(params, tile.seq, factor, tile.m_begin, part, params.split.num_splits, notes);
+  const int num_head_runs = tile.rows.num_heads.divide(params.heads.num_heads);
+  const int head_run = tile.rows.num_heads.divide(tile.rows.first_head);
+  store_partial<Traits::kTileM>(params, slot * num_head_runs + head_run, tile.num_rows() - tile.m_begin, coords,
+                                column_group_of<Traits>(group) * Traits::kGroupCols, output, lse);
+}
+
 // Releases Q's stages to the producer once O has left through them. With two stages the wait is put off until the next
 // tile's first product runs.
 template <class Traits>
@@ -52,6 +67,7 @@ class LeavingOutput {
     is_pending_ = false;
     // The thread that stored waits; its warp arrives after that, and the stage needs every warp.
     if (threadIdx.x % kThreadsPerWarpgroup == 0) wait_for_stores();
+    __syncwarp();  // all lanes have read the rows' last factors, which are written again when the stage comes back
     release(smem_.barriers.q, cursor_);
   }
 

@@ -34,9 +34,10 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
   const auto score_coords = accumulator_coords<Traits::kTileN>(first_row);
   const auto output_coords = accumulator_coords<Traits::kGroupCols>(first_row);
 
-  for_each_announced_tile<Traits>(params, smem, [&](const PackedTile& cluster_tile) {
+  for_each_announced_tile<Traits>(params, smem, [&](const PackedTile& cluster_tile, const TileId& id) {
     const PackedTile tile = tile_of_block<Traits>(cluster_tile);
-    const GroupKeys seen = keys_of_group<Traits>(params, tile, first_row, visited_keys<Traits>(params, cluster_tile));
+    const KvRange visited = visited_keys<Traits>(params, cluster_tile, id.part);
+    const GroupKeys seen = keys_of_group<Traits>(params, tile, first_row, visited);
     const PackedKeys<Traits::kMask> keys{{tile.seq, params.window}, tile.rows};
     const auto score = [&](auto& scores, int n_idx) {
       const int n_begin = n_idx * Traits::kTileN;
@@ -54,11 +55,17 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
       schedule.accumulate(seen, q.idx, score, release_last, softmax, tOrO);
     }
 
-    const auto sinks = sinks_of_rows<Softmax>(params, tile, output_coords);
+    // The sinks join when the parts meet.
+    const bool is_part = params.split.num_splits > 1 && tile.seq.batch_idx < params.seq.batch;
+    const auto sinks = sinks_of_rows<Softmax>(is_part ? nullptr : params.sink.scores, tile, output_coords);
     auto lse = schedule.finish(softmax, output, sinks);
     clear_unused_rows<Traits::kTileM>(tile.m_begin, tile.num_used_rows(), output_coords, output, lse);
-    if (schedule.owns_lse()) store_packed_lse(params, tile, output_coords, lse);
-    store_output<Traits>(maps, tile, smem.q_or_o[q.idx], group, tOrO);
+    if (is_part) {
+      store_part<Traits>(params, tile, id.part, group, output_coords, output, lse);
+    } else if (id.part == 0) {  // rows of no entry are not merged
+      if (schedule.owns_lse()) store_packed_lse(params, tile, output_coords, lse);
+      store_output<Traits>(maps, tile, smem.q_or_o[q.idx], group, tOrO);
+    }
     leaving.add();
     q.advance();
   });

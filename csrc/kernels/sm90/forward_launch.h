@@ -6,6 +6,7 @@
 
 #include "kernels/common/launch.h"
 #include "kernels/common/start_kernel.h"
+#include "kernels/misc/merge_splits.h"
 #include "kernels/sm90/forward_kernel.h"
 #include "kernels/sm90/tensor_map.h"
 
@@ -87,6 +88,7 @@ TileOrder make_tile_order(const ForwardParams& params, const ForwardLaunchConfig
           .units_per_run = units_per_run,
           .step = step,
           .pairs = pairs,
+          .num_splits = FastDivisor(params.split.num_splits),
           .counter = config.tile_counter};
 }
 
@@ -113,7 +115,8 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, const ForwardLaun
     return start_clusters(kernel, launch, Traits::kClusterBlocks, params, maps, order);
   } else {
     start_kernel(kernel, launch, params, maps, order);
-    return cudaGetLastError();
+    if (params.split.entries == nullptr) return cudaGetLastError();
+    return launch_merge_splits(params, Traits::kVariant.dtype, Traits::kTileM, config.stream);
   }
 }
 

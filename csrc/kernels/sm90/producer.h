@@ -28,7 +28,7 @@ class Producer {
     if (!all_rows.has_rows()) return;
     announce(id);
     const PackedTile tile = without_unseen_keys<Traits>(params_, all_rows);
-    const KvRange range = visited_keys<Traits>(params_, tile);
+    const KvRange range = visited_keys<Traits>(params_, tile, id.part);
     const KvSource<Traits> source(params_, maps_, tile);
     // The first K before Q, whose space the last tile's O may still be leaving.
     if (!range.is_empty()) bring_k(source, range.end - 1);

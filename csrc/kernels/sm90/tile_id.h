@@ -5,14 +5,15 @@
 
 namespace flash_attn::sm90 {
 
-// Where a tile of packed rows lies.
+// Where a tile of packed rows lies, and which part of its keys is meant.
 struct TileId {
   int entry;
   int first_head;
   int m_begin;  // first packed row within the entry
+  int part;
 
   // There are no more tiles.
-  static __device__ TileId none() { return {-1, 0, 0}; }
+  static __device__ TileId none() { return {-1, 0, 0, 0}; }
   __device__ bool exists() const { return entry >= 0; }
 };
 

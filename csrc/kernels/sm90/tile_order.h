@@ -9,18 +9,20 @@
 
 namespace flash_attn::sm90 {
 
-// As flash_attn::locate_tile, for packed rows.
+// As flash_attn::locate_tile, for packed rows. Where keys are split, a run has one part of its tiles' keys.
 template <int kTileM>
-__device__ TileId locate_packed_tile(const ForwardParams& params, int idx) {
+__device__ TileId locate_packed_tile(const ForwardParams& params, const FastDivisor& num_splits, int idx) {
   const SeqParams& seq = params.seq;
   const FastDivisor& packed_heads = params.split.packed_heads;
   const int num_runs = packed_heads.divide(params.heads.num_heads);
   const int tile_idx = params.tiles_per_head - 1 - idx % params.tiles_per_head;
-  const int run = idx / params.tiles_per_head;
+  const int part_of_run = idx / params.tiles_per_head;
+  const int run = num_splits.divide(part_of_run);
+  const int part = part_of_run - run * num_splits.divisor();
   const int first_head = run % num_runs * packed_heads.divisor();
-  if (seq.cu_seqlens_q == nullptr) return {run / num_runs, first_head, tile_idx * kTileM};
+  if (seq.cu_seqlens_q == nullptr) return {run / num_runs, first_head, tile_idx * kTileM, part};
   const TileSlot slot = varlen_tile(seq.cu_seqlens_q, seq.batch, seq.rows_q, tile_idx, kTileM, packed_heads.divisor());
-  return {slot.entry, first_head, slot.row_begin};
+  return {slot.entry, first_head, slot.row_begin, part};
 }
 
 __device__ inline PackedTile packed_tile_of(const ForwardParams& params, const TileId& id) {
@@ -60,12 +62,13 @@ __device__ PackedTile tile_of_block(const PackedTile& cluster_tile) {
   return tile;
 }
 
-// Tiles of keys that a cluster's tile of queries visits; none where no row is in use.
+// Tiles of keys that a cluster's tile of queries visits, or a part of them; none where no row is in use.
 template <class Traits>
-__device__ KvRange visited_keys(const ForwardParams& params, const PackedTile& tile) {
+__device__ KvRange visited_keys(const ForwardParams& params, const PackedTile& tile, int part) {
   if (!tile.has_used_rows()) return {};
   const PackedKeys<Traits::kMask> keys{{tile.seq, params.window}, tile.rows};
-  return kv_range_of_rows<Traits::kClusterM, Traits::kTileN>(keys, tile.m_begin, tile.num_used_rows());
+  const auto range = kv_range_of_rows<Traits::kClusterM, Traits::kTileN>(keys, tile.m_begin, tile.num_used_rows());
+  return params.split.num_splits == 1 ? range : range.part(part, params.split.num_splits);
 }
 
 // What a consumer group does with the tiles of keys that its cluster's tile visits.
@@ -83,7 +86,9 @@ __device__ GroupKeys keys_of_group(const ForwardParams& params, const PackedTile
   if constexpr (Traits::kRowGroups == 1) return {visited, 0, 0};
   const int m_begin = tile.m_begin + group_row;
   const PackedKeys<Traits::kMask> keys{{tile.seq, params.window}, tile.rows};
-  const KvRange own = kv_range_of_rows<Traits::kGroupRows, Traits::kTileN>(keys, m_begin, tile.num_used_rows());
+  KvRange own = kv_range_of_rows<Traits::kGroupRows, Traits::kTileN>(keys, m_begin, tile.num_used_rows());
+  own.begin = max(own.begin, visited.begin);
+  own.end = min(own.end, visited.end);
   if (m_begin >= tile.num_used_rows() || own.is_empty()) return {{}, max(visited.end - visited.begin, 0), 0};
   return {own, visited.end - own.end, own.begin - visited.begin};
 }
@@ -98,6 +103,7 @@ struct TileOrder {
   int units_per_run;
   int step;
   bool pairs;
+  FastDivisor num_splits;
   int* counter;  // of units that were taken, but for each cluster's first; null: in rounds
 };
 
@@ -134,7 +140,7 @@ __device__ void for_each_tile(const ForwardParams& params, const TileOrder& orde
     const int first = unit % order.units_per_run;
     const int partner = tiles_per_run - 1 - first;
     for (int position = first;; position = partner) {
-      work(locate_packed_tile<Traits::kClusterM>(params, run_begin + position));
+      work(locate_packed_tile<Traits::kClusterM>(params, order.num_splits, run_begin + position));
       if (!order.pairs || position >= partner) break;
     }
   }
@@ -145,20 +151,24 @@ __device__ void for_each_tile(const ForwardParams& params, const TileOrder& orde
 __device__ inline TileId read_by_warp(const TileId& id) {
   const TileId read = id;
   __syncwarp();
-  return {__shfl_sync(~0u, read.entry, 0), __shfl_sync(~0u, read.first_head, 0), __shfl_sync(~0u, read.m_begin, 0)};
+  return {__shfl_sync(~0u, read.entry, 0), __shfl_sync(~0u, read.first_head, 0), __shfl_sync(~0u, read.m_begin, 0),
+          __shfl_sync(~0u, read.part, 0)};
 }
 
-// Calls `work(tile)` for each tile that the producer announces.
+// Calls `work(tile, id)` for each tile that the producer announces. `id` stays in shared memory, from where what is
+// needed at the tile's end can be read again: kept, it would cost the loop registers.
 template <class Traits, class Work>
 __device__ void for_each_announced_tile(const ForwardParams& params, typename Traits::SharedStorage& smem,
                                         const Work& work) {
   StageCursor<Traits::kTileIdStages> cursor;
   for (;;) {
     wait_full(smem.barriers.tile_ids, cursor);
-    const TileId id = read_by_warp(smem.barriers.tile_id[cursor.idx]);
-    release(smem.barriers.tile_ids, cursor);
+    const TileId& announced = smem.barriers.tile_id[cursor.idx];
+    const TileId id = read_by_warp(announced);
     if (!id.exists()) break;
-    work(without_unseen_keys<Traits>(params, packed_tile_of(params, id)));
+    work(without_unseen_keys<Traits>(params, packed_tile_of(params, id)), announced);
+    __syncwarp();
+    release(smem.barriers.tile_ids, cursor);
   }
 }
 

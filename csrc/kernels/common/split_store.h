@@ -1,0 +1,53 @@
+// Stores a part of a tile's keys in the workspace of SplitParams, from where merge_splits.cu fetches it.
+#pragma once
+
+#include "kernels/common/params.h"
+#include "kernels/common/split_schedule.h"
+#include "kernels/common/tensor.h"
+#include "variant/varlen_tiles.h"
+
+namespace flash_attn {
+
+using namespace cute;
+
+// The slot of a part of the tile at packed row `m_begin`, where all tiles have `num_splits` parts: those of an entry
+// lie a grid of its tiles apart. One thread of the entry's first slot `notes` where they are. `factor`: packed rows of
+// a row of Q.
+template <int kTileM>
+__device__ int64_t slot_of_part(const ForwardParams& params, const SeqInfo& seq, int factor, int m_begin, int part,
+                                int num_splits, bool notes) {
+  const int64_t row_tiles = num_row_tiles<kTileM>(seq.rows_q, factor);
+  const int64_t first_slot = num_splits * (params.seq.cu_seqlens_q == nullptr
+                                               ? seq.batch_idx * row_tiles
+                                               : first_varlen_slot(seq.row_begin_q * factor, seq.batch_idx, kTileM));
+  const int64_t slot = first_slot + part * row_tiles + m_begin / kTileM;
+  if (notes && slot == first_slot) {
+    params.split.entries[seq.batch_idx] = {static_cast<int>(first_slot), num_splits};
+  }
+  return slot;
+}
+
+// One part of the tile's first `num_rows` rows, to the workspace's tile `tile_idx`, in float32 and straight from the
+// registers: a lane has pairs of columns, and four lanes write a sector. `coords` holds the (row, column) of each
+// element of `output`, whose columns are those from `first_col` on.
+template <int kTileM, class Coords, class Output, class LseRows>
+__device__ void store_partial(const ForwardParams& params, int64_t tile_idx, int num_rows, const Coords& coords,
+                              int first_col, const Output& output, const LseRows& lse) {
+  const int64_t first_row = tile_idx * kTileM;
+  const int head_dim_v = params.heads.head_dim_v;
+  CUTE_UNROLL
+  for (int i = 0; i < size<0>(output); ++i) {
+    const int row = get<0>(coords(i, 0));
+    if (row >= num_rows) continue;
+    if (first_col + static_cast<int>(get<1>(coords(i, 0))) == 0) params.split.lse[first_row + row] = lse(i);
+    float* target = params.split.o + (first_row + row) * head_dim_v;
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(output); j += 2) {
+      const int column = first_col + static_cast<int>(get<1>(coords(i, j)));
+      if (column < head_dim_v)
+        *reinterpret_cast<float2*>(target + column) = make_float2(output(i, j), output(i, j + 1));
+    }
+  }
+}
+
+}  // namespace flash_attn
