@@ -408,6 +408,7 @@ CHUNK_OF_ONE = {"batch": 1, "num_heads": 8, "num_heads_k": 1, "rows_q": 640, "ro
         ({"num_splits": 1}, 1),
         ({"num_splits": 7}, 7),
         ({"allows_few_rows": False}, 1),
+        ({"allows_few_rows": False, "num_splits": 7}, 7),
     ],
 )
 def test_sm90_splits_keys_where_tiles_are_few(changes, num_splits):

@@ -77,7 +77,8 @@ Rows choose_rows(const Problem& problem) {
 
 bool can_split(const Problem& problem, Rows rows) {
   if (rows != Rows::kMany) return true;
-  return problem.allows_few_rows && !problem.has_dropout && problem.num_splits != 1;
+  const bool may_split = problem.allows_few_rows || problem.num_splits > 1;
+  return may_split && !problem.has_dropout && problem.num_splits != 1;
 }
 
 SplitPlan make_split_plan(const Problem& problem, Rows rows, const Tile& tile, int smem_bytes, const Gpu& gpu) {
