@@ -24,7 +24,7 @@ MANY_CAUSAL = [("causal", "dense", (150,), (270,), {"heads": (2, 1), "causal": T
 MANY_GENERAL = [
     ("window", "varlen", (150, 0, 70), (270, 9, 20), {"window": (100, 17), "sinks": BF16, "heads": (3, 1)}),
     ("pages", "varlen", (150, 70), (270, 150), {"page": 48, "window": (170, 0), "seqused_k": (261, 90)}),
-    ("leftpad", "varlen", (150, 70), (270, 150), {"page": 7, "causal": True, "seqused_k": (261, 90),
+    ("leftpad", "varlen", (150, 70), (270, 150), {"page": 48, "causal": True, "seqused_k": (261, 90),
                                                   "leftpad": (20, 0)}),
 ]  # fmt: skip
 # SM90's kernels for these masks take pages, too.

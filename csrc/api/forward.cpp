@@ -128,7 +128,7 @@ std::string explain_forward(const ForwardArgs& args) {
   const Plan plan = make_plan_of_built(problem, arch_of(args.arch), gpu);
   std::string json = describe(plan);
   json.pop_back();  // the brace that closes it
-  json += std::string(", \"pages_need_sm80\": ") + (problem.has_pages && !problem.pages_suit_tma ? "true" : "false");
+  json += std::string(", \"pages_need_sm80\": ") + (problem.pages_need_sm80() ? "true" : "false");
   json += ", \"copies\": [";
   const char* separator = "";
   const auto list = [&](const char* name, const Tensor& tensor, OperandRole role) {

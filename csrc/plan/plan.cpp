@@ -32,7 +32,7 @@ static_assert(serve_every_mask(kForwardTilesSm80), "the general mask's kernel ma
 // Whose kernel serves a call.
 Arch serving_arch(const Problem& problem, Arch preferred, const Gpu& gpu) {
   if (preferred != Arch::kSm90) return preferred;
-  if (problem.has_dropout || (problem.has_pages && !problem.pages_suit_tma)) return Arch::kSm80;
+  if (problem.has_dropout || problem.pages_need_sm80()) return Arch::kSm80;
   const TileRow* row = find_tile_row(Arch::kSm90, Rows::kMany, mask_of(problem, Arch::kSm90, Rows::kMany),
                                      problem.head_dim, problem.head_dim_v, gpu.smem_limit);
   return row != nullptr && sm80_beats_sm90(problem, row->tile, gpu) ? Arch::kSm80 : Arch::kSm90;

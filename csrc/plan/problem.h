@@ -36,6 +36,7 @@ struct Problem {
   PackGqa pack_gqa;
   bool allows_few_rows;  // the planner may choose the kernels for few rows, which pack heads and split keys
 
+  bool pages_need_sm80() const { return has_pages && !pages_suit_tma; }
   // Query heads that share a key-value head.
   int64_t num_heads_per_kv() const { return num_heads / num_heads_k; }
   // A dense batch has its own tiles per entry; the entries of a varlen batch share one run of tile slots.

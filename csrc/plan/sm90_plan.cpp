@@ -22,8 +22,8 @@ int64_t count_likely_tiles(const Problem& problem, const Tile& tile, int packed_
   return ceil_div(queries_per_entry(problem) * packed_heads, tile.m) * problem.batch * head_runs;
 }
 
-}  // namespace
-
+// How many query heads of a key-value head share a tile of rows, or those of a cluster: one, all, or as many of them as
+// a tile can take.
 int packed_heads_on_sm90(const Problem& problem, const Tile& tile) {
   const int64_t group = problem.num_heads_per_kv();
   const bool is_power_of_two = (group & (group - 1)) == 0;
@@ -38,6 +38,8 @@ int packed_heads_on_sm90(const Problem& problem, const Tile& tile) {
   const double unpacked = share_of_used_rows(queries, tile.cluster_rows());
   return unpacked < kWorthIt * share_of_used_rows(queries * heads, tile.cluster_rows()) ? static_cast<int>(heads) : 1;
 }
+
+}  // namespace
 
 SplitPlan split_plan_on_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu) {
   SplitPlan plan{.packed_heads = packed_heads_on_sm90(problem, tile)};

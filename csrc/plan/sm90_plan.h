@@ -5,10 +5,6 @@
 
 namespace flash_attn {
 
-// How many query heads of a key-value head share a tile of rows, or those of a cluster: one, all, or as many of them as
-// a tile can take.
-int packed_heads_on_sm90(const Problem& problem, const Tile& tile);
-
 // The heads that share tiles, and in how many parts the keys of all tiles are.
 SplitPlan split_plan_on_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu);
 

@@ -89,7 +89,7 @@ struct DropoutParams {
 };
 
 // How tiles of rows and of keys are shared out. A tile's rows are the queries of `packed_heads` neighbouring heads: of
-// 1 in SM80's kernels for many rows. SM80's kernels with the general mask may split keys: a slot of the grid is then a
+// 1 in SM80's kernels for many rows. SM80's kernels with the general mask and SM90's may split keys: a slot is then a
 // tile of rows and one part of the keys that it sees, and a kernel of its own merges the parts.
 struct SplitParams {
   FastDivisor packed_heads;

@@ -8,7 +8,7 @@
 
 namespace flash_attn {
 
-// After a kernel with few rows whose tiles have `tile_m` of them; writes O and LSE of the entries that it split.
+// After a kernel that may split keys, whose tiles have `tile_m` rows; writes O and LSE of the entries that it split.
 cudaError_t launch_merge_splits(const ForwardParams& params, Dtype dtype, int tile_m, cudaStream_t stream);
 
 }  // namespace flash_attn
