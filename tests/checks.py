@@ -249,6 +249,26 @@ def gradients_of_a_loss(inputs, deterministic=True, **options):
     return dict(zip((f"d{name}" for name in wanted), found, strict=True))
 
 
+def check_nan_is_kept(path, num_queries, num_splits):
+    """NaN in a query or a key is in O and LSE of the rows that see it, and of no others, in however many parts the keys
+    are."""
+    case = Case("nan", "a cache", "kvcache", (num_queries,) * 2, (300,) * 2, seqused_k=(300, 200), heads=(4, 2),
+                causal=True, dims=(64, 64))  # fmt: skip
+    inputs = build(case, device_of(path))
+    inputs.k[0, 3, 1, 7] = math.nan
+    inputs.q[1, num_queries - 1, 0, 20] = math.nan
+    features = case.features | ({"num_splits"} if num_splits > 1 else set())
+    answer = on_path(path, features, inputs, lambda: inputs.call(num_splits=num_splits))
+    if answer is None:
+        return
+    out, lse = answer
+    rows = torch.zeros_like(lse, dtype=torch.bool)
+    rows[0, 2:] = True
+    rows[1, 0, num_queries - 1] = True
+    assert_same_bits("rows of O with NaN", out.isnan(), rows.transpose(1, 2)[..., None].expand_as(out))
+    assert_same_bits("LSE that is NaN", lse.isnan(), rows)
+
+
 def check_equal_scores(path):
     """All keys of a row have the same loud score, in dozens of tiles: a maximum that stays must not rescale.
 

@@ -12,6 +12,7 @@ import re
 import checks
 import pytest
 import reference
+import test_combine as combine_tests
 import test_fa2_interface
 import torch
 from cases import ALL
@@ -148,6 +149,16 @@ def test_backward_into_given_memory(name):
 @pytest.mark.parametrize("name", SPLIT)
 def test_split(name):
     checks.check_forward("sm80", CASES[name], features=frozenset({"num_splits"}), num_splits=3)
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 3])
+@pytest.mark.parametrize("num_queries", [1, 70])
+def test_nan_is_kept(num_queries, num_splits):
+    checks.check_nan_is_kept("sm80", num_queries, num_splits)
+
+
+def test_nan_is_kept_by_combine():
+    combine_tests.test_nan_is_kept("sm80")
 
 
 def test_combine():

@@ -163,6 +163,12 @@ def test_pages(case, ran):
     assert ran == {90}
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_nan_is_kept(num_splits, ran):
+    checks.check_nan_is_kept("sm90", 70, num_splits)
+    assert ran == {90}
+
+
 SPLIT = (
     *(case for case in PAGED if case.id in ("paged-16-many", "paged-16-recycled-softcap", "paged-32-dims-64x512")),
     *(replace(case, sinks=BF16) for case in PACKED if case.id in ("packed-varlen", "packed-512")),

@@ -108,6 +108,16 @@ def test_part_that_saw_no_key_may_hold_anything(path):
         assert_same_bits("out", result[0], expected[0])
 
 
+def test_nan_is_kept(path):
+    out_partial, lse_partial = _partials((4, 1, 5, 2, 16), device_of(path))
+    out_partial[1, 0, 2, 1], lse_partial[1, 0, 2, 1] = math.nan, math.nan
+    result = _combine(path, out_partial, lse_partial)
+    if result is not None:
+        lost = torch.isnan(lse_partial[1])
+        assert_same_bits("rows of O with NaN", result[0].isnan(), lost[..., None].expand_as(result[0]))
+        assert_same_bits("LSE that is NaN", result[1].isnan(), lost)
+
+
 def test_out_argument(path):
     partials = _partials((3, 2, 17, 2, 64), device_of(path))
     expected = _combine(path, *partials)

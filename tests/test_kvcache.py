@@ -12,6 +12,7 @@ from checks import (
     assert_gradients_right,
     check_forward,
     check_garbage,
+    check_nan_is_kept,
     gradients_on,
     oracle_gradients,
     output_gradients,
@@ -35,6 +36,12 @@ def test_forward(path, case):
 @pytest.mark.parametrize("case", [c for c in cases.KVCACHE if c.seqused_k], ids=lambda case: case.id)
 def test_unused_cache_never_matters(path, case, garbage):
     check_garbage(path, case, garbage)
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 3])
+@pytest.mark.parametrize("num_queries", [1, 70])
+def test_nan_is_kept(path, num_queries, num_splits):
+    check_nan_is_kept(path, num_queries, num_splits)
 
 
 PLAIN_CACHE = [c for c in cases.KVCACHE if not (c.page or c.leftpad or c.cache_rows or c.new)]

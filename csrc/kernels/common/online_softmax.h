@@ -124,7 +124,8 @@ class OnlineSoftmax {
   }
 
   // Divides the output by the row sums, which the sinks join, and returns the log-sum-exp. A row that saw no key gets O
-  // = 0 and LSE = -inf, or the sink's score. `output_scale` undoes what dropout took away.
+  // = 0 and LSE = -inf, or the sink's score; NaN among what it saw stays NaN. `output_scale` undoes what dropout took
+  // away.
   template <class Output, class Reducer>
   __device__ RowTensor finish(Output&& output, const Reducer& reducer, const RowTensor& sinks, float output_scale) {
     reducer.sum(row_sum_);
@@ -132,9 +133,9 @@ class OnlineSoftmax {
     CUTE_UNROLL
     for (int row = 0; row < kNumRows; ++row) {
       const float sum = row_sum_(row);
-      const float lse_of_keys = sum > 0.f ? row_max_(row) * (scale_log2_ * kLn2) + logf(sum) : -INFINITY;
+      const float lse_of_keys = sum == 0.f ? -INFINITY : row_max_(row) * (scale_log2_ * kLn2) + logf(sum);
       lse(row) = log_add_exp(lse_of_keys, sinks(row));
-      const float factor = sum > 0.f ? expf(lse_of_keys - lse(row)) / sum * output_scale : 0.f;
+      const float factor = sum == 0.f ? 0.f : expf(lse_of_keys - lse(row)) / sum * output_scale;
       CUTE_UNROLL
       for (int col = 0; col < size<1>(output); ++col) output(row, col) *= factor;
     }
