@@ -50,7 +50,7 @@ def flash_attn_varlen_func(
     v : Tensor, as k, with head_dim_v
     cu_seqlens_q : Tensor, (batch + 1,), int32
         Where each sequence starts in q, and where the last one ends. It begins with 0, does not decrease, and
-        ends at or below total_q. Rows of no sequence get out 0, lse -inf and gradients of 0.
+        ends at or below total_q. Rows past the last sequence get out 0, lse -inf and gradients of 0.
     cu_seqlens_k : Tensor, (batch + 1,), int32, optional
         The same for k. With block_table it only gives the lengths. It may be None if both block_table and
         seqused_k are given, since then seqused_k gives them.

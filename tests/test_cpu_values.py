@@ -31,7 +31,8 @@ PACKED_ROTARY = (ROTARY[0], {**ROTARY[1], "q": Q[0], "cu_seqlens_q": CU_Q})
 
 # (valid call, what is changed, message)
 CASES = [
-    (VARLEN, {"cu_seqlens_q": i32(-1, 2, 5)}, "cu_seqlens_q must start at 0 or above, got -1"),
+    (VARLEN, {"cu_seqlens_q": i32(-1, 2, 5)}, "cu_seqlens_q must start at 0, got -1"),
+    (VARLEN, {"cu_seqlens_k": i32(1, 2, 5)}, "cu_seqlens_k must start at 0, got 1"),
     (VARLEN, {"cu_seqlens_k": i32(0, 5, 4)}, "cu_seqlens_k must not decrease, got 5 then 4 at index 2"),
     (VARLEN, {"cu_seqlens_q": i32(0, 2, 6)}, "cu_seqlens_q must end within q's 5 tokens, got 6"),
     (VARLEN, {"seqused_q": i32(3, 3)}, "seqused_q must be between 0 and the capacity 2, got 3 at index 0"),
@@ -60,13 +61,13 @@ CASES = [
      "cache_batch_idx must be at least 0 and below block_table's 2 rows, got 2 at index 0"),
     (PAGED_APPEND, {"block_table": -TABLE},
      "block_table must hold ids of at least 0 and below 4 for pages in use, got -3"),
-    (PACKED_APPEND, {"cu_seqlens_k_new": i32(-1, 2, 3)}, "cu_seqlens_k_new must start at 0 or above, got -1"),
+    (PACKED_APPEND, {"cu_seqlens_k_new": i32(-1, 2, 3)}, "cu_seqlens_k_new must start at 0, got -1"),
     (PACKED_APPEND, {"cu_seqlens_k_new": i32(0, 3, 1)},
      "cu_seqlens_k_new must not decrease, got 3 then 1 at index 2"),
     (PACKED_APPEND, {"cu_seqlens_k_new": i32(0, 1, 4)}, "cu_seqlens_k_new must end within k's 3 tokens, got 4"),
     (ROTARY, {"rotary_cos": rand(7, 8), "rotary_sin": rand(7, 8)},
      "rotary_cos and rotary_sin must hold the positions 4 to 8, got 7 rows"),
-    (PACKED_ROTARY, {"cu_seqlens_q": i32(-1, 2, 5)}, "cu_seqlens_q must start at 0 or above, got -1"),
+    (PACKED_ROTARY, {"cu_seqlens_q": i32(-1, 2, 5)}, "cu_seqlens_q must start at 0, got -1"),
     (PACKED_ROTARY, {"cu_seqlens_q": i32(0, 4, 2)}, "cu_seqlens_q must not decrease, got 4 then 2 at index 2"),
     (PACKED_ROTARY, {"cu_seqlens_q": i32(0, 2, 6)}, "cu_seqlens_q must end within q's 5 tokens, got 6"),
 ]  # fmt: skip

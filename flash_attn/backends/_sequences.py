@@ -102,7 +102,7 @@ def _check(condition: bool, message: str) -> None:
 def starts_of(name: str, cu_seqlens: Tensor, total: int, tensor_name: str) -> list[int]:
     """cu_seqlens on the host, where its values are checked."""
     starts = cu_seqlens.tolist()
-    _check(starts[0] >= 0, f"{name} must start at 0 or above, got {starts[0]}")
+    _check(starts[0] == 0, f"{name} must start at 0, got {starts[0]}")
     for index, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
         _check(a <= b, f"{name} must not decrease, got {a} then {b} at index {index + 1}")
     _check(starts[-1] <= total, f"{name} must end within {tensor_name}'s {total} tokens, got {starts[-1]}")
