@@ -57,6 +57,7 @@ int time_kernel(int batch, int heads, int length) {
   check(cudaMalloc(&lse, rows * sizeof(float)));
   params.lse = {static_cast<float*>(lse), int64_t{heads} * length, length};
   params.heads = {heads, 1, kDims.qk, kDims.v};
+  params.split.num_splits = 1;
   params.seq.batch = params.seq.num_cache_rows = batch;
   params.seq.rows_q = params.seq.rows_k = length;
   params.tiles_per_head = (length + Traits::kClusterM - 1) / Traits::kClusterM;

@@ -1,14 +1,13 @@
 """Times tile shapes of the SM90 forward kernels on this machine's GPU, beside those that the tile table holds.
 
-    CUTLASS_PATH=.../cutlass/include python benchmarks/tune_sm90.py 128/128 [64/64 ...] [--mask full] [--length 1024]
-        [--folder FOLDER [--compile-only]]
+    python benchmarks/tune_sm90.py 128/128 [64/64 ...] [--mask full] [--length 1024] [--folder FOLDER [--compile-only]]
 
-Each tile is compiled into a program of its own, as many at once as there are cores: about 40 s of one. Those of the
-same head dims and mask take turns for several rounds as soon as they are there. --folder keeps the programs until a
-source changes, so that --compile-only can make them while the GPU is busy with something else. Figures are bf16
-TFLOP/s, the median of the rounds; causal counts half. A tile whose sum of outputs differs from the first's is marked,
-one that fails or hangs is left out; which are right the tests say. The winner belongs into csrc/variant/tiles.h, with
-the limit that it hits as the row's reason.
+nvcc and CUTLASS's headers are found as for a build (CUDA_HOME, CUTLASS_PATH). Each tile is compiled into a program of
+its own, as many at once as there are cores: about 40 s of one. Those of the same head dims and mask take turns for
+several rounds as soon as they are there. --folder keeps the programs until a source changes, so that --compile-only
+can make them while the GPU is busy with something else. Figures are bf16 TFLOP/s, the median of the rounds; causal
+counts half. A tile whose sum of outputs differs from the first's is marked, one that fails or hangs is left out; which
+are right the tests say. The winner belongs into csrc/variant/tiles.h, with the limit that it hits as the row's reason.
 """
 
 from __future__ import annotations
@@ -24,8 +23,14 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from build_support.toolkit import find_cuda_home, find_cutlass  # noqa: E402
+
 PROGRAM = Path(__file__).resolve().with_name("tune_sm90.cu")
-TENSOR_MAP = ROOT / "csrc" / "kernels" / "sm90" / "tensor_map.cpp"
+CSRC = ROOT / "csrc"
+# What a kernel's launch calls, whatever its tile.
+SHARED = (CSRC / "kernels" / "sm90" / "tensor_map.cpp", CSRC / "kernels" / "misc" / "merge_splits.cu")
 NUM_TOKENS = 16384
 ROUNDS = 5
 SECONDS_OF_A_HANG = 20
@@ -98,10 +103,39 @@ TILES = {
 @cache
 def newest_source() -> float:
     """When a file that a program is made from last changed."""
-    return max(path.stat().st_mtime for path in (PROGRAM, TENSOR_MAP, *(ROOT / "csrc").rglob("*.h")))
+    return max(path.stat().st_mtime for path in (PROGRAM, *SHARED, *CSRC.rglob("*.h")))
 
 
-def compile_program(folder: Path, head_dims: tuple[int, int], tile: tuple[int | str, ...], mask: str) -> Path | None:
+@cache
+def compiler() -> list[str]:
+    """nvcc and its options."""
+    cuda_home, looked_in = find_cuda_home(os.environ)
+    if cuda_home is None:
+        raise SystemExit(f"there is no CUDA toolkit; looked in {', '.join(looked_in)}")
+    return [
+        str(cuda_home / "bin" / "nvcc"), "-std=c++20", "--expt-relaxed-constexpr", "-O3", "-diag-suppress=177",
+        f"-I{CSRC}", f"-I{find_cutlass(ROOT, os.environ)}", "-gencode=arch=compute_90a,code=sm_90a",
+    ]  # fmt: skip
+
+
+def nvcc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*compiler(), *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def compile_shared(folder: Path) -> list[Path]:
+    """The object files that all programs link."""
+    objects = [folder / f"{source.name}.o" for source in SHARED]
+    for source, target in zip(SHARED, objects, strict=True):
+        if not target.exists() or target.stat().st_mtime < newest_source():
+            done = nvcc("-c", source, "-o", target)
+            if done.returncode != 0:
+                raise SystemExit(f"{source.name} could not be compiled:\n{done.stderr}")
+    return objects
+
+
+def compile_program(
+    folder: Path, head_dims: tuple[int, int], tile: tuple[int | str, ...], mask: str, shared: list[Path]
+) -> Path | None:
     """The program for one tile; None, with the reason printed, where the compiler refuses it."""
     program = folder / "-".join(map(str, (*head_dims, mask, *tile))).replace("::", "_")
     if program.exists() and program.stat().st_mtime > newest_source():
@@ -114,14 +148,9 @@ def compile_program(folder: Path, head_dims: tuple[int, int], tile: tuple[int | 
         f"#define MASK k{mask.title()}\n"
         f'#include "{PROGRAM}"\n'
     )
-    command = [
-        os.environ.get("NVCC", "nvcc"), "-std=c++20", "--expt-relaxed-constexpr", "-O3", "-diag-suppress=177",
-        f"-I{ROOT / 'csrc'}", f"-I{os.environ['CUTLASS_PATH']}", "-gencode=arch=compute_90a,code=sm_90a",
-        str(source), str(TENSOR_MAP), "-o", str(unfinished),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = nvcc(source, *shared, "-o", unfinished)
     for line in (done.stdout + done.stderr).splitlines():
-        if "error" in line or "serialized" in line:
+        if any(word in line for word in ("error", "serialized", "undefined")):
             print(f"{program.name}: {line[:200]}", file=sys.stderr)
     return unfinished.rename(program) if done.returncode == 0 else None
 
@@ -174,8 +203,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep programs here, and take those that are here")
     parser.add_argument("--compile-only", action="store_true", help="time nothing; needs --folder")
     args = parser.parse_args()
-    if "CUTLASS_PATH" not in os.environ:
-        parser.error("CUTLASS_PATH must be the folder of CUTLASS's headers")
     if args.compile_only and args.folder is None:
         parser.error("--compile-only needs --folder")
     chosen = [tuple(int(d) for d in pair.split("/")) for pair in args.head_dims]
@@ -186,9 +213,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = (args.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        shared = compile_shared(folder)
         jobs = {
             (head_dims, mask): {
-                tile: pool.submit(compile_program, folder, head_dims, tile, mask) for tile in TILES[head_dims]
+                tile: pool.submit(compile_program, folder, head_dims, tile, mask, shared) for tile in TILES[head_dims]
             }
             for head_dims in chosen
             for mask in args.mask or ["full", "causal"]
