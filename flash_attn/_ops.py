@@ -14,7 +14,7 @@ from torch import Tensor
 from flash_attn import _dispatch, _extension
 from flash_attn._checks import ForwardCall
 from flash_attn._checks_backward import BackwardCall
-from flash_attn._plain import is_plain, is_plain_without_grad, refuse_transforms
+from flash_attn._plain import fix_places, is_plain, is_plain_without_grad, refuse_transforms
 from flash_attn.backends import cpu
 
 _Outputs = tuple[Tensor, Tensor]
@@ -312,6 +312,7 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
     ops = torch.ops.flash_attn
     if out is None:
         return (ops.cpu_forward if path == "cpu" else ops.forward)(*arguments)
+    fix_places(out)
     return out, (ops.cpu_forward_out if path == "cpu" else ops.forward_out)(*arguments, out)
 
 
@@ -336,6 +337,7 @@ def backward(path: str, call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     else:
         arguments = (*arguments, _dispatch.PATHS[path].arch)
         if all(grad is not None for grad in given):
+            fix_places(*given)
             ops.backward_out(*arguments, *given)
             return given
         computed = ops.backward(*arguments)
@@ -357,6 +359,8 @@ def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:
 def append_kv(path: str, arguments: tuple[Any, ...]) -> Tensor:
     """Writes new keys and values into the caches, and returns how many the entries have then."""
     direct = is_plain(*arguments[:4])
+    if not direct:
+        fix_places(*arguments[:2])
     if path == "cpu":
         return (cpu.append_kv if direct else torch.ops.flash_attn.cpu_append_kv)(*arguments)
     if direct:

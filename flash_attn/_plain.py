@@ -1,6 +1,9 @@
-"""Whether a call is plain: nothing but autograd watches its ops, so that it may go straight to what computes."""
+"""Whether a call is plain: nothing but autograd watches its ops, so that it may go straight to what computes. And what
+the ops of other calls need."""
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch import Tensor
@@ -48,3 +51,24 @@ def refuse_transforms() -> None:
             "attention has no rule for torch.func.grad, torch.func.jvp and forward-mode differentiation; "
             "use torch.autograd"
         )
+
+
+def fix_places(*written: Tensor | None) -> None:
+    """Has torch.compile take the sizes for constants, where an op writes a view that the graph makes of an input.
+
+    Otherwise Inductor drops the view's storage offset, and the op writes at the start of the input (torch 2.11;
+    https://github.com/pytorch/pytorch/issues/198068 is alike). It keeps that of a slice of one dimension. To be removed
+    when test_compile.py's test_a_compiled_append_writes_into_views passes without it.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return
+    for tensor in written:
+        base = None if tensor is None else tensor._base
+        if base is None or _is_slice(tensor, base):
+            continue
+        for size in (*base.shape, *tensor.shape):
+            operator.index(size)  # int() would leave it variable
+
+
+def _is_slice(tensor: Tensor, base: Tensor) -> bool:
+    return tensor.ndim == base.ndim and all(tensor.stride(dim) == base.stride(dim) for dim in range(base.ndim))

@@ -206,3 +206,70 @@ def test_export():
     )
     q, k, v = (x.detach() for x in dense_inputs(2, 9, 9))
     torch.testing.assert_close(program.module()(q, k, v), flash_attn_func(q, k, v, causal=True), rtol=0, atol=0)
+
+
+# Views that a graph makes of its inputs: a cache of layers or of K beside V, and one buffer for outputs.
+VIEWS = {
+    "layers": lambda batch, length: ((2, batch, length, 2, 16), lambda pool: (pool[0], pool[1])),
+    "keys-beside-values": lambda batch, length: ((batch, 2, length, 2, 16), lambda pool: (pool[:, 0], pool[:, 1])),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_compiled_append_writes_into_views(name, dynamic):
+    take = VIEWS[name](2, 8)[1]
+
+    def step(q, pool, k, v, lengths):
+        return flash_attn_with_kvcache(q, *take(pool), k, v, cache_seqlens=lengths, causal=True)
+
+    torch._dynamo.reset()
+    fast = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for batch, length in ((2, 8), (3, 8), (4, 9)):
+        pool = rand(*VIEWS[name](batch, length)[0])
+        ours, expected = pool.clone(), pool.clone()
+        inputs = [rand(batch, 1, 2, 16) for _ in range(3)]
+        lengths = i32(*range(3, 3 + batch))
+        out = fast(inputs[0], ours, *inputs[1:], lengths)
+        torch.testing.assert_close(out, step(inputs[0], expected, *inputs[1:], lengths), rtol=0, atol=0)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda buffer: buffer[1],
+        lambda buffer: buffer[:2].flatten(0, 1)[:2],
+        lambda buffer: buffer[..., 16:].flatten(0, 1)[2:4],
+        lambda buffer: buffer.flatten(0, 1)[3:5, ..., :16],
+    ],
+    ids=["one-of-some", "first-rows", "other-columns", "last-rows"],
+)
+def test_a_compiled_call_writes_out_into_a_view(view, dynamic):
+    def attention(q, k, v, buffer):
+        flash_attn_func(q, k, v, out=view(buffer)[..., :16])
+        return buffer + 0
+
+    torch._dynamo.reset()
+    fast = torch.compile(attention, fullgraph=True, dynamic=dynamic)
+    for length in (5, 6, 7):
+        q, k, v = (rand(2, length, 2, 16) for _ in range(3))
+        buffer = rand(3, 2, length, 2, 32)
+        expected = attention(q, k, v, buffer.clone())
+        torch.testing.assert_close(fast(q, k, v, buffer), expected, rtol=0, atol=0)
+        torch.testing.assert_close(buffer, expected, rtol=0, atol=0)
+
+
+def test_a_compiled_call_writes_out_into_a_slice_of_any_length():
+    def attention(q, k, v, buffer):
+        flash_attn_func(q, k, v, out=buffer[1 : 1 + q.shape[0]])
+        return buffer + 0
+
+    fast = compiled(attention, "inductor")
+    for batch in (3, 4, 6):
+        q, k, v = (rand(batch, 5, 2, 16) for _ in range(3))
+        buffer = rand(8, 5, 2, 16)
+        expected = attention(q, k, v, buffer.clone())
+        torch.testing.assert_close(fast(q, k, v, buffer), expected, rtol=0, atol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
