@@ -66,11 +66,12 @@ struct WindowParams {
   int right;
 };
 
-// Scores are multiplied by `factor` first, and by `softmax_scale`, which is positive, within the softmax (score.h).
+// Scores are multiplied by `score_factor` first, and by `softmax_scale`, which is positive, within the softmax
+// (score.h).
 struct ScoreParams {
-  float factor;
+  float score_factor;
   float softmax_scale;
-  // Score::kGeneral. With softcap, `factor` is softmax_scale / softcap and `softmax_scale` is softcap.
+  // Score::kGeneral. With softcap, `score_factor` is softmax_scale / softcap and `softmax_scale` is softcap.
   bool has_softcap;
   const float* alibi_slopes;  // (batch or 1, head), or null
   int64_t alibi_batch_stride;

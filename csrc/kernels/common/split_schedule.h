@@ -21,10 +21,10 @@ struct SplitTile : PackedTile {
   __device__ bool has_part() const { return split_idx >= 0 && split_idx < num_splits; }
 };
 
-// Tiles of the rows of an entry, of which each row of the tensor makes `factor`.
+// Tiles of the packed rows of an entry that has `rows_q` rows of Q.
 template <int kTileM>
-__device__ int64_t num_row_tiles(int rows_q, int factor) {
-  return (static_cast<int64_t>(rows_q) * factor + kTileM - 1) / kTileM;
+__device__ int64_t num_row_tiles(int rows_q, int packed_heads) {
+  return (static_cast<int64_t>(rows_q) * packed_heads + kTileM - 1) / kTileM;
 }
 
 namespace detail {
@@ -61,15 +61,15 @@ __device__ inline int64_t warp_sum_before(int64_t value, int lane) {
 template <int kTileM>
 __device__ SlotRun find_fixed_run(const ForwardParams& params, int slot) {
   const SeqParams& seq = params.seq;
-  const int factor = params.split.packed_heads.divisor();
+  const int packed_heads = params.split.packed_heads.divisor();
   const int num_splits = params.split.num_splits;
   if (seq.cu_seqlens_q == nullptr) {
-    const int slots_per_entry = static_cast<int>(num_row_tiles<kTileM>(seq.rows_q, factor)) * num_splits;
+    const int slots_per_entry = static_cast<int>(num_row_tiles<kTileM>(seq.rows_q, packed_heads)) * num_splits;
     const int entry = slot / slots_per_entry;
     return {entry, static_cast<int64_t>(entry) * slots_per_entry, num_splits};
   }
-  const int entry = entry_of_slot(seq.cu_seqlens_q, seq.batch, seq.rows_q, slot / num_splits, kTileM, factor);
-  const int64_t first_row = static_cast<int64_t>(row_at(seq.cu_seqlens_q, entry, seq.rows_q)) * factor;
+  const int entry = entry_of_slot(seq.cu_seqlens_q, seq.batch, seq.rows_q, slot / num_splits, kTileM, packed_heads);
+  const int64_t first_row = static_cast<int64_t>(row_at(seq.cu_seqlens_q, entry, seq.rows_q)) * packed_heads;
   return {entry, first_varlen_slot(first_row, entry, kTileM) * num_splits, num_splits};
 }
 
@@ -191,19 +191,19 @@ __device__ SlotRun find_run_by_lengths(const ForwardParams& params, int slot) {
 template <int kTileM, int kTileN>
 __device__ SplitTile locate_split_tile(const ForwardParams& params, int block_idx) {
   const SplitParams& split = params.split;
-  const int factor = split.packed_heads.divisor();
-  const int num_head_runs = params.heads.num_heads / factor;
+  const int packed_heads = split.packed_heads.divisor();
+  const int num_head_runs = params.heads.num_heads / packed_heads;
   const int head_run = block_idx % num_head_runs;
   const int slot = block_idx / num_head_runs;
   const detail::SlotRun run = split.num_splits > 0 ? detail::find_fixed_run<kTileM>(params, slot)
                                                    : detail::find_run_by_lengths<kTileM, kTileN>(params, slot);
-  SplitTile tile{{.seq = {}, .rows = {head_run * factor, split.packed_heads}, .m_begin = 0}, -1, run.num_splits};
+  SplitTile tile{{.seq = {}, .rows = {head_run * packed_heads, split.packed_heads}, .m_begin = 0}, -1, run.num_splits};
   const int64_t place = slot - run.first_slot;
   if (place < 0 || run.num_splits == 0) return tile;
   tile.seq = entry_info(params.seq, run.entry);
   // Nothing is to be merged in rows of no entry, whatever the number of splits.
   if (run.entry == params.seq.batch) tile.num_splits = 1;
-  const int64_t row_tiles = num_row_tiles<kTileM>(tile.seq.rows_q, factor);
+  const int64_t row_tiles = num_row_tiles<kTileM>(tile.seq.rows_q, packed_heads);
   if (row_tiles == 0) return tile;
   tile.split_idx = static_cast<int>(place / row_tiles);
   tile.m_begin = static_cast<int>(place % row_tiles) * kTileM;

@@ -11,15 +11,16 @@ namespace flash_attn {
 using namespace cute;
 
 // The slot of a part of the tile at packed row `m_begin`, where all tiles have `num_splits` parts: those of an entry
-// lie a grid of its tiles apart. One thread of the entry's first slot `notes` where they are. `factor`: packed rows of
-// a row of Q.
+// lie a grid of its tiles apart. One thread of the entry's first slot `notes` where they are. `packed_heads`: of which
+// each row of Q makes a packed row.
 template <int kTileM>
-__device__ int64_t slot_of_part(const ForwardParams& params, const SeqInfo& seq, int factor, int m_begin, int part,
-                                int num_splits, bool notes) {
-  const int64_t row_tiles = num_row_tiles<kTileM>(seq.rows_q, factor);
-  const int64_t first_slot = num_splits * (params.seq.cu_seqlens_q == nullptr
-                                               ? seq.batch_idx * row_tiles
-                                               : first_varlen_slot(seq.row_begin_q * factor, seq.batch_idx, kTileM));
+__device__ int64_t slot_of_part(const ForwardParams& params, const SeqInfo& seq, int packed_heads, int m_begin,
+                                int part, int num_splits, bool notes) {
+  const int64_t row_tiles = num_row_tiles<kTileM>(seq.rows_q, packed_heads);
+  const int64_t first_slot =
+      num_splits * (params.seq.cu_seqlens_q == nullptr
+                        ? seq.batch_idx * row_tiles
+                        : first_varlen_slot(seq.row_begin_q * packed_heads, seq.batch_idx, kTileM));
   const int64_t slot = first_slot + part * row_tiles + m_begin / kTileM;
   if (notes && slot == first_slot) {
     params.split.entries[seq.batch_idx] = {static_cast<int>(first_slot), num_splits};

@@ -56,7 +56,7 @@ __device__ void softmax_backward(Scores&& scores, Grads&& grads, const Coords& c
                                  const VisibleKeys<Mask::kGeneral>& keys, const ScoreTile<kNumRows>& tile) {
   constexpr bool kGeneral = Traits::kScore == Score::kGeneral;
   const SeqInfo& seq = keys.seq;
-  apply_factor(scores, params.score);
+  apply_score_factor(scores, params.score);
   auto slope = make_tensor<float>(shape(scores));  // of the softcap
   if constexpr (kGeneral) {
     apply_softcap(scores, params.score);

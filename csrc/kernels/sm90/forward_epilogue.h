@@ -39,10 +39,10 @@ __device__ void store_output(const ForwardTensorMaps& maps, const PackedTile& ti
 template <class Traits, class Coords, class Output, class LseRows>
 __device__ void store_part(const ForwardParams& params, const PackedTile& tile, int part, int group,
                            const Coords& coords, const Output& output, const LseRows& lse) {
-  const int factor = tile.rows.num_heads.divisor();
+  const int packed_heads = tile.rows.num_heads.divisor();
   const bool notes = tile.rows.first_head == 0 && group == 0 && threadIdx.x % kThreadsPerWarpgroup == 0;
   const int64_t slot =
-      slot_of_part<Traits::kTileM>(params, tile.seq, factor, tile.m_begin, part, params.split.num_splits, notes);
+      slot_of_part<Traits::kTileM>(params, tile.seq, packed_heads, tile.m_begin, part, params.split.num_splits, notes);
   const int num_head_runs = tile.rows.num_heads.divide(params.heads.num_heads);
   const int head_run = tile.rows.num_heads.divide(tile.rows.first_head);
   store_partial<Traits::kTileM>(params, slot * num_head_runs + head_run, tile.num_rows() - tile.m_begin, coords,
