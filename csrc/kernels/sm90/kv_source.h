@@ -79,14 +79,14 @@ class PagedKvSource {
     const FastDivisor& page_size = params_.page.page_size;
     const int box_rows = page_box_rows(page_size.divisor(), Traits::kTileN);
     const int first_token = static_cast<int>(tile_.seq.row_begin_k) + n_idx * Traits::kTileN;
-    int slot = page_size.divide(first_token);
-    int page = page_in(slot);
-    int row_of_page = first_token - slot * page_size.divisor();
+    int table_idx = page_size.divide(first_token);
+    int page = page_at(table_idx);
+    int row_of_page = first_token - table_idx * page_size.divisor();
     // From a box on: the first one has some, and boxes without any are zeros, whatever their page.
     int num_keys = tile_.seq.seqlen_k - n_idx * Traits::kTileN;
     for (int row = 0; row < Traits::kTileN; row += box_rows) {
       if (row_of_page >= page_size.divisor() && num_keys > 0) {
-        page = page_in(++slot);
+        page = page_at(++table_idx);
         row_of_page = 0;
       }
       const int num_zeros = n_idx == 0 && row == 0 ? num_unseen() : 0;
@@ -100,9 +100,9 @@ class PagedKvSource {
     }
   }
   // What the table's row of the entry says, clamped, so that no address leaves the pool.
-  __device__ int page_in(int slot) const {
+  __device__ int page_at(int table_idx) const {
     const PageParams& page = params_.page;
-    const int named = __ldg(page.table + tile_.seq.kv_batch_idx * page.table_stride + slot);
+    const int named = __ldg(page.table + tile_.seq.kv_batch_idx * page.table_stride + table_idx);
     return clamp_to(named, 0, page.num_pages - 1);
   }
   // Of the first box's keys those that no row sees; none where it has the tile's last key (first_counted_key).
