@@ -17,8 +17,12 @@ namespace flash_attn {
 struct SplitTile : PackedTile {
   int split_idx;  // negative: the slot has no tile
   int num_splits;
+  int64_t first_slot;  // of the entry
+  int64_t place;       // of this slot among the entry's
 
   __device__ bool has_part() const { return split_idx >= 0 && split_idx < num_splits; }
+  // Of all tiles and parts of an entry one.
+  __device__ bool opens_entry() const { return place == 0 && split_idx == 0 && rows.first_head == 0; }
 };
 
 // Tiles of the packed rows of an entry that has `rows_q` rows of Q.
@@ -197,19 +201,19 @@ __device__ SplitTile locate_split_tile(const ForwardParams& params, int block_id
   const int slot = block_idx / num_head_runs;
   const detail::SlotRun run = split.num_splits > 0 ? detail::find_fixed_run<kTileM>(params, slot)
                                                    : detail::find_run_by_lengths<kTileM, kTileN>(params, slot);
-  SplitTile tile{{.seq = {}, .rows = {head_run * packed_heads, split.packed_heads}, .m_begin = 0}, -1, run.num_splits};
-  const int64_t place = slot - run.first_slot;
-  if (place < 0 || run.num_splits == 0) return tile;
+  SplitTile tile{{.seq = {}, .rows = {head_run * packed_heads, split.packed_heads}, .m_begin = 0},
+                 -1,
+                 run.num_splits,
+                 run.first_slot,
+                 slot - run.first_slot};
+  if (tile.place < 0 || run.num_splits == 0) return tile;
   tile.seq = entry_info(params.seq, run.entry);
   // Nothing is to be merged in rows of no entry, whatever the number of splits.
   if (run.entry == params.seq.batch) tile.num_splits = 1;
   const int64_t row_tiles = num_row_tiles<kTileM>(tile.seq.rows_q, packed_heads);
   if (row_tiles == 0) return tile;
-  tile.split_idx = static_cast<int>(place / row_tiles);
-  tile.m_begin = static_cast<int>(place % row_tiles) * kTileM;
-  if (place == 0 && head_run == 0 && threadIdx.x == 0 && split.entries != nullptr && run.entry < params.seq.batch) {
-    split.entries[run.entry] = {static_cast<int>(run.first_slot), run.num_splits};
-  }
+  tile.split_idx = static_cast<int>(tile.place / row_tiles);
+  tile.m_begin = static_cast<int>(tile.place % row_tiles) * kTileM;
   return tile;
 }
 

@@ -42,6 +42,10 @@ __global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid
   auto& smem = dynamic_smem<typename Traits::SharedStorage>();
 
   const SplitTile tile = locate_split_tile<Traits::kTileM, Traits::kTileN>(params, blockIdx.x);
+  if (tile.opens_entry() && threadIdx.x == 0 && params.split.entries != nullptr &&
+      tile.seq.batch_idx < params.seq.batch) {
+    note_parts(params, tile.seq.batch_idx, tile.first_slot, tile.num_splits);
+  }
   if (!tile.has_part()) return;
 
   Tensor tOrO = Traits::Mma::template make_accumulator<Traits::kTileM, Traits::kHeadDimV>();

@@ -39,10 +39,13 @@ __device__ void store_output(const ForwardTensorMaps& maps, const PackedTile& ti
 template <class Traits, class Coords, class Output, class LseRows>
 __device__ void store_part(const ForwardParams& params, const PackedTile& tile, int part, int group,
                            const Coords& coords, const Output& output, const LseRows& lse) {
-  const int packed_heads = tile.rows.num_heads.divisor();
-  const bool notes = tile.rows.first_head == 0 && group == 0 && threadIdx.x % kThreadsPerWarpgroup == 0;
-  const int64_t slot =
-      slot_of_part<Traits::kTileM>(params, tile.seq, packed_heads, tile.m_begin, part, params.split.num_splits, notes);
+  const int num_splits = params.split.num_splits;
+  const EntrySlots slots = slots_of_entry<Traits::kTileM>(params, tile.seq, tile.rows.num_heads.divisor(), num_splits);
+  const int64_t slot = slots.slot_of<Traits::kTileM>(tile.m_begin, part);
+  const bool is_first_thread = group == 0 && threadIdx.x % kThreadsPerWarpgroup == 0;
+  if (tile.rows.first_head == 0 && is_first_thread && slot == slots.first) {
+    note_parts(params, tile.seq.batch_idx, slots.first, num_splits);
+  }
   const int num_head_runs = tile.rows.num_heads.divide(params.heads.num_heads);
   const int head_run = tile.rows.num_heads.divide(tile.rows.first_head);
   store_partial<Traits::kTileM>(params, slot * num_head_runs + head_run, tile.num_rows() - tile.m_begin, coords,
