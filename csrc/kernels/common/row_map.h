@@ -23,6 +23,11 @@ struct PackedRows {
   __device__ int head(int row) const { return first_head + row - query(row) * num_heads.divisor(); }
 };
 
+// Tiles of the packed rows of an entry with so many rows of Q.
+__device__ inline int64_t num_row_tiles(int rows_q, int packed_heads, int tile_m) {
+  return (static_cast<int64_t>(rows_q) * packed_heads + tile_m - 1) / tile_m;
+}
+
 // A tile of packed rows of one batch entry.
 struct PackedTile {
   SeqInfo seq;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/common/params.h"
-#include "kernels/common/split_schedule.h"
+#include "kernels/common/row_map.h"
 #include "kernels/common/tensor.h"
 #include "variant/varlen_tiles.h"
 
@@ -26,7 +26,7 @@ struct EntrySlots {
 template <int kTileM>
 __device__ EntrySlots slots_of_entry(const ForwardParams& params, const SeqInfo& seq, int packed_heads,
                                      int num_splits) {
-  const int64_t row_tiles = num_row_tiles<kTileM>(seq.rows_q, packed_heads);
+  const int64_t row_tiles = num_row_tiles(seq.rows_q, packed_heads, kTileM);
   const int64_t first = params.seq.cu_seqlens_q == nullptr
                             ? seq.batch_idx * row_tiles
                             : first_varlen_slot(seq.row_begin_q * packed_heads, seq.batch_idx, kTileM);

@@ -5,6 +5,7 @@
 
 #include "kernels/common/bisection.h"
 #include "kernels/common/row_address.h"
+#include "kernels/common/row_map.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/common/start_kernel.h"
 #include "kernels/misc/combine_row.h"
@@ -49,7 +50,7 @@ __device__ RowParts<float> find_parts(const ForwardParams& params, const OutputR
   const SplitParams::Entry entry = split.entries[row.seq.batch_idx];
   const int packed_heads = split.packed_heads.divisor();
   const int num_head_runs = params.heads.num_heads / packed_heads;
-  const int64_t row_tiles = (static_cast<int64_t>(row.seq.rows_q) * packed_heads + tile_m - 1) / tile_m;
+  const int64_t row_tiles = num_row_tiles(row.seq.rows_q, packed_heads, tile_m);
   const int64_t packed_row = static_cast<int64_t>(row.query) * packed_heads + row.head_idx % packed_heads;
   const int64_t last_slot = entry.first_slot + row_tiles * entry.num_splits - 1;
   if (entry.num_splits > kMaxSplits || entry.first_slot < 0 || last_slot >= split.num_slots) return {};

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "kernels/common/backward_params.h"
-#include "kernels/common/dropout.h"
 #include "kernels/common/instructions.h"
 #include "kernels/common/kv_range.h"
 #include "kernels/common/logarithm.h"
@@ -10,6 +9,7 @@
 #include "kernels/common/row_map.h"
 #include "kernels/common/score.h"
 #include "kernels/common/tensor.h"
+#include "kernels/sm80/dropout.h"
 
 namespace flash_attn::sm80 {
 

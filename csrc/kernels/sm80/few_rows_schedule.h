@@ -11,7 +11,7 @@
 #include "kernels/common/seq_info.h"
 #include "variant/tiles.h"
 
-namespace flash_attn {
+namespace flash_attn::sm80 {
 
 // A tile of packed rows, and the part of its keys.
 struct SplitTile : PackedTile {
@@ -24,12 +24,6 @@ struct SplitTile : PackedTile {
   // Of all tiles and parts of an entry one.
   __device__ bool opens_entry() const { return place == 0 && split_idx == 0 && rows.first_head == 0; }
 };
-
-// Tiles of the packed rows of an entry that has `rows_q` rows of Q.
-template <int kTileM>
-__device__ int64_t num_row_tiles(int rows_q, int packed_heads) {
-  return (static_cast<int64_t>(rows_q) * packed_heads + kTileM - 1) / kTileM;
-}
 
 namespace detail {
 
@@ -68,7 +62,7 @@ __device__ SlotRun find_fixed_run(const ForwardParams& params, int slot) {
   const int packed_heads = params.split.packed_heads.divisor();
   const int num_splits = params.split.num_splits;
   if (seq.cu_seqlens_q == nullptr) {
-    const int slots_per_entry = static_cast<int>(num_row_tiles<kTileM>(seq.rows_q, packed_heads)) * num_splits;
+    const int slots_per_entry = static_cast<int>(num_row_tiles(seq.rows_q, packed_heads, kTileM)) * num_splits;
     const int entry = slot / slots_per_entry;
     return {entry, static_cast<int64_t>(entry) * slots_per_entry, num_splits};
   }
@@ -86,7 +80,7 @@ struct EntryWork {
 template <int kTileM, int kTileN>
 __device__ EntryWork work_of_entry(const ForwardParams& params, int entry) {
   const SeqInfo seq = entry_info(params.seq, entry);
-  const int64_t row_tiles = num_row_tiles<kTileM>(seq.rows_q, params.split.packed_heads.divisor());
+  const int64_t row_tiles = num_row_tiles(seq.rows_q, params.split.packed_heads.divisor(), kTileM);
   if (seq.seqlen_q == 0 || seq.seqlen_k == 0) return {row_tiles, 0};
   const VisibleKeys<Mask::kGeneral> keys{seq, params.window};
   const int begin = keys.begin(0) / kTileN;
@@ -210,11 +204,11 @@ __device__ SplitTile locate_split_tile(const ForwardParams& params, int block_id
   tile.seq = entry_info(params.seq, run.entry);
   // Nothing is to be merged in rows of no entry, whatever the number of splits.
   if (run.entry == params.seq.batch) tile.num_splits = 1;
-  const int64_t row_tiles = num_row_tiles<kTileM>(tile.seq.rows_q, packed_heads);
+  const int64_t row_tiles = num_row_tiles(tile.seq.rows_q, packed_heads, kTileM);
   if (row_tiles == 0) return tile;
   tile.split_idx = static_cast<int>(tile.place / row_tiles);
   tile.m_begin = static_cast<int>(tile.place % row_tiles) * kTileM;
   return tile;
 }
 
-}  // namespace flash_attn
+}  // namespace flash_attn::sm80
