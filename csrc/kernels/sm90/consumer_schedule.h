@@ -6,7 +6,8 @@
 #include "kernels/common/convert.h"
 #include "kernels/common/row_reducer.h"
 #include "kernels/sm90/forward_traits.h"
-#include "kernels/sm90/tile_order.h"
+#include "kernels/sm90/tile_softmax.h"
+#include "kernels/sm90/visited_keys.h"
 #include "kernels/sm90/wgmma.h"
 
 namespace flash_attn::sm90 {

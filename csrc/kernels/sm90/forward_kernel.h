@@ -7,11 +7,13 @@
 #include "kernels/common/online_softmax.h"
 #include "kernels/common/row_results.h"
 #include "kernels/common/score.h"
+#include "kernels/sm90/announced_tiles.h"
 #include "kernels/sm90/consumer_schedule.h"
 #include "kernels/sm90/forward_epilogue.h"
 #include "kernels/sm90/producer.h"
 #include "kernels/sm90/split_columns_schedule.h"
 #include "kernels/sm90/tile_order.h"
+#include "kernels/sm90/visited_keys.h"
 
 namespace flash_attn::sm90 {
 
@@ -30,7 +32,7 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
   LeavingOutput<Traits> leaving(smem);
   Tensor tOrO = make_accumulator<Traits::kGroupCols>();
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
-  const int first_row = row_group_of<Traits>(group) * Traits::kGroupRows;
+  const int first_row = Traits::row_group_of(group) * Traits::kGroupRows;
   const auto score_coords = accumulator_coords<Traits::kTileN>(first_row);
   const auto output_coords = accumulator_coords<Traits::kGroupCols>(first_row);
 

@@ -42,6 +42,9 @@ struct ForwardTraits {
   static constexpr int kNumThreads = num_threads(kVariant.arch, kTile);
   static constexpr int kGroupRows = kTileM / kRowGroups;
   static constexpr int kGroupCols = kHeadDimV / kColumnGroups;
+  // The rows, and the columns of O, that a consumer group owns.
+  static constexpr int row_group_of(int group) { return kColumnGroups == 1 ? group : 0; }
+  static constexpr int column_group_of(int group) { return kColumnGroups == 1 ? 0 : group; }
   static constexpr int kRowsPerLane = 2;
   static_assert(kGroupRows == 64, "a warpgroup's matrix product has 64 rows");
   static_assert(kRowGroups == 1 || kColumnGroups == 1, "no schedule shares rows among some groups only");

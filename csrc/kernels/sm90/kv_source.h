@@ -5,7 +5,7 @@
 #include "kernels/sm90/forward_traits.h"
 #include "kernels/sm90/row_box.h"
 #include "kernels/sm90/tensor_map.h"
-#include "kernels/sm90/tile_order.h"
+#include "kernels/sm90/visited_keys.h"
 
 namespace flash_attn::sm90 {
 

@@ -1,7 +1,12 @@
 // The producer's side: one thread that starts the copies of TMA.
 #pragma once
 
+#include "kernels/sm90/barriers.h"
 #include "kernels/sm90/kv_source.h"
+#include "kernels/sm90/row_box.h"
+#include "kernels/sm90/tile_id.h"
+#include "kernels/sm90/tile_order.h"
+#include "kernels/sm90/visited_keys.h"
 
 namespace flash_attn::sm90 {
 

@@ -1,9 +1,9 @@
 // Boxes of rows as tensor_map.h's descriptors address them.
 #pragma once
 
+#include "kernels/common/row_map.h"
 #include "kernels/sm90/instructions.h"
 #include "kernels/sm90/tensor_map.h"
-#include "kernels/sm90/tile_order.h"
 
 namespace flash_attn::sm90 {
 
