@@ -7,12 +7,11 @@
 #include <vector>
 
 #include "api/cuda_error.h"
+#include "variant/rounding.h"
 
 namespace flash_attn {
 
-int64_t round_up_to_vector(int64_t head_dim) {
-  return (head_dim + kVectorElements - 1) / kVectorElements * kVectorElements;
-}
+int64_t round_up_to_vector(int64_t head_dim) { return round_up(head_dim, kVectorElements); }
 
 namespace {
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 
+#include "variant/rounding.h"
 #include "variant/variant.h"
 
 namespace flash_attn {
@@ -258,7 +259,7 @@ inline constexpr int kBarrierBytesSm90 = 1024;
 inline constexpr int kProbabilityStagesSm90 = 2;
 
 // Of a row of Q or K in shared memory, which is made of blocks of 32 or 64 columns.
-constexpr int smem_cols(int head_dim) { return (head_dim + 31) / 32 * 32; }
+constexpr int smem_cols(int head_dim) { return round_up(head_dim, 32); }
 
 // Q, K and V; O leaves through Q's space. Warps that share rows exchange P and the rows' maxima.
 constexpr int smem_bytes(Arch arch, HeadDimBucket d, const Tile& tile) {

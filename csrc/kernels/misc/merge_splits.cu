@@ -10,6 +10,7 @@
 #include "kernels/common/start_kernel.h"
 #include "kernels/misc/combine_row.h"
 #include "kernels/misc/merge_splits.h"
+#include "variant/rounding.h"
 #include "variant/tiles.h"
 
 namespace flash_attn {
@@ -64,7 +65,7 @@ __device__ RowParts<float> find_parts(const ForwardParams& params, const OutputR
 // Every so many-th part, from one on.
 __device__ RowParts<float> every_nth(const RowParts<float>& parts, int first, int n) {
   return {parts.out + first * parts.out_stride, parts.out_stride * n, parts.lse + first * parts.lse_stride,
-          parts.lse_stride * n, (parts.count - first + n - 1) / n};
+          parts.lse_stride * n, ceil_div(parts.count - first, n)};
 }
 
 // The parts of a row, or none where it is there already: rows of no entry, and entries in one part.
@@ -121,7 +122,7 @@ void start_merge(const ForwardParams& params, int64_t num_rows, int tile_m, cuda
     num_shares *= 2;
   }
   const int rows_per_block = kNumGroups / num_shares;
-  const int num_blocks = static_cast<int>((num_rows + rows_per_block - 1) / rows_per_block);
+  const int num_blocks = static_cast<int>(ceil_div(num_rows, rows_per_block));
   start_kernel(&merge_splits_kernel<Element, Lanes, kPieces>, {num_blocks, kNumThreads, 0, stream}, params,
                RowSharing{num_rows, num_shares}, tile_m);
 }

@@ -14,6 +14,7 @@
 #include "kernels/sm80/softmax_backward.h"
 #include "kernels/sm80/tile_loader.h"
 #include "kernels/sm80/tile_store.h"
+#include "variant/rounding.h"
 
 namespace flash_attn::sm80 {
 
@@ -127,7 +128,7 @@ __device__ void backward_mainloop(const BackwardParams& params, const KeyTileCoo
   const RowRange rows = query_range(keys, tile.n_begin, tile.n_begin + kTileN);
   if (rows.is_empty()) return;
   const int m_first = rows.begin / kTileM;
-  const int m_end = (rows.end + kTileM - 1) / kTileM;
+  const int m_end = ceil_div(rows.end, kTileM);
   const int n_idx = tile.n_begin / kTileN;
   const int head_end = (tile.kv_head_idx + 1) * params.heads.num_heads_per_kv;
 

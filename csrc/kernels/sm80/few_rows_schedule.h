@@ -9,6 +9,7 @@
 #include "kernels/common/params.h"
 #include "kernels/common/row_map.h"
 #include "kernels/common/seq_info.h"
+#include "variant/rounding.h"
 #include "variant/tiles.h"
 
 namespace flash_attn::sm80 {
@@ -84,12 +85,12 @@ __device__ EntryWork work_of_entry(const ForwardParams& params, int entry) {
   if (seq.seqlen_q == 0 || seq.seqlen_k == 0) return {row_tiles, 0};
   const VisibleKeys<Mask::kGeneral> keys{seq, params.window};
   const int begin = keys.begin(0) / kTileN;
-  const int end = (max(keys.end(seq.seqlen_q - 1), 0) + kTileN - 1) / kTileN;
+  const int end = ceil_div(max(keys.end(seq.seqlen_q - 1), 0), kTileN);
   return {row_tiles, max(end - begin, 0)};
 }
 
 __device__ inline int num_splits_of(const EntryWork& work, unsigned tiles_per_split) {
-  const unsigned splits = (work.key_tiles + tiles_per_split - 1) / tiles_per_split;
+  const unsigned splits = ceil_div(work.key_tiles, tiles_per_split);
   return min(max(splits, 1u), static_cast<unsigned>(kMaxSplits));
 }
 
@@ -100,7 +101,7 @@ struct LaneEntries {
 };
 
 __device__ inline LaneEntries entries_of_lane(int num_entries, int lane) {
-  const int entries_per_lane = (num_entries + kThreadsPerWarp - 1) / kThreadsPerWarp;
+  const int entries_per_lane = ceil_div(num_entries, kThreadsPerWarp);
   const int begin = min(lane * entries_per_lane, num_entries);
   return {begin, min(begin + entries_per_lane, num_entries)};
 }
@@ -125,13 +126,13 @@ __device__ PartLength find_part_length(const SplitParams& split, int64_t tiles, 
     const auto short_length = static_cast<unsigned>(min(length, kLongest));
     return PartLength{short_length, count_slots(short_length)};
   };
-  const int64_t mean = max((tiles + target - 1) / target, static_cast<int64_t>(split.min_tiles));
+  const int64_t mean = max(ceil_div(tiles, target), static_cast<int64_t>(split.min_tiles));
   int64_t length = mean;
   for (int i = 0; i <= kMaxTries; ++i) {
     const PartLength tried = with_slots(length);
     const int64_t slots = warp_sum(tried.slots_of_lane);
     if (slots <= target) return tried;
-    length = (length * slots + target - 1) / target;
+    length = ceil_div(length * slots, target);
   }
   return with_slots(mean);
 }

@@ -107,9 +107,10 @@ class OverlappedSchedule {
 
  private:
   using GroupTurns = Turns<Traits::kTile.turn == Turn::kNone ? 1 : Traits::kNumConsumerGroups>;
-  // A wide O takes longer to rescale than anything else between the softmax and the next product: S goes first, and O
+  // A wider O takes longer to rescale than anything else between the softmax and the next product: S goes first, and O
   // is rescaled beside it.
-  static constexpr bool kRescaleBesideScores = Traits::kHeadDimV > 128;
+  static constexpr int kMaxColsRescaledFirst = 128;
+  static constexpr bool kRescaleBesideScores = Traits::kHeadDimV > kMaxColsRescaledFirst;
 
   // As the first product takes them: descriptors, or the rows themselves.
   template <class GroupMma>

@@ -9,6 +9,7 @@
 #include "kernels/misc/merge_splits.h"
 #include "kernels/sm90/forward_kernel.h"
 #include "kernels/sm90/tensor_map.h"
+#include "variant/rounding.h"
 
 namespace flash_attn::sm90 {
 
@@ -81,7 +82,7 @@ TileOrder make_tile_order(const ForwardParams& params, const ForwardLaunchConfig
   const bool has_lengths = params.seq.has_lengths();
   const int num_runs = config.num_blocks / (params.tiles_per_head * Traits::kClusterBlocks);
   const bool pairs = Traits::kMask != Mask::kFull && !has_lengths;
-  const int units_per_run = pairs ? (params.tiles_per_head + 1) / 2 : params.tiles_per_head;
+  const int units_per_run = pairs ? ceil_div(params.tiles_per_head, 2) : params.tiles_per_head;
   const int num_units = num_runs * units_per_run;
   const int step = has_lengths ? 0 : find_step(count_clusters<Traits>(params, config, num_units), units_per_run);
   return {.num_units = num_units,
