@@ -60,7 +60,7 @@ int time_kernel(int batch, int heads, int length) {
   params.seq.batch = params.seq.num_cache_rows = batch;
   params.seq.rows_q = params.seq.rows_k = length;
   params.tiles_per_head = (length + Traits::kClusterM - 1) / Traits::kClusterM;
-  params.score.factor = 1.f;
+  params.score.score_factor = 1.f;
   params.score.softmax_scale = 1.f / sqrtf(static_cast<float>(kDims.qk));
   int num_sms = 0;
   check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
