@@ -59,7 +59,7 @@ int time_kernel(int batch, int heads, int length) {
   params.heads = {heads, 1, kDims.qk, kDims.v};
   params.seq.batch = params.seq.num_cache_rows = batch;
   params.seq.rows_q = params.seq.rows_k = length;
-  params.tiles_per_head = (length + Traits::kClusterM - 1) / Traits::kClusterM;
+  params.tiles_per_head = ceil_div(length, Traits::kClusterM);
   params.score.score_factor = 1.f;
   params.score.softmax_scale = 1.f / sqrtf(static_cast<float>(kDims.qk));
   int num_sms = 0;

@@ -38,24 +38,6 @@ __device__ inline void arrive_at(NamedBarrier barrier, int offset, int num_threa
   arrive_at_barrier(static_cast<int>(barrier) + offset, num_threads);
 }
 
-// Groups start their matrix products one after the other, so that the softmax of one runs beside the products of
-// another (FlashAttention-3 calls it ping-pong scheduling). The last group of the ring opens it by passing the first
-// turn. One group alone has no turns.
-template <int kNumGroups>
-struct Turns {
-  static_assert(kNumGroups <= kMaxConsumerGroups);
-  static constexpr int kNumThreads = 2 * kThreadsPerWarpgroup;
-
-  static __device__ void wait(int group) {
-    if constexpr (kNumGroups > 1) wait_at(NamedBarrier::kTurn, group, kNumThreads);
-  }
-  static __device__ void pass(int group) {
-    if constexpr (kNumGroups > 1) {
-      arrive_at(NamedBarrier::kTurn, group + 1 == kNumGroups ? 0 : group + 1, kNumThreads);
-    }
-  }
-};
-
 // The stages of one operand in shared memory. `full` has one arrival, the producer's, and counts the bytes that TMA
 // brings. `empty` has one of each consumer warp; in a cluster, whose producers write into each other's stages, of each
 // one of all blocks.
