@@ -64,8 +64,8 @@ int time_kernel(int batch, int heads, int length) {
   params.score.softmax_scale = 1.f / sqrtf(static_cast<float>(kDims.qk));
   int num_sms = 0;
   check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
-  const ForwardLaunchConfig config{params.tiles_per_head * Traits::kClusterBlocks * heads * batch,
-                                   Traits::kClusterBlocks, num_sms, nullptr, nullptr};
+  const ForwardLaunchConfig config{params.tiles_per_head * Traits::Cluster::kNumBlocks * heads * batch,
+                                   Traits::Cluster::kNumBlocks, num_sms, nullptr, nullptr};
 
   cudaEvent_t start, stop;
   check(cudaEventCreate(&start));

@@ -75,15 +75,6 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
 }
 
 template <class Traits>
-__device__ void sync_blocks() {
-  if constexpr (Traits::kClusterBlocks > 1) {
-    sync_cluster();
-  } else {
-    __syncthreads();
-  }
-}
-
-template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     forward_kernel(const __grid_constant__ ForwardParams params, const __grid_constant__ ForwardTensorMaps maps,
                    const TileOrder order) {
@@ -98,7 +89,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     fence_barrier_init();
     for (const TensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.o}) prefetch_descriptor(map->descriptor);
   }
-  sync_blocks<Traits>();
+  Traits::Cluster::sync();
 
   const int group = warpgroup_idx();
   if (group == 0) {
@@ -114,8 +105,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     take_registers<Traits::kConsumerRegisters>();
     consume<Traits>(params, maps, smem, group - 1);
   }
-  // A block's shared memory must be there for as long as another one may arrive at its barriers.
-  if constexpr (Traits::kClusterBlocks > 1) sync_cluster();
+  Traits::Cluster::sync_before_leaving();
 }
 
 }  // namespace flash_attn::sm90

@@ -74,13 +74,13 @@ inline int find_step(int num_clusters, int units_per_run) {
 template <class Traits>
 int count_clusters(const ForwardParams& params, const ForwardLaunchConfig& config, int num_units) {
   if (params.seq.has_lengths() && config.tile_counter == nullptr) return num_units;
-  return std::min(num_units, config.num_sms / Traits::kClusterBlocks);
+  return std::min(num_units, config.num_sms / Traits::Cluster::kNumBlocks);
 }
 
 template <class Traits>
 TileOrder make_tile_order(const ForwardParams& params, const ForwardLaunchConfig& config) {
   const bool has_lengths = params.seq.has_lengths();
-  const int num_runs = config.num_blocks / (params.tiles_per_head * Traits::kClusterBlocks);
+  const int num_runs = config.num_blocks / (params.tiles_per_head * Traits::Cluster::kNumBlocks);
   const bool pairs = Traits::kMask != Mask::kFull && !has_lengths;
   const int units_per_run = pairs ? ceil_div(params.tiles_per_head, 2) : params.tiles_per_head;
   const int num_units = num_runs * units_per_run;
@@ -98,7 +98,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, const ForwardLaun
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   const auto kernel = &forward_kernel<Traits>;
   // Compiled with another FLASH_ATTN_SM90_CLUSTER than the planner.
-  if (config.cluster_blocks != Traits::kClusterBlocks) return cudaErrorInvalidConfiguration;
+  if (config.cluster_blocks != Traits::Cluster::kNumBlocks) return cudaErrorInvalidConfiguration;
   ForwardTensorMaps maps;
   cudaError_t error = make_tensor_maps<Traits>(params, maps);
   if (error != cudaSuccess) return error;
@@ -111,9 +111,9 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, const ForwardLaun
     error = cudaMemsetAsync(order.counter, 0, sizeof(int), config.stream);
     if (error != cudaSuccess) return error;
   }
-  const KernelLaunch launch{num_clusters * Traits::kClusterBlocks, Traits::kNumThreads, kSmemBytes, config.stream};
-  if constexpr (Traits::kClusterBlocks > 1) {
-    return start_clusters(kernel, launch, Traits::kClusterBlocks, params, maps, order);
+  const KernelLaunch launch{num_clusters * Traits::Cluster::kNumBlocks, Traits::kNumThreads, kSmemBytes, config.stream};
+  if constexpr (Traits::Cluster::kNumBlocks > 1) {
+    return start_clusters(kernel, launch, Traits::Cluster::kNumBlocks, params, maps, order);
   } else {
     start_kernel(kernel, launch, params, maps, order);
     if (params.split.entries == nullptr) return cudaGetLastError();

@@ -7,6 +7,7 @@
 #include "kernels/common/element.h"
 #include "kernels/common/smem_tile.h"
 #include "kernels/sm90/barriers.h"
+#include "kernels/sm90/cluster.h"
 #include "kernels/sm90/tile_id.h"
 #include "kernels/sm90/wgmma_shapes.h"
 #include "variant/tiles.h"
@@ -30,7 +31,8 @@ struct ForwardTraits {
   static constexpr int kKvStages = kTile.kv_stages;
   static constexpr int kQStages = kTile.q_stages;
   // Neighbouring tiles of rows, of one head, that visit the same keys together.
-  static constexpr int kClusterBlocks = kTile.cluster;
+  using Cluster = ClusterOf<kTile.cluster>;
+  static_assert(Cluster::kNumBlocks == kTile.cluster, "a cluster has one block or two");
   static constexpr int kClusterM = kTile.cluster_rows();
 
   using Element = ElementOf<kVariant.dtype>;
@@ -54,7 +56,7 @@ struct ForwardTraits {
   // warpgroup. The producer of a cluster spills with 24.
   static constexpr int kNumGroups = kNumConsumerGroups + 1;
   static constexpr int kRegistersOfAllGroups = 65536 / kNumThreads / 8 * 8 * kNumGroups;
-  static constexpr int kMinProducerRegisters = kClusterBlocks == 1 ? 24 : 32;
+  static constexpr int kMinProducerRegisters = Cluster::kNumBlocks == 1 ? 24 : 32;
   static constexpr int kConsumerRegisters =
       (kRegistersOfAllGroups - kMinProducerRegisters) / kNumConsumerGroups / 8 * 8;
   static constexpr int kProducerRegisters = kRegistersOfAllGroups - kNumConsumerGroups * kConsumerRegisters;
@@ -101,8 +103,8 @@ struct ForwardTraits {
   // the last ones of this are still in use.
   static constexpr int kKSlices = kKvStages > 1 ? 1 : kHeadDim % (4 * kBoxCols<kHeadDim>) == 0 ? 4 : 3;
   static constexpr int kKSliceCols = kHeadDim / kKSlices;
-  static_assert(kKSliceCols % (kBoxCols<kHeadDim> * kClusterBlocks) == 0 &&
-                    kGroupCols % (kBoxCols<kGroupCols> * kClusterBlocks) == 0,
+  static_assert(kKSliceCols % (kBoxCols<kHeadDim> * Cluster::kNumBlocks) == 0 &&
+                    kGroupCols % (kBoxCols<kGroupCols> * Cluster::kNumBlocks) == 0,
                 "the blocks of a cluster bring as many boxes each");
   static constexpr int kQBytes = kTileM * kHeadDim * sizeof(Element);
   static constexpr int kKSliceBytes = kTileN * kKSliceCols * sizeof(Element);
@@ -128,8 +130,8 @@ struct ForwardTraits {
     Stages<kTileIdStages> tile_ids;
     TileId tile_id[kTileIdStages];
     Stages<kQStages> q;
-    Stages<kKvStages * kKSlices, kClusterBlocks> k;
-    Stages<kKvStages, kClusterBlocks> v[kColumnGroups];
+    Stages<kKvStages * kKSlices, Cluster> k;
+    Stages<kKvStages, Cluster> v[kColumnGroups];
     std::conditional_t<(kColumnGroups > 1), RowFactors, NoRowFactors> row_factors;
   };
   struct SharedStorage : std::conditional_t<(kColumnGroups > 1), Exchange, NoExchange> {

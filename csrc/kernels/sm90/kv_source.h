@@ -31,11 +31,11 @@ class RowKvSource {
   // A slice of columns of a tile of keys, to its place in the tile at `smem`.
   __device__ void load_k(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
     box<Traits::kHeadDim>(maps_.k, n_idx)
-        .template load_for_cluster<Traits::kKSliceCols, Traits::kClusterBlocks>(kKvHint, barrier, smem, first_col);
+        .template load<Traits::kKSliceCols, typename Traits::Cluster>(kKvHint, barrier, smem, first_col);
   }
   __device__ void load_v(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
     box<Traits::kGroupCols>(maps_.v, n_idx)
-        .template load_for_cluster<Traits::kGroupCols, Traits::kClusterBlocks>(kKvHint, barrier, smem, first_col);
+        .template load<Traits::kGroupCols, typename Traits::Cluster>(kKvHint, barrier, smem, first_col);
   }
 
  private:
@@ -73,8 +73,7 @@ class PagedKvSource {
     constexpr int kBoxCols = Traits::template kBoxCols<kCols>;
     using Box = RowBox<Traits::kTileN, kBoxCols>;
     const auto start = [&](const Box& box, int row) {
-      box.template load_for_cluster<kNumCols, Traits::kClusterBlocks>(kKvHint, barrier, smem + row * kBoxCols,
-                                                                      first_col);
+      box.template load<kNumCols, typename Traits::Cluster>(kKvHint, barrier, smem + row * kBoxCols, first_col);
     };
     const FastDivisor& page_size = params_.page.page_size;
     const int box_rows = page_box_rows(page_size.divisor(), Traits::kTileN);

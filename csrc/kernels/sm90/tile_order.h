@@ -28,7 +28,7 @@ __device__ TileId locate_packed_tile(const ForwardParams& params, const FastDivi
 template <class Traits>
 __device__ PackedTile tile_of_block(const PackedTile& cluster_tile) {
   PackedTile tile = cluster_tile;
-  if constexpr (Traits::kClusterBlocks > 1) tile.m_begin += block_of_cluster() * Traits::kTileM;
+  tile.m_begin += Traits::Cluster::block_idx() * Traits::kTileM;
   return tile;
 }
 
@@ -71,8 +71,8 @@ class UnitCursor {
 template <class Traits, class Work>
 __device__ void for_each_tile(const ForwardParams& params, const TileOrder& order, const Work& work) {
   const int tiles_per_run = params.tiles_per_head;
-  const int num_clusters = gridDim.x / Traits::kClusterBlocks;
-  for (UnitCursor cursor(blockIdx.x / Traits::kClusterBlocks); cursor.unit() < order.num_units;
+  const int num_clusters = gridDim.x / Traits::Cluster::kNumBlocks;
+  for (UnitCursor cursor(blockIdx.x / Traits::Cluster::kNumBlocks); cursor.unit() < order.num_units;
        cursor.advance(order, num_clusters)) {
     const int unit = cursor.unit();
     const int run_begin = unit / order.units_per_run * tiles_per_run;
