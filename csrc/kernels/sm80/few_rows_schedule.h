@@ -15,7 +15,7 @@
 namespace flash_attn::sm80 {
 
 // A tile of packed rows, and the part of its keys.
-struct SplitTile : PackedTile {
+struct FewRowsTile : PackedTile {
   int split_idx;  // negative: the slot has no tile
   int num_splits;
   int64_t first_slot;  // of the entry
@@ -188,7 +188,7 @@ __device__ SlotRun find_run_by_lengths(const ForwardParams& params, int slot) {
 
 // Decodes a block index. Indices run through heads first, whose keys lie side by side, then through slots.
 template <int kTileM, int kTileN>
-__device__ SplitTile locate_split_tile(const ForwardParams& params, int block_idx) {
+__device__ FewRowsTile locate_few_rows_tile(const ForwardParams& params, int block_idx) {
   const SplitParams& split = params.split;
   const int packed_heads = split.packed_heads.divisor();
   const int num_head_runs = params.heads.num_heads / packed_heads;
@@ -196,11 +196,11 @@ __device__ SplitTile locate_split_tile(const ForwardParams& params, int block_id
   const int slot = block_idx / num_head_runs;
   const detail::SlotRun run = split.num_splits > 0 ? detail::find_fixed_run<kTileM>(params, slot)
                                                    : detail::find_run_by_lengths<kTileM, kTileN>(params, slot);
-  SplitTile tile{{.seq = {}, .rows = {head_run * packed_heads, split.packed_heads}, .m_begin = 0},
-                 -1,
-                 run.num_splits,
-                 run.first_slot,
-                 slot - run.first_slot};
+  FewRowsTile tile{{.seq = {}, .rows = {head_run * packed_heads, split.packed_heads}, .m_begin = 0},
+                   -1,
+                   run.num_splits,
+                   run.first_slot,
+                   slot - run.first_slot};
   if (tile.place < 0 || run.num_splits == 0) return tile;
   tile.seq = entry_info(params.seq, run.entry);
   // Nothing is to be merged in rows of no entry, whatever the number of splits.

@@ -96,9 +96,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     give_up_registers<Traits::kProducerRegisters>();
     if (warp_idx() == 0 && is_elected_lane()) {
       if (params.page.table == nullptr) {
-        Producer<Traits, RowKvSource>(params, maps, smem).bring_all(order);
+        Producer<Traits, RowKvSource>(params, maps, smem).load_all(order);
       } else {
-        Producer<Traits, PagedKvSource>(params, maps, smem).bring_all(order);
+        Producer<Traits, PagedKvSource>(params, maps, smem).load_all(order);
       }
     }
   } else {
