@@ -12,7 +12,7 @@ namespace {
 // A warpgroup's rows: O is stored in boxes of as many, which must hold whole queries.
 constexpr int64_t kMostPackedHeads = 64;
 
-// Of the rows of an entry's tiles, how many hold a query.
+// The share of the rows of an entry's tiles that hold a query.
 double share_of_used_rows(int64_t rows, int tile_m) {
   return static_cast<double>(rows) / static_cast<double>(round_up(rows, tile_m));
 }

@@ -141,7 +141,7 @@ constexpr Tile clustered(Tile tile) {
   return tile;
 }
 
-// A warpgroup owns 64 rows of S and of O; one more, of which a single thread works, brings the tiles.
+// A warpgroup owns 64 rows of S and of O; one more warpgroup, one thread of which is active, loads the tiles.
 inline constexpr TileRow kForwardTilesSm90[] = {
     {{32, 32},
      SmemClass::k227KB,
@@ -237,15 +237,15 @@ constexpr Tile tile_for(const Variant& variant) {
       ->tile;
 }
 
-// SM90: K and V come out of pages in boxes of so many rows, each of one page: the most, of the powers of two, that
-// divide pages and tiles.
+// SM90: rows of one TMA box when K and V are paged: the largest power of two that divides both the page size and
+// tile_n.
 constexpr int page_box_rows(int page_size, int tile_n) {
   const int of_page = page_size & -page_size;
   const int of_tile = tile_n & -tile_n;
   return of_page < of_tile ? of_page : of_tile;
 }
-// All tiles of keys have a multiple of them. Smaller boxes would take the producer longer to start than the consumers
-// to use, and the swizzle's pattern, which a box has to begin with, repeats after 8 rows.
+// Every tile of keys has a multiple of so many. Smaller boxes would take the producer longer to start than the
+// consumers to use, and the swizzle's pattern, which a box has to begin with, repeats after 8 rows.
 inline constexpr int kLeastPageBoxRows = 16;
 
 constexpr int num_threads(Arch arch, const Tile& tile) {
@@ -258,7 +258,7 @@ inline constexpr int kBarrierBytesSm90 = 1024;
 // Stages of P between warpgroups that share rows.
 inline constexpr int kProbabilityStagesSm90 = 2;
 
-// Of a row of Q or K in shared memory, which is made of blocks of 32 or 64 columns.
+// Columns of a row of Q or K in shared memory, which is made of blocks of 32 or 64.
 constexpr int smem_cols(int head_dim) { return round_up(head_dim, 32); }
 
 // Q, K and V; O leaves through Q's space. Warps that share rows exchange P and the rows' maxima.

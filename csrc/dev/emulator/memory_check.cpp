@@ -184,7 +184,7 @@ void visit_global(uintptr_t begin, size_t num_bytes, Access access) {
   }
 }
 
-// Of shared memory that was checked before.
+// Each cell of shared memory that was checked before.
 template <class Visitor>
 void for_each_cell(const void* smem, size_t num_bytes, const Visitor& visit) {
   const size_t offset = static_cast<const unsigned char*>(smem) - smem_bytes;

@@ -51,7 +51,7 @@ struct KvRange {
   }
 };
 
-// Of the tile of rows that begins at m_begin, in an entry that has `num_rows`.
+// What the tile of rows that begins at m_begin visits, in an entry that has `num_rows`.
 template <int kTileM, int kTileN, class Keys>
 __device__ KvRange kv_range_of_rows(const Keys& keys, int m_begin, int num_rows) {
   const int m_last = min(m_begin + kTileM, num_rows) - 1;

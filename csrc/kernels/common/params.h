@@ -100,7 +100,7 @@ struct SplitParams {
   // them.
   int target_slots;
   int min_tiles;
-  // Of each slot and run of packed heads: O (tile rows, head_dim_v) and LSE (tile rows). Null if nothing is split.
+  // Each slot and run of packed heads has O (tile rows, head_dim_v) and LSE (tile rows). Null if nothing is split.
   float* o;
   float* lse;
   struct Entry {

@@ -15,7 +15,7 @@ struct EntrySlots {
   int64_t first;
   int64_t row_tiles;
 
-  // Of a part of the tile at packed row `m_begin`.
+  // The slot of a part of the tile at packed row `m_begin`.
   template <int kTileM>
   __device__ int64_t slot_of(int m_begin, int part) const {
     return first + part * row_tiles + m_begin / kTileM;

@@ -22,7 +22,7 @@ struct FewRowsTile : PackedTile {
   int64_t place;       // of this slot among the entry's
 
   __device__ bool has_part() const { return split_idx >= 0 && split_idx < num_splits; }
-  // Of all tiles and parts of an entry one.
+  // One tile and part of each entry does.
   __device__ bool opens_entry() const { return place == 0 && split_idx == 0 && rows.first_head == 0; }
 };
 

@@ -1,4 +1,4 @@
-// The SM90 forward kernel: a producer warpgroup brings tiles of Q, K and V, consumer warpgroups compute 64 rows of O
+// The SM90 forward kernel: a producer warpgroup loads tiles of Q, K and V, consumer warpgroups compute 64 rows of O
 // each.
 #pragma once
 

@@ -69,8 +69,8 @@ inline int find_step(int num_clusters, int units_per_run) {
   return 0;
 }
 
-// As many as the GPU holds at a time, each of which loads its next tile while one ends; or, where lengths are on the
-// device and there is no counter, as many as units.
+// How many clusters run: as many as the GPU holds at a time, each of which loads its next tile while one ends; or,
+// where lengths are on the device and there is no counter, as many as units.
 template <class Traits>
 int count_clusters(const ForwardParams& params, const ForwardLaunchConfig& config, int num_units) {
   if (params.seq.has_lengths() && config.tile_counter == nullptr) return num_units;

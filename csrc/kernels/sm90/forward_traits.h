@@ -37,7 +37,7 @@ struct ForwardTraits {
 
   using Element = ElementOf<kVariant.dtype>;
 
-  // ---- threads: one warpgroup brings the tiles, the others own 64 rows of O each, or some columns of the same 64 rows
+  // ---- threads: one warpgroup loads the tiles, the others own 64 rows of O each, or some columns of the same 64 rows
   static constexpr int kRowGroups = kTile.warps_m * kThreadsPerWarp / kThreadsPerWarpgroup;
   static constexpr int kColumnGroups = kTile.warps_n;
   static constexpr int kNumConsumerGroups = kRowGroups * kColumnGroups;

@@ -81,7 +81,8 @@ class PagedKvSource {
     int table_idx = page_size.divide(first_token);
     int page = page_at(table_idx);
     int row_of_page = first_token - table_idx * page_size.divisor();
-    // From a box on: the first one has some, and boxes without any are zeros, whatever their page.
+    // Keys left, this box's included. The first box has at least one; a box with none is all zeros, so its page doesn't
+    // matter.
     int num_keys = tile_.seq.seqlen_k - n_idx * Traits::kTileN;
     for (int row = 0; row < Traits::kTileN; row += box_rows) {
       if (row_of_page >= page_size.divisor() && num_keys > 0) {
@@ -104,7 +105,7 @@ class PagedKvSource {
     const int named = __ldg(page.table + tile_.seq.kv_batch_idx * page.table_stride + table_idx);
     return clamp_to(named, 0, page.num_pages - 1);
   }
-  // Of the first box's keys those that no row sees; none where it has the tile's last key (first_counted_key).
+  // How many keys of the first box no row sees; none where the box has the tile's last key (first_counted_key).
   __device__ int num_unseen() const {
     return PackedKeys<Traits::kMask>{{tile_.seq, params_.window}, tile_.rows}.begin(tile_.m_begin);
   }

@@ -10,7 +10,7 @@
 
 namespace flash_attn::sm90 {
 
-// Announces each tile, brings its Q, and K and V in the order in which the consumers take them: the last tile of keys
+// Announces each tile, loads its Q, and K and V in the order in which the consumers take them: the last tile of keys
 // first, each K one step before the V that goes with the K before it.
 template <class Traits, template <class> class KvSource>
 class Producer {

@@ -18,7 +18,7 @@ struct NoTurns {
   static __device__ void after_products(int) {}
   static __device__ void before_exponentials(int) {}
   static __device__ void after_exponentials(int) {}
-  // Of a step that the group skips.
+  // Takes the turn of a step that the group skips.
   static __device__ void skip(int) {}
 };
 

@@ -7,9 +7,9 @@
 
 namespace flash_attn::sm90 {
 
-// The first key that a tile counts if `first_seen` is the first one that any of its rows sees: where rows don't come in
-// boxes of one page each, that. A box begins at the beginning of one, and TMA replaces what nobody sees in it by zeros;
-// but not at both of its ends, so the only box of a tile begins with what is seen.
+// The key from which a tile's steps are counted: `first_seen`, the first key that any of its rows sees; with pages, the
+// start of that key's box, since a box must start at a multiple of its rows. TMA can zero only one end of a box, so a
+// tile's only box starts at `first_seen`.
 template <class Traits>
 __device__ int first_counted_key(const PageParams& page, int first_seen, int num_keys) {
   if (page.table == nullptr) return first_seen;
@@ -48,8 +48,8 @@ struct GroupKeys {
   int num_after;
 };
 
-// Of the rows of `tile` from `group_row` on, a group's. A group without rows in use sees nothing, and one in the upper
-// part of a tile less than the others where a mask has edges.
+// The keys of the group whose rows are those of `tile` from `group_row` on. A group without rows in use sees nothing,
+// and one in the upper part of a tile less than the others where a mask has edges.
 template <class Traits>
 __device__ GroupKeys keys_of_group(const ForwardParams& params, const PackedTile& tile, int group_row,
                                    const KvRange& visited) {

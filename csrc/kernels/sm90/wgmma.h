@@ -10,8 +10,8 @@ namespace flash_attn::sm90 {
 
 using namespace cute;
 
-// Of Q's descriptors, as many stay in uniform registers over the loop. More would crowd out what else belongs there,
-// the stages' indices first: it would take the lanes' registers, which then spill, and a move (R2UR) before each
+// So many of Q's descriptors stay in uniform registers over the loop. More would crowd out what else belongs there, the
+// stages' indices first: it would take the lanes' registers, which then spill, and a move (R2UR) before each
 // product.
 inline constexpr int kMaxLastingDescriptors = 8;
 
@@ -54,7 +54,7 @@ CUTE_DEVICE void wait_for_gemms(Acc& acc) {
 
 inline constexpr int kRowsPerWarp = 16;
 
-// Of kCols columns: ((column pair, row pair, N / 8), 1, 1).
+// An accumulator of kCols columns: ((column pair, row pair, N / 8), 1, 1).
 template <int kCols>
 CUTE_DEVICE auto make_accumulator() {
   static_assert(kCols % 8 == 0);
