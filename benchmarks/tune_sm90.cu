@@ -60,13 +60,13 @@ int time_kernel(int batch, int heads, int length) {
   params.split.num_splits = 1;
   params.seq.batch = params.seq.num_cache_rows = batch;
   params.seq.rows_q = params.seq.rows_k = length;
-  params.tiles_per_head = (length + Traits::kClusterM - 1) / Traits::kClusterM;
-  params.score.factor = 1.f;
+  params.tiles_per_head = ceil_div(length, Traits::kClusterM);
+  params.score.score_factor = 1.f;
   params.score.softmax_scale = 1.f / sqrtf(static_cast<float>(kDims.qk));
   int num_sms = 0;
   check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
-  const ForwardLaunchConfig config{params.tiles_per_head * Traits::kClusterBlocks * heads * batch,
-                                   Traits::kClusterBlocks, num_sms, nullptr, nullptr};
+  const ForwardLaunchConfig config{params.tiles_per_head * Traits::Cluster::kNumBlocks * heads * batch,
+                                   Traits::Cluster::kNumBlocks, num_sms, nullptr, nullptr};
 
   cudaEvent_t start, stop;
   check(cudaEventCreate(&start));

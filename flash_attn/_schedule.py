@@ -1,4 +1,4 @@
-"""The splits that kernels derive from the lengths, computed ahead: csrc/kernels/common/split_schedule.h in torch."""
+"""The splits that kernels derive from the lengths, computed ahead: csrc/kernels/sm80/few_rows_schedule.h in torch."""
 
 from __future__ import annotations
 

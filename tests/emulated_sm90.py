@@ -78,7 +78,7 @@ FAULTS = {
     "read_stage_before_its_barrier": _TOO_EARLY,
     "multiply_stage_before_its_barrier": _TOO_EARLY,
     "overwrite_stage_in_use": "writes byte .*, which .*(still read|, with no barrier between)",
-    "give_back_stage_before_products_end": "writes byte .*, which TMA or the tensor cores still read",
+    "release_stage_before_products_end": "writes byte .*, which TMA or the tensor cores still read",
     "read_accumulator_before_wait": "reads registers of a matrix product that it has not waited for",
     "write_operand_before_wait": "writes registers of a matrix product that it has not waited for",
     "return_before_wait": "returns while its matrix products are under way",

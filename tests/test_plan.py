@@ -218,7 +218,7 @@ def test_chosen_splits_depend_on_shapes_alone_and_fit_the_grid():
 
 
 def _num_slots_used(made, lengths, left):
-    """How many slots the device takes (csrc/kernels/common/split_schedule.h), causal, with a window."""
+    """How many slots the device takes (csrc/kernels/sm80/few_rows_schedule.h), causal, with a window."""
     work = []
     for queries, keys in lengths:
         row_tiles = -(-queries * made.packed_heads // made.tile_m)

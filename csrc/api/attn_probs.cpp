@@ -9,14 +9,9 @@
 #include "api/params_of.h"
 #include "api/problem_of.h"
 #include "kernels/misc/attn_probs.h"
+#include "variant/rounding.h"
 
 namespace flash_attn {
-namespace {
-
-int64_t round_up(int64_t size) { return (size + kProbsMultiple - 1) / kProbsMultiple * kProbsMultiple; }
-
-}  // namespace
-
 AttnProbsArgs take_attn_probs_args(StackReader& stack) {
   using OptionalTensor = std::optional<Tensor>;
   Tensor q = stack.take<Tensor>();
@@ -62,7 +57,8 @@ Tensor attn_probs(const AttnProbsArgs& args) {
   const Tensor lse = torch::stable::contiguous(args.lse);
   const Tensor q = with_vector_rows(forward.q);
   const Tensor k = with_vector_rows(forward.k);
-  const Tensor probs = allocate_like(forward.q, {problem.batch, problem.num_heads, round_up(rows), round_up(columns)});
+  const Tensor probs = allocate_like(
+      forward.q, {problem.batch, problem.num_heads, round_up(rows, kProbsMultiple), round_up(columns, kProbsMultiple)});
   const AttnProbsParams params{.q = operand_of(q),
                                .k = operand_of(k),
                                .lse = lse_operand_of(lse),

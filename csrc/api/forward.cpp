@@ -57,8 +57,8 @@ SplitWorkspace make_split_workspace(const ForwardArgs& args, const Problem& prob
   return workspace;
 }
 
-// With which SM90's thread blocks share tiles out where lengths are on the device, unless each has one tile at most.
-// Clusters don't.
+// SM90 without clusters: the counter by which thread blocks take tiles when lengths are on the device; none if there
+// are no more tiles than SMs.
 std::optional<Tensor> make_tile_counter(const ForwardArgs& args, const Plan& plan, const SeqParams& seq, int num_sms) {
   if (plan.variant.arch != Arch::kSm90 || plan.tile.cluster > 1) return std::nullopt;
   if (!seq.has_lengths() || plan.num_blocks <= num_sms) return std::nullopt;

@@ -7,12 +7,11 @@
 #include <vector>
 
 #include "api/cuda_error.h"
+#include "variant/rounding.h"
 
 namespace flash_attn {
 
-int64_t round_up_to_vector(int64_t head_dim) {
-  return (head_dim + kVectorElements - 1) / kVectorElements * kVectorElements;
-}
+int64_t round_up_to_vector(int64_t head_dim) { return round_up(head_dim, kVectorElements); }
 
 namespace {
 
@@ -113,16 +112,16 @@ ScoreParams score_params_of(const ForwardArgs& args) {
   const float softcap = static_cast<float>(args.softcap);
   const bool has_slopes = args.alibi_slopes.has_value();
   ScoreParams score{
-      .factor = 1.f,
+      .score_factor = 1.f,
       .softmax_scale = scale,
       .has_softcap = softcap > 0.f,
       .alibi_slopes = has_slopes ? static_cast<const float*>(args.alibi_slopes->const_data_ptr()) : nullptr,
       .alibi_batch_stride = has_slopes && args.alibi_slopes->dim() == 2 ? args.alibi_slopes->stride(0) : 0};
   if (score.has_softcap) {
-    score.factor = scale / softcap;
+    score.score_factor = scale / softcap;
     score.softmax_scale = softcap;
   } else if (scale <= 0.f) {
-    score.factor = scale;
+    score.score_factor = scale;
     score.softmax_scale = 1.f;
   }
   return score;

@@ -69,7 +69,7 @@ inline void check_like(const char* name, const Tensor& tensor, const Tensor& lik
         torch::headeronly::toString(tensor.scalar_type()));
 }
 
-// Of a vector of int32, where it is given.
+// Checks a vector of int32, where it is given.
 inline void check_ints(const char* name, const std::optional<Tensor>& vector, const Tensor& like, int64_t size) {
   if (!vector) return;
   check_like(name, *vector, like, ScalarType::Int);

@@ -1,6 +1,7 @@
 #include "plan/grid.h"
 
 #include "plan/plan.h"
+#include "variant/rounding.h"
 #include "variant/varlen_tiles.h"
 
 namespace flash_attn {

@@ -8,8 +8,6 @@
 
 namespace flash_attn {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Tiles of one head of one dense entry, or of all packed entries.
 int64_t count_tiles(Layout layout, int64_t rows, int64_t batch, int tile_rows);
 

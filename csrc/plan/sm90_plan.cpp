@@ -4,6 +4,7 @@
 
 #include "plan/grid.h"
 #include "plan/split_plan.h"
+#include "variant/rounding.h"
 
 namespace flash_attn {
 namespace {
@@ -11,9 +12,9 @@ namespace {
 // A warpgroup's rows: O is stored in boxes of as many, which must hold whole queries.
 constexpr int64_t kMostPackedHeads = 64;
 
-// Of the rows of an entry's tiles, how many hold a query.
+// The share of the rows of an entry's tiles that hold a query.
 double share_of_used_rows(int64_t rows, int tile_m) {
-  return static_cast<double>(rows) / static_cast<double>(ceil_div(rows, tile_m) * tile_m);
+  return static_cast<double>(rows) / static_cast<double>(round_up(rows, tile_m));
 }
 
 // If the entries of a variable-length batch have about as many queries each.

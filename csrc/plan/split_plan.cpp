@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "plan/grid.h"
+#include "variant/rounding.h"
 
 namespace flash_attn {
 namespace {
@@ -93,7 +94,7 @@ SplitPlan make_split_plan(const Problem& problem, Rows rows, const Tile& tile, i
   plan.min_tiles = static_cast<int>(ceil_div(sharing.min_keys, tile.n));
   // Where lengths vary, row_tiles bounds their number, and this is what it will be about.
   const int64_t queries = queries_per_entry(problem);
-  const int64_t likely_row_tiles = problem.batch * ceil_div(queries * plan.packed_heads, int64_t{tile.m});
+  const int64_t likely_row_tiles = problem.batch * ceil_div(queries * plan.packed_heads, tile.m);
   const double waves = static_cast<double>(likely_row_tiles * head_runs) / static_cast<double>(wave);
   plan.num_splits = problem.num_splits;
   const bool is_enough = waves > sharing.waves_enough || waves == 0.0;

@@ -5,7 +5,7 @@
 
 namespace flash_attn {
 
-// Of a variable-length batch the mean: no maximum, which is a hint that may not change a result.
+// A variable-length batch has their mean, not their maximum, which is a hint that may not change a result.
 int64_t queries_per_entry(const Problem& problem);
 
 Rows choose_rows(const Problem& problem);

@@ -26,13 +26,14 @@ struct WarpGrid {
 };
 
 struct BackwardTile {
-  int m;              // query rows per step
-  int n;              // keys per thread block
-  int stages;         // of Q and of dO in shared memory
-  int column_blocks;  // thread blocks that share a tile of keys: each has its part of the columns of dQ, dK and dV
-  WarpGrid scores;    // of S and dP: m x n
-  WarpGrid dkv;       // of dK and dV: n x columns
-  WarpGrid dq;        // m x columns
+  int m;       // query rows per step
+  int n;       // keys per thread block
+  int stages;  // of Q and of dO in shared memory
+  // Thread blocks that share a tile of keys: each has its part of the columns of dQ, dK and dV.
+  int column_blocks = 1;
+  WarpGrid scores;  // of S and dP: m x n
+  WarpGrid dkv;     // of dK and dV: n x columns
+  WarpGrid dq;      // m x columns
 };
 
 // The scores that a row is for.
@@ -50,22 +51,56 @@ struct BackwardTileRow {
 
 // Smallest bucket first, then most shared memory: a call takes the first row that holds it and that the GPU can hold.
 inline constexpr BackwardTileRow kBackwardTilesSm80[] = {
-    {{32, 32}, SmemClass::k99KB, {64, 128, 2, 1, {2, 4}, {8, 1}, {4, 2}}, "exponentials outweigh the products"},
+    {{32, 32},
+     SmemClass::k99KB,
+     {.m = 64, .n = 128, .stages = 2, .scores = {2, 4}, .dkv = {8, 1}, .dq = {4, 2}},
+     "exponentials outweigh the products"},
     {{64, 64},
      SmemClass::k163KB,
-     {128, 128, 2, 1, {4, 2}, {4, 2}, {4, 2}},
+     {.m = 128, .n = 128, .stages = 2, .scores = {4, 2}, .dkv = {4, 2}, .dq = {4, 2}},
      "registers: S and dP (64 each) of 255; a general score's spill 448 bytes",
      ScoreSet::kPlain},
-    {{64, 64}, SmemClass::k99KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {4, 2}}, "96 KB: SM86"},
-    {{96, 96}, SmemClass::k163KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {4, 2}}, "registers"},
-    {{96, 96}, SmemClass::k99KB, {64, 64, 2, 1, {4, 2}, {4, 2}, {4, 2}}, "88 KB: SM86"},
-    {{128, 128}, SmemClass::k163KB, {64, 128, 2, 1, {2, 4}, {4, 2}, {2, 4}}, "160 KB; dK and dV take 128 registers"},
-    {{128, 128}, SmemClass::k99KB, {64, 64, 1, 1, {4, 2}, {4, 2}, {4, 2}}, "80 KB: SM86"},
-    {{192, 192}, SmemClass::k163KB, {64, 64, 2, 1, {4, 2}, {2, 4}, {2, 4}}, "160 KB"},
-    {{256, 256}, SmemClass::k227KB, {64, 64, 2, 1, {4, 2}, {2, 4}, {2, 4}}, "208 KB"},
-    {{256, 256}, SmemClass::k163KB, {64, 64, 1, 1, {4, 2}, {2, 4}, {2, 4}}, "144 KB: SM80"},
-    {{512, 512}, SmemClass::k227KB, {32, 64, 1, 2, {2, 4}, {2, 4}, {2, 4}}, "200 KB; dK and dV take 128 registers"},
-    {{512, 512}, SmemClass::k163KB, {32, 32, 1, 2, {2, 2}, {2, 2}, {2, 2}}, "132 KB: SM80"},
+    {{64, 64},
+     SmemClass::k99KB,
+     {.m = 64, .n = 128, .stages = 2, .scores = {2, 4}, .dkv = {4, 2}, .dq = {4, 2}},
+     "shared memory: 96 KB fits SM86"},
+    {{96, 96},
+     SmemClass::k163KB,
+     {.m = 64, .n = 128, .stages = 2, .scores = {2, 4}, .dkv = {4, 2}, .dq = {4, 2}},
+     "registers: dK and dV (96) + S and dP (64) of 255 per lane; with 128 rows the latter alone take 128, and two "
+     "stages 208 KB"},
+    {{96, 96},
+     SmemClass::k99KB,
+     {.m = 64, .n = 64, .stages = 2, .scores = {4, 2}, .dkv = {4, 2}, .dq = {4, 2}},
+     "shared memory: 88 KB fits SM86"},
+    {{128, 128},
+     SmemClass::k163KB,
+     {.m = 64, .n = 128, .stages = 2, .scores = {2, 4}, .dkv = {4, 2}, .dq = {2, 4}},
+     "shared memory: 160 KB with two stages; registers: dK and dV take 128"},
+    {{128, 128},
+     SmemClass::k99KB,
+     {.m = 64, .n = 64, .stages = 1, .scores = {4, 2}, .dkv = {4, 2}, .dq = {4, 2}},
+     "shared memory: 80 KB fits SM86"},
+    {{192, 192},
+     SmemClass::k163KB,
+     {.m = 64, .n = 64, .stages = 2, .scores = {4, 2}, .dkv = {2, 4}, .dq = {2, 4}},
+     "shared memory: 160 KB with two stages; 128 keys take 176 KB even with one"},
+    {{256, 256},
+     SmemClass::k227KB,
+     {.m = 64, .n = 64, .stages = 2, .scores = {4, 2}, .dkv = {2, 4}, .dq = {2, 4}},
+     "shared memory: 208 KB with two stages; registers: dK and dV take 128, those of 128 keys 256"},
+    {{256, 256},
+     SmemClass::k163KB,
+     {.m = 64, .n = 64, .stages = 1, .scores = {4, 2}, .dkv = {2, 4}, .dq = {2, 4}},
+     "shared memory: 144 KB with one stage fits SM80"},
+    {{512, 512},
+     SmemClass::k227KB,
+     {.m = 32, .n = 64, .stages = 1, .column_blocks = 2, .scores = {2, 4}, .dkv = {2, 4}, .dq = {2, 4}},
+     "shared memory: 200 KB; registers: dK and dV take 128"},
+    {{512, 512},
+     SmemClass::k163KB,
+     {.m = 32, .n = 32, .stages = 1, .column_blocks = 2, .scores = {2, 2}, .dkv = {2, 2}, .dq = {2, 2}},
+     "shared memory: 132 KB fits SM80"},
 };
 
 // Row of the backward tile table for a score and a pair of head dims on a GPU with this much shared memory; nullptr if

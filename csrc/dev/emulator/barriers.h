@@ -3,7 +3,7 @@
 
 namespace flash_attn::emulator {
 
-// Of the cluster before.
+// Forgets those of the cluster that ran before.
 void drop_barriers();
 
 // bar.sync and bar.arrive; a barrier has the same number of threads each time it is used until it opens.
@@ -14,7 +14,7 @@ void arrive_at_named_barrier(int id, int num_threads);
 void init_mbarrier(void* at, int num_arrivals);
 void fence_mbarrier_init();
 void arrive_at_mbarrier(void* at);
-// At the barrier that lies there in the shared memory of a block of the cluster.
+// Arrives at the barrier that lies there in the shared memory of a block of the cluster.
 void arrive_at_mbarrier_of_block(void* at, int block);
 void arrive_and_expect_bytes(void* at, int num_bytes);
 void wait_at_mbarrier(void* at, unsigned parity);

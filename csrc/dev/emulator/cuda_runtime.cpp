@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kNumSms = 4;  // few, so that small calls have some with several thread blocks
 
-// Of a thread block.
+// What a thread block can have.
 int max_smem_bytes() {
   const char* kilobytes = std::getenv("FLASH_ATTN_EMULATOR_SMEM_KB");
   return kilobytes == nullptr ? flash_attn::emulator::memory::kMaxSmemBytes : std::atoi(kilobytes) * 1024;

@@ -84,7 +84,7 @@ void overwrite_stage_in_use(CUtensorMap map) {
   sm90::wait_for_gemms<0>(x.acc);
 }
 
-void give_back_stage_before_products_end(CUtensorMap map) {
+void release_stage_before_products_end(CUtensorMap map) {
   Storage& smem = storage_with_barriers();
   if (is_copier()) {
     load_both(map, smem);
@@ -205,7 +205,7 @@ constexpr FaultyKernel kFaultyKernels[] = {
     {"load_no_row", &load_no_row},
     {"multiply_stage_before_its_barrier", &multiply_stage_before_its_barrier},
     {"overwrite_stage_in_use", &overwrite_stage_in_use},
-    {"give_back_stage_before_products_end", &give_back_stage_before_products_end},
+    {"release_stage_before_products_end", &release_stage_before_products_end},
     {"read_accumulator_before_wait", &read_accumulator_before_wait},
     {"write_operand_before_wait", &write_operand_before_wait},
     {"return_before_wait", &return_before_wait},

@@ -34,7 +34,7 @@ struct Operands {
   decltype(sm90::make_accumulator<64>()) acc;
 };
 
-// Of both tiles with each other.
+// Operands of the product of both tiles.
 inline Operands operands_of(Storage& smem) {
   const auto thread = SharedMma{}.get_slice(threadIdx.x % kThreadsPerWarpgroup);
   return {.mma = {},
@@ -47,7 +47,7 @@ inline void start(Operands& x) { sm90::start_gemm(x.mma, x.a, x.b, x.acc, GMMA::
 
 inline constexpr sm90::BoxCoord kAllRows{.row = sm90::kRowBound - kRows, .row_end = kRows};
 
-// Of a tensor of kRows x kCols elements.
+// The descriptor of a tensor of kRows x kCols elements.
 inline cudaError_t describe(void* tensor, CUtensorMap& descriptor) {
   const sm90::TensorMapSpec spec{.operand = {tensor, 0, kCols, 0},
                                  .num_rows = kRows,

@@ -12,6 +12,7 @@
 #include "dev/emulator/ordering.h"
 #include "dev/emulator/tensor_memory.h"
 #include "dev/emulator/thread_block.h"
+#include "variant/rounding.h"
 
 namespace flash_attn::emulator::memory {
 namespace {
@@ -183,7 +184,7 @@ void visit_global(uintptr_t begin, size_t num_bytes, Access access) {
   }
 }
 
-// Of shared memory that was checked before.
+// Each cell of shared memory that was checked before.
 template <class Visitor>
 void for_each_cell(const void* smem, size_t num_bytes, const Visitor& visit) {
   const size_t offset = static_cast<const unsigned char*>(smem) - smem_bytes;
@@ -234,7 +235,7 @@ void begin_cluster(int smem_size_now) {
   const int num_blocks = num_cluster_blocks();
   for (int block = 0; block < num_blocks; ++block) {
     std::memset(smem_of(block), kPoison, smem_size);
-    std::fill_n(cells.begin() + block * kNumCells, (smem_size + kCellBytes - 1) / kCellBytes, Cell{});
+    std::fill_n(cells.begin() + block * kNumCells, ceil_div(smem_size, kCellBytes), Cell{});
   }
   for (unsigned warp = 0; warp * kWarpSize < num_blocks * block_dim.x; ++warp) {
     std::vector<Read>& reads = reads_of_warp[warp];

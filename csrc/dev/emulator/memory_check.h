@@ -19,12 +19,12 @@ int block_of_smem(const void* smem);
 
 void begin_launch();
 void begin_cluster(int smem_bytes);
-// Of the thread that runs from now on: its own to use.
+// The stack of the thread that runs from now on: its own to use.
 void set_stack(const void* begin, size_t num_bytes);
 
 // Checks an access by the running thread, which fails if it must not be.
 void read(const void* from, size_t num_bytes);
-// Of shared memory of any block of the cluster, for which the hardware has special instructions.
+// A read of shared memory of any block of the cluster, for which the hardware has special instructions.
 void read_in_cluster(const void* smem, size_t num_bytes);
 void write(const void* to, size_t num_bytes);
 // The same where other lanes of the warp may store the same value.

@@ -8,6 +8,8 @@
 #include <mutex>
 #include <new>
 
+#include "variant/rounding.h"
+
 namespace flash_attn::emulator::tensor_memory {
 namespace {
 
@@ -28,7 +30,7 @@ class Arena {
   void* allocate(size_t num_bytes) {
     const std::lock_guard lock(mutex_);
     const uintptr_t begin = next_ + kGapBytes;
-    next_ = (begin + num_bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+    next_ = round_up(begin + num_bytes, kPageBytes);
     if (next_ > begin_ + kArenaBytes) throw std::bad_alloc();
     sizes_[begin] = num_bytes;
     return std::memset(reinterpret_cast<void*>(begin), kPoison, num_bytes);

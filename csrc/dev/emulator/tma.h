@@ -11,7 +11,7 @@ struct BoxOrigin {
   int at[5];
 };
 
-// Of the running host's thread: the runtime's calls that need one give it one, the driver's don't.
+// Whether the host's thread has a context: the runtime's calls that need one give it one, the driver's don't.
 inline thread_local bool has_context = false;
 
 // cuTensorMapEncodeTiled, for tensors of five dimensions with 16-bit elements and swizzles of 64 and 128 bytes.
@@ -20,12 +20,12 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                       CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                       CUtensorMapFloatOOBfill fill);
 
-// Of all threads of the cluster before.
+// Forgets those of all threads of the cluster that ran before.
 void drop_tma_copies();
 
-// By the running thread.
+// A copy by the running thread.
 void start_box_load(const CUtensorMap& map, void* mbarrier, void* smem, const BoxOrigin& origin);
-// To the same place of each block of the cluster whose bit is set, with the barrier that lies there.
+// A copy to the same place of each block of the cluster whose bit is set, with the barrier that lies there.
 void start_box_multicast(const CUtensorMap& map, void* mbarrier, void* smem, unsigned blocks, const BoxOrigin& origin);
 void start_box_store(const CUtensorMap& map, const void* smem, const BoxOrigin& origin);
 void commit_box_stores();

@@ -152,7 +152,7 @@ void multiply(const Product* const (&lanes)[kWarpSize]) {
   }
 }
 
-// Of all lanes of the running thread's warp, whose oldest group it is; their shared memory is no longer in use.
+// The oldest group of all lanes of the running thread's warp; its shared memory is no longer in use.
 void run_oldest_group(Products* const (&lanes)[kWarpSize]) {
   const size_t size = lanes[0]->committed.front().size();
   for (const Products* products : lanes) {

@@ -22,10 +22,10 @@ struct Product {
   float* acc;  // n / 2 of them
 };
 
-// Of all threads of the block before.
+// Forgets those of all threads of the block that ran before.
 void drop_products();
 
-// By the running thread, with all lanes of its warp.
+// The running thread does these with all lanes of its warp.
 void start_product(const Product& product);
 void commit_products();
 void wait_for_products(int num_groups_left);

@@ -21,7 +21,8 @@ struct TurnParams {
   int* are_lost;
 };
 
-// Of the forward's rows, float32, (batch, head, row) or (head, row) of a variable-length batch, all with these strides.
+// What belongs to each of the forward's rows: float32, (batch, head, row) or, of a variable-length batch, (head, row),
+// all with these strides.
 struct RowStatistics {
   const float* lse;
   const float* dlse;  // null where LSE has no gradient

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "variant/rounding.h"
+
 namespace flash_attn {
 
 // Device code calls these functions because they are constexpr (nvcc's --expt-relaxed-constexpr).
@@ -19,7 +21,7 @@ class FastDivisor {
     int log2 = 0;
     while ((int64_t{1} << log2) < divisor) ++log2;
     shift_ = log2 - 1;
-    multiplier_ = static_cast<uint32_t>(((uint64_t{1} << (32 + shift_)) + divisor - 1) / divisor);
+    multiplier_ = static_cast<uint32_t>(ceil_div(uint64_t{1} << (32 + shift_), static_cast<uint64_t>(divisor)));
   }
 
   constexpr int divide(int dividend) const {

@@ -51,10 +51,11 @@ struct KvRange {
   }
 };
 
-// Of the tile of rows that begins at m_begin, in an entry that has `num_rows`.
+// What the tile of rows that begins at m_begin visits, in an entry that has `num_rows`.
 template <int kTileM, int kTileN, class Keys>
 __device__ KvRange kv_range_of_rows(const Keys& keys, int m_begin, int num_rows) {
   const int m_last = min(m_begin + kTileM, num_rows) - 1;
+  // Not by ceil_div, with which nvcc 13.0 puts the backward's loops in another order, up to 3 instructions longer.
   const auto tile_after = [](int key) { return (max(key, 0) + kTileN - 1) / kTileN; };
   const KeySpan seen{keys.begin(m_begin), keys.end(m_last)};
   return {seen.begin / kTileN, tile_after(seen.end), tile_after(keys.begin(m_last)), max(keys.end(m_begin), 0) / kTileN,

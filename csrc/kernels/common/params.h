@@ -66,11 +66,12 @@ struct WindowParams {
   int right;
 };
 
-// Scores are multiplied by `factor` first, and by `softmax_scale`, which is positive, within the softmax (score.h).
+// Scores are multiplied by `score_factor` first, and by `softmax_scale`, which is positive, within the softmax
+// (score.h).
 struct ScoreParams {
-  float factor;
+  float score_factor;
   float softmax_scale;
-  // Score::kGeneral. With softcap, `factor` is softmax_scale / softcap and `softmax_scale` is softcap.
+  // Score::kGeneral. With softcap, `score_factor` is softmax_scale / softcap and `softmax_scale` is softcap.
   bool has_softcap;
   const float* alibi_slopes;  // (batch or 1, head), or null
   int64_t alibi_batch_stride;
@@ -99,7 +100,7 @@ struct SplitParams {
   // them.
   int target_slots;
   int min_tiles;
-  // Of each slot and run of packed heads: O (tile rows, head_dim_v) and LSE (tile rows). Null if nothing is split.
+  // Each slot and run of packed heads has O (tile rows, head_dim_v) and LSE (tile rows). Null if nothing is split.
   float* o;
   float* lse;
   struct Entry {

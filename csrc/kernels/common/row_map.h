@@ -3,6 +3,7 @@
 
 #include "kernels/common/fast_divisor.h"
 #include "kernels/common/kv_range.h"
+#include "variant/rounding.h"
 
 namespace flash_attn {
 
@@ -22,6 +23,11 @@ struct PackedRows {
   __device__ int query(int row) const { return num_heads.divide(row); }
   __device__ int head(int row) const { return first_head + row - query(row) * num_heads.divisor(); }
 };
+
+// Tiles of the packed rows of an entry with so many rows of Q.
+__device__ inline int64_t num_row_tiles(int rows_q, int packed_heads, int tile_m) {
+  return ceil_div(static_cast<int64_t>(rows_q) * packed_heads, tile_m);
+}
 
 // A tile of packed rows of one batch entry.
 struct PackedTile {

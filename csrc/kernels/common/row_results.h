@@ -38,7 +38,7 @@ __device__ void store_lse(const ForwardParams& params, const TileCoord& tile, co
   }
 }
 
-// Of packed rows: the LSE of each that the entry has, where its query and head belong.
+// The LSE of each packed row that the entry has goes where its query and head belong.
 template <class Coords, class LseRows>
 __device__ void store_packed_lse(const ForwardParams& params, const PackedTile& tile, const Coords& coords,
                                  const LseRows& lse) {

@@ -23,12 +23,12 @@ __device__ inline float fast_tanh(float x) {
 }  // namespace detail
 
 // The softmax multiplies by softmax_scale itself, after it has taken the row maximum: only a positive scale allows
-// that. Any other one is `factor`, and softmax_scale is then 1.
+// that. Any other one is `score_factor`, and softmax_scale is then 1.
 template <class Scores>
-__device__ void apply_factor(Scores&& scores, const ScoreParams& score) {
-  if (score.factor == 1.f) return;
+__device__ void apply_score_factor(Scores&& scores, const ScoreParams& score) {
+  if (score.score_factor == 1.f) return;
   CUTE_UNROLL
-  for (int i = 0; i < size(scores); ++i) scores(i) *= score.factor;
+  for (int i = 0; i < size(scores); ++i) scores(i) *= score.score_factor;
 }
 
 template <class Scores>
@@ -61,7 +61,7 @@ __device__ void apply_alibi(Scores&& scores, const Coords& coords, const ScorePa
 template <Score kScore, class Scores, class Coords, class RowMap>
 __device__ void apply_score(Scores&& scores, const Coords& coords, const ScoreParams& score, const SeqInfo& seq,
                             const RowMap& rows, int m_begin, int n_begin) {
-  apply_factor(scores, score);
+  apply_score_factor(scores, score);
   if constexpr (kScore == Score::kGeneral) {
     apply_softcap(scores, score);
     apply_alibi(scores, coords, score, seq, rows, m_begin, n_begin);

@@ -39,12 +39,12 @@ __device__ inline int row_at(const int* cu_seqlens, int idx, int num_rows) {
   return clamp_to(cu_seqlens[idx], 0, num_rows);
 }
 
-// Last entry whose first slot is at most `slot`; batch if the slot lies past all entries. `factor`: tile rows that a
-// row of the tensor makes.
+// Last entry whose first slot is at most `slot`; batch if the slot lies past all entries. A row of the tensor is
+// `packed_heads` rows of tiles.
 __device__ inline int entry_of_slot(const int* cu_seqlens, int batch, int num_rows, int slot, int tile_rows,
-                                    int factor = 1) {
+                                    int packed_heads = 1) {
   return last_entry(batch, [=](int entry) {
-    const int64_t row = static_cast<int64_t>(row_at(cu_seqlens, entry, num_rows)) * factor;
+    const int64_t row = static_cast<int64_t>(row_at(cu_seqlens, entry, num_rows)) * packed_heads;
     return first_varlen_slot(row, entry, tile_rows) <= slot;
   });
 }
@@ -108,11 +108,11 @@ struct TileSlot {
   int row_begin;  // within the entry
 };
 
-// The tile at `slot` of a packed tensor's run of tiles. `factor`: as for entry_of_slot.
+// The tile at `slot` of a packed tensor's run of tiles.
 __device__ inline TileSlot varlen_tile(const int* cu_seqlens, int batch, int num_rows, int slot, int tile_rows,
-                                       int factor = 1) {
-  const int entry = entry_of_slot(cu_seqlens, batch, num_rows, slot, tile_rows, factor);
-  const int64_t first_row = static_cast<int64_t>(row_at(cu_seqlens, entry, num_rows)) * factor;
+                                       int packed_heads = 1) {
+  const int entry = entry_of_slot(cu_seqlens, batch, num_rows, slot, tile_rows, packed_heads);
+  const int64_t first_row = static_cast<int64_t>(row_at(cu_seqlens, entry, num_rows)) * packed_heads;
   const int64_t first_slot = first_varlen_slot(first_row, entry, tile_rows);
   return {entry, (slot - static_cast<int>(first_slot)) * tile_rows};
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/common/params.h"
-#include "kernels/common/split_schedule.h"
+#include "kernels/common/row_map.h"
 #include "kernels/common/tensor.h"
 #include "variant/varlen_tiles.h"
 
@@ -10,21 +10,33 @@ namespace flash_attn {
 
 using namespace cute;
 
-// The slot of a part of the tile at packed row `m_begin`, where all tiles have `num_splits` parts: those of an entry
-// lie a grid of its tiles apart. One thread of the entry's first slot `notes` where they are. `factor`: packed rows of
-// a row of Q.
-template <int kTileM>
-__device__ int64_t slot_of_part(const ForwardParams& params, const SeqInfo& seq, int factor, int m_begin, int part,
-                                int num_splits, bool notes) {
-  const int64_t row_tiles = num_row_tiles<kTileM>(seq.rows_q, factor);
-  const int64_t first_slot = num_splits * (params.seq.cu_seqlens_q == nullptr
-                                               ? seq.batch_idx * row_tiles
-                                               : first_varlen_slot(seq.row_begin_q * factor, seq.batch_idx, kTileM));
-  const int64_t slot = first_slot + part * row_tiles + m_begin / kTileM;
-  if (notes && slot == first_slot) {
-    params.split.entries[seq.batch_idx] = {static_cast<int>(first_slot), num_splits};
+// The slots of an entry all of whose tiles have `num_splits` parts: for each part, all tiles of rows.
+struct EntrySlots {
+  int64_t first;
+  int64_t row_tiles;
+
+  // The slot of a part of the tile at packed row `m_begin`.
+  template <int kTileM>
+  __device__ int64_t slot_of(int m_begin, int part) const {
+    return first + part * row_tiles + m_begin / kTileM;
   }
-  return slot;
+};
+
+// A row of Q is `packed_heads` packed rows.
+template <int kTileM>
+__device__ EntrySlots slots_of_entry(const ForwardParams& params, const SeqInfo& seq, int packed_heads,
+                                     int num_splits) {
+  const int64_t row_tiles = num_row_tiles(seq.rows_q, packed_heads, kTileM);
+  const int64_t first = params.seq.cu_seqlens_q == nullptr
+                            ? seq.batch_idx * row_tiles
+                            : first_varlen_slot(seq.row_begin_q * packed_heads, seq.batch_idx, kTileM);
+  return {num_splits * first, row_tiles};
+}
+
+// Tells the kernel that merges them where an entry's parts are. One thread of the launch calls it for each entry that
+// has some: one that works on the first head's first tile and part.
+__device__ inline void note_parts(const ForwardParams& params, int entry, int64_t first_slot, int num_splits) {
+  params.split.entries[entry] = {static_cast<int>(first_slot), num_splits};
 }
 
 // One part of the tile's first `num_rows` rows, to the workspace's tile `tile_idx`, in float32 and straight from the

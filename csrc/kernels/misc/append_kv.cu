@@ -5,17 +5,17 @@
 namespace flash_attn {
 namespace {
 
-struct CacheSlot {
+struct TokenPlace {
   bool exists;
   int64_t page_idx;
   int64_t row;
   int64_t position;
 };
 
-// A token whose position, cache row or page does not exist has no slot, and is dropped: CUDA tensors hold metadata that
-// no host has seen.
-__device__ CacheSlot find_slot(const AppendParams& params, const TokenCoord& token) {
-  constexpr CacheSlot kNone{};
+// A token whose position, cache row or page does not exist has no place, and is dropped: CUDA tensors hold metadata
+// that no host has seen.
+__device__ TokenPlace find_place(const AppendParams& params, const TokenCoord& token) {
+  constexpr TokenPlace kNone{};
   if (token.entry < 0) return kNone;
   const CachePlaces& places = params.places;
   const int64_t position = places.cache_seqlens[token.entry] + token.row;
@@ -48,18 +48,18 @@ __global__ void __launch_bounds__(kTokenThreads)
   if (blockIdx.x == 0) write_lengths(params);
   for (int64_t idx = blockIdx.x; idx < num_tokens; idx += gridDim.x) {
     const TokenCoord token = locate_token(params.tokens, idx);
-    const CacheSlot slot = find_slot(params, token);
-    if (!slot.exists) continue;
+    const TokenPlace place = find_place(params, token);
+    if (!place.exists) continue;
     for_each_piece<kColumns>(params.num_heads, params.head_dim, [&](int head_idx, int column) {
       const auto from = row_of<Element>(params.k, token.source_batch_idx, token.source_row, head_idx);
-      const auto to = row_of<Element>(params.k_cache, slot.page_idx, slot.row, head_idx);
+      const auto to = row_of<Element>(params.k_cache, place.page_idx, place.row, head_idx);
       store_vector(to.at(column), params.rotary.cos == nullptr
                                       ? load_vector<kColumns>(from.at(column))
-                                      : rotated<kColumns>(from, column, params.rotary, slot.position));
+                                      : rotated<kColumns>(from, column, params.rotary, place.position));
     });
     for_each_piece<kColumns>(params.num_heads, params.head_dim_v, [&](int head_idx, int column) {
       const auto from = row_of<Element>(params.v, token.source_batch_idx, token.source_row, head_idx);
-      const auto to = row_of<Element>(params.v_cache, slot.page_idx, slot.row, head_idx);
+      const auto to = row_of<Element>(params.v_cache, place.page_idx, place.row, head_idx);
       store_vector(to.at(column), load_vector<kColumns>(from.at(column)));
     });
   }

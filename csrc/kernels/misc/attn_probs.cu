@@ -37,7 +37,7 @@ __device__ float signed_probability(const AttnProbsParams& params, const SeqInfo
   const Element* const k_row = keys.in_pages() ? keys.row(key) : keys.head() + key * keys.row_stride();
 
   const ScoreParams& score = params.score;
-  float s = dot(q_row, k_row, params.heads.head_dim) * score.factor;
+  float s = dot(q_row, k_row, params.heads.head_dim) * score.score_factor;
   if (score.has_softcap) s = tanhf(s);
   s *= score.softmax_scale;
   if (score.alibi_slopes != nullptr) {

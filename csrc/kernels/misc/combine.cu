@@ -4,6 +4,7 @@
 #include "kernels/common/start_kernel.h"
 #include "kernels/misc/combine.h"
 #include "kernels/misc/combine_row.h"
+#include "variant/rounding.h"
 
 namespace flash_attn {
 namespace {
@@ -61,7 +62,7 @@ cudaError_t launch_combine(const CombineParams& params, CombineAccess access, cu
   const int64_t num_rows = params.batch * params.num_rows * params.num_heads;
   if (num_rows == 0) return cudaSuccess;
   constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
-  const auto num_blocks = static_cast<int>(std::min((num_rows + kRowsPerBlock - 1) / kRowsPerBlock, kMaxBlocks));
+  const auto num_blocks = static_cast<int>(std::min(ceil_div(num_rows, kRowsPerBlock), kMaxBlocks));
   with_element(params.part_dtype, [&](auto part) {
     with_element(params.out_dtype, [&](auto out) {
       using Part = decltype(part);

@@ -5,10 +5,12 @@
 
 #include "kernels/common/bisection.h"
 #include "kernels/common/row_address.h"
+#include "kernels/common/row_map.h"
 #include "kernels/common/seq_info.h"
 #include "kernels/common/start_kernel.h"
 #include "kernels/misc/combine_row.h"
 #include "kernels/misc/merge_splits.h"
+#include "variant/rounding.h"
 #include "variant/tiles.h"
 
 namespace flash_attn {
@@ -49,7 +51,7 @@ __device__ RowParts<float> find_parts(const ForwardParams& params, const OutputR
   const SplitParams::Entry entry = split.entries[row.seq.batch_idx];
   const int packed_heads = split.packed_heads.divisor();
   const int num_head_runs = params.heads.num_heads / packed_heads;
-  const int64_t row_tiles = (static_cast<int64_t>(row.seq.rows_q) * packed_heads + tile_m - 1) / tile_m;
+  const int64_t row_tiles = num_row_tiles(row.seq.rows_q, packed_heads, tile_m);
   const int64_t packed_row = static_cast<int64_t>(row.query) * packed_heads + row.head_idx % packed_heads;
   const int64_t last_slot = entry.first_slot + row_tiles * entry.num_splits - 1;
   if (entry.num_splits > kMaxSplits || entry.first_slot < 0 || last_slot >= split.num_slots) return {};
@@ -63,7 +65,7 @@ __device__ RowParts<float> find_parts(const ForwardParams& params, const OutputR
 // Every so many-th part, from one on.
 __device__ RowParts<float> every_nth(const RowParts<float>& parts, int first, int n) {
   return {parts.out + first * parts.out_stride, parts.out_stride * n, parts.lse + first * parts.lse_stride,
-          parts.lse_stride * n, (parts.count - first + n - 1) / n};
+          parts.lse_stride * n, ceil_div(parts.count - first, n)};
 }
 
 // The parts of a row, or none where it is there already: rows of no entry, and entries in one part.
@@ -120,7 +122,7 @@ void start_merge(const ForwardParams& params, int64_t num_rows, int tile_m, cuda
     num_shares *= 2;
   }
   const int rows_per_block = kNumGroups / num_shares;
-  const int num_blocks = static_cast<int>((num_rows + rows_per_block - 1) / rows_per_block);
+  const int num_blocks = static_cast<int>(ceil_div(num_rows, rows_per_block));
   start_kernel(&merge_splits_kernel<Element, Lanes, kPieces>, {num_blocks, kNumThreads, 0, stream}, params,
                RowSharing{num_rows, num_shares}, tile_m);
 }

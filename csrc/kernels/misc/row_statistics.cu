@@ -5,6 +5,7 @@
 #include "kernels/common/start_kernel.h"
 #include "kernels/misc/elements.h"
 #include "kernels/misc/row_statistics.h"
+#include "variant/rounding.h"
 #include "variant/tiles.h"
 
 namespace flash_attn {
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kNumThreads) row_statistics_kernel(const __gri
       (decreases(seq.cu_seqlens_q, seq.batch) || decreases(seq.cu_seqlens_k, seq.batch))) {
     *params.turns.are_lost = 1;
   }
-  const int blocks_per_head = (seq.rows_q + kRowsPerBlock - 1) / kRowsPerBlock;
+  const int blocks_per_head = ceil_div(seq.rows_q, kRowsPerBlock);
   const int run = blockIdx.x / blocks_per_head;
   const int head_idx = run % params.heads.num_heads;
   const int batch_idx = run / params.heads.num_heads;
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kSinkThreads) sink_gradient_kernel(const __gri
 }  // namespace
 
 cudaError_t launch_row_statistics(const BackwardParams& params, Dtype dtype, cudaStream_t stream) {
-  const int64_t blocks_per_head = (params.seq.rows_q + kRowsPerBlock - 1) / kRowsPerBlock;
+  const int64_t blocks_per_head = ceil_div(params.seq.rows_q, kRowsPerBlock);
   const auto num_blocks = static_cast<int>(blocks_per_head * params.heads.num_heads * num_row_runs(params.seq));
   if (num_blocks > 0) {
     const auto kernel = dtype == Dtype::kFp16 ? &row_statistics_kernel<__half> : &row_statistics_kernel<__nv_bfloat16>;

@@ -4,16 +4,17 @@
 
 #include "kernels/common/backward_params.h"
 #include "kernels/common/instructions.h"
-#include "kernels/common/key_tile.h"
 #include "kernels/common/kv_range.h"
 #include "kernels/common/row_address.h"
 #include "kernels/common/tensor.h"
 #include "kernels/sm80/backward_traits.h"
 #include "kernels/sm80/dq_sums.h"
 #include "kernels/sm80/gemm.h"
+#include "kernels/sm80/key_tile.h"
 #include "kernels/sm80/softmax_backward.h"
 #include "kernels/sm80/tile_loader.h"
 #include "kernels/sm80/tile_store.h"
+#include "variant/rounding.h"
 
 namespace flash_attn::sm80 {
 
@@ -127,7 +128,7 @@ __device__ void backward_mainloop(const BackwardParams& params, const KeyTileCoo
   const RowRange rows = query_range(keys, tile.n_begin, tile.n_begin + kTileN);
   if (rows.is_empty()) return;
   const int m_first = rows.begin / kTileM;
-  const int m_end = (rows.end + kTileM - 1) / kTileM;
+  const int m_end = ceil_div(rows.end, kTileM);
   const int n_idx = tile.n_begin / kTileN;
   const int head_end = (tile.kv_head_idx + 1) * params.heads.num_heads_per_kv;
 

@@ -43,9 +43,13 @@ __device__ void store_part(const ForwardParams& params, const TileCoord& tile, S
                            AccO& output) {
   const SeqInfo& seq = tile.seq;
   const auto coords = Traits::output_coords();
-  const int64_t slot =
-      slot_of_part<Traits::kTileM>(params, seq, 1, tile.m_begin, part_idx_of<Traits>(params),
-                                   num_splits_of<Traits>(params), tile.head_idx == 0 && threadIdx.x == 0);
+  const int part_idx = part_idx_of<Traits>(params);
+  const int num_splits = num_splits_of<Traits>(params);
+  const EntrySlots slots = slots_of_entry<Traits::kTileM>(params, seq, 1, num_splits);
+  const int64_t slot = slots.slot_of<Traits::kTileM>(tile.m_begin, part_idx);
+  if (tile.head_idx == 0 && threadIdx.x == 0 && slot == slots.first) {
+    note_parts(params, seq.batch_idx, slots.first, num_splits);
+  }
   // The sinks join when the parts meet.
   auto lse = softmax.finish(output, reducer, -INFINITY, 1.f);
   clear_unused_rows<Traits::kTileM>(tile.m_begin, seq.seqlen_q, coords, output, lse);

@@ -4,15 +4,15 @@
 #include "kernels/common/launch.h"
 #include "kernels/common/start_kernel.h"
 #include "kernels/misc/merge_splits.h"
+#include "kernels/sm80/few_rows_kernel.h"
 #include "kernels/sm80/forward_kernel.h"
-#include "kernels/sm80/split_kernel.h"
 
 namespace flash_attn::sm80 {
 
 template <class Traits>
 constexpr auto forward_kernel_of() {
   if constexpr (Traits::kFewRows) {
-    return &split_kernel<Traits>;
+    return &few_rows_kernel<Traits>;
   } else {
     return &forward_kernel<Traits>;
   }

@@ -1,7 +1,6 @@
 // The main loop: O over the keys that a tile of rows sees, be they the queries of one head or of several.
 #pragma once
 
-#include "kernels/common/dropout.h"
 #include "kernels/common/kv_range.h"
 #include "kernels/common/mask.h"
 #include "kernels/common/online_softmax.h"
@@ -10,6 +9,7 @@
 #include "kernels/common/row_reducer.h"
 #include "kernels/common/score.h"
 #include "kernels/common/tensor.h"
+#include "kernels/sm80/dropout.h"
 #include "kernels/sm80/forward_traits.h"
 #include "kernels/sm80/gemm.h"
 #include "kernels/sm80/kv_pipeline.h"

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "kernels/common/backward_params.h"
-#include "kernels/common/dropout.h"
 #include "kernels/common/instructions.h"
 #include "kernels/common/kv_range.h"
 #include "kernels/common/logarithm.h"
@@ -10,6 +9,7 @@
 #include "kernels/common/row_map.h"
 #include "kernels/common/score.h"
 #include "kernels/common/tensor.h"
+#include "kernels/sm80/dropout.h"
 
 namespace flash_attn::sm80 {
 
@@ -56,7 +56,7 @@ __device__ void softmax_backward(Scores&& scores, Grads&& grads, const Coords& c
                                  const VisibleKeys<Mask::kGeneral>& keys, const ScoreTile<kNumRows>& tile) {
   constexpr bool kGeneral = Traits::kScore == Score::kGeneral;
   const SeqInfo& seq = keys.seq;
-  apply_factor(scores, params.score);
+  apply_score_factor(scores, params.score);
   auto slope = make_tensor<float>(shape(scores));  // of the softcap
   if constexpr (kGeneral) {
     apply_softcap(scores, params.score);

@@ -1,6 +1,7 @@
 // How the warpgroups of an SM90 kernel wait for each other. docs/sm90-schedules.md draws it.
 #pragma once
 
+#include "kernels/sm90/cluster.h"
 #include "kernels/sm90/instructions.h"
 #include "variant/tiles.h"
 
@@ -38,28 +39,10 @@ __device__ inline void arrive_at(NamedBarrier barrier, int offset, int num_threa
   arrive_at_barrier(static_cast<int>(barrier) + offset, num_threads);
 }
 
-// Groups start their matrix products one after the other, so that the softmax of one runs beside the products of
-// another (FlashAttention-3 calls it ping-pong scheduling). The last group of the ring opens it by passing the first
-// turn. One group alone has no turns.
-template <int kNumGroups>
-struct Turns {
-  static_assert(kNumGroups <= kMaxConsumerGroups);
-  static constexpr int kNumThreads = 2 * kThreadsPerWarpgroup;
-
-  static __device__ void wait(int group) {
-    if constexpr (kNumGroups > 1) wait_at(NamedBarrier::kTurn, group, kNumThreads);
-  }
-  static __device__ void pass(int group) {
-    if constexpr (kNumGroups > 1) {
-      arrive_at(NamedBarrier::kTurn, group + 1 == kNumGroups ? 0 : group + 1, kNumThreads);
-    }
-  }
-};
-
 // The stages of one operand in shared memory. `full` has one arrival, the producer's, and counts the bytes that TMA
 // brings. `empty` has one of each consumer warp; in a cluster, whose producers write into each other's stages, of each
 // one of all blocks.
-template <int kNumStages, int kClusterBlocks = 1>
+template <int kNumStages, class Cluster = SingleBlock>
 struct Stages {
   Mbarrier full[kNumStages];
   Mbarrier empty[kNumStages];
@@ -67,7 +50,7 @@ struct Stages {
   __device__ void init(int num_consumer_warps) {
     for (int stage = 0; stage < kNumStages; ++stage) {
       full[stage].init(1);
-      empty[stage].init(num_consumer_warps * kClusterBlocks);
+      empty[stage].init(num_consumer_warps * Cluster::kNumBlocks);
     }
   }
 };
@@ -89,14 +72,14 @@ struct StageCursor {
 // ---- the producer's side, one thread
 
 // Waits until the consumers are done with the stage, which for its first use they are.
-template <int kNumStages, int kClusterBlocks>
-__device__ void wait_empty(Stages<kNumStages, kClusterBlocks>& stages, const StageCursor<kNumStages>& cursor) {
+template <int kNumStages, class Cluster>
+__device__ void wait_empty(Stages<kNumStages, Cluster>& stages, const StageCursor<kNumStages>& cursor) {
   stages.empty[cursor.idx].wait(cursor.parity ^ 1);
 }
 
 // The same, and announces `num_bytes`, those of other producers included.
-template <int kNumStages, int kClusterBlocks>
-__device__ Mbarrier& acquire(Stages<kNumStages, kClusterBlocks>& stages, const StageCursor<kNumStages>& cursor,
+template <int kNumStages, class Cluster>
+__device__ Mbarrier& acquire(Stages<kNumStages, Cluster>& stages, const StageCursor<kNumStages>& cursor,
                              int num_bytes) {
   wait_empty(stages, cursor);
   stages.full[cursor.idx].arrive_and_expect(num_bytes);
@@ -105,20 +88,14 @@ __device__ Mbarrier& acquire(Stages<kNumStages, kClusterBlocks>& stages, const S
 
 // ---- the consumers' side
 
-template <int kNumStages, int kClusterBlocks>
-__device__ void wait_full(Stages<kNumStages, kClusterBlocks>& stages, const StageCursor<kNumStages>& cursor) {
+template <int kNumStages, class Cluster>
+__device__ void wait_full(Stages<kNumStages, Cluster>& stages, const StageCursor<kNumStages>& cursor) {
   stages.full[cursor.idx].wait(cursor.parity);
 }
 
-template <int kNumStages, int kClusterBlocks>
-__device__ void release(Stages<kNumStages, kClusterBlocks>& stages, StageCursor<kNumStages>& cursor) {
-  const int lane = threadIdx.x % kThreadsPerWarp;
-  Mbarrier& empty = stages.empty[cursor.idx];
-  if constexpr (kClusterBlocks == 1) {
-    if (lane == 0) empty.arrive();
-  } else {
-    if (lane < kClusterBlocks) empty.arrive_in_block(lane);
-  }
+template <int kNumStages, class Cluster>
+__device__ void release(Stages<kNumStages, Cluster>& stages, StageCursor<kNumStages>& cursor) {
+  Cluster::arrive(stages.empty[cursor.idx]);
   cursor.advance();
 }
 

@@ -6,7 +6,9 @@
 #include "kernels/common/convert.h"
 #include "kernels/common/row_reducer.h"
 #include "kernels/sm90/forward_traits.h"
-#include "kernels/sm90/tile_order.h"
+#include "kernels/sm90/tile_softmax.h"
+#include "kernels/sm90/turns.h"
+#include "kernels/sm90/visited_keys.h"
 #include "kernels/sm90/wgmma.h"
 
 namespace flash_attn::sm90 {
@@ -21,9 +23,7 @@ class OverlappedSchedule {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
 
-  __device__ OverlappedSchedule(SharedStorage& smem, int group) : smem_(smem), group_(group) {
-    if (group == Traits::kNumConsumerGroups - 1) GroupTurns::pass(group);
-  }
+  __device__ OverlappedSchedule(SharedStorage& smem, int group) : smem_(smem), group_(group) { Turns::open(group); }
 
   // Accumulates O of this warpgroup's rows. They see some keys, and Q is there. `score(scores, n_idx)` makes scores of
   // Q K'; `meanwhile()` is called beside the first product, which nothing else overlaps.
@@ -64,12 +64,12 @@ class OverlappedSchedule {
       if (n < range.begin) break;
 
       wait_full(smem_.barriers.k, k_);
-      if constexpr (Traits::kTile.turn == Turn::kProducts) GroupTurns::wait(group_);
+      Turns::before_products(group_);
       start_scores(mma_qk, tSrQ, tSrK(_, _, _, k_.idx), tSrS);
       if constexpr (kRescaleBesideScores) rescale_output<Traits, Softmax>(output, factors);
       wait_full(smem_.barriers.v[0], v_);
       start_gemm(mma_pv, tOrP, tOrV(_, _, _, v_.idx), tOrO, GMMA::ScaleOut::One);
-      if constexpr (Traits::kTile.turn == Turn::kProducts) GroupTurns::pass(group_);
+      Turns::after_products(group_);
 
       wait_for_gemms<1>(tSrS);
       release(smem_.barriers.k, k_);
@@ -88,13 +88,9 @@ class OverlappedSchedule {
   // The same for rows that see no keys, though others of the tile may: all of its steps.
   __device__ void skip_all(int num_steps) {
     if (num_steps == 0) return;
-    if constexpr (Traits::kTile.turn == Turn::kProducts) {
-      // A tile takes one turn less than it has steps: its first products need none.
-      skip(num_steps - 1);
-      give_back();
-    } else {
-      skip(num_steps);
-    }
+    // As many turns as other groups take.
+    skip(num_steps - Turns::kStepsWithoutTurn);
+    for (int i = 0; i < Turns::kStepsWithoutTurn; ++i) release_unread();
   }
 
   template <class Softmax, class Output>
@@ -105,10 +101,11 @@ class OverlappedSchedule {
   __device__ bool owns_lse() const { return true; }
 
  private:
-  using GroupTurns = Turns<Traits::kTile.turn == Turn::kNone ? 1 : Traits::kNumConsumerGroups>;
-  // A wide O takes longer to rescale than anything else between the softmax and the next product: S goes first, and O
+  using Turns = TurnsOf<Traits>;
+  // A wider O takes longer to rescale than anything else between the softmax and the next product: S goes first, and O
   // is rescaled beside it.
-  static constexpr bool kRescaleBesideScores = Traits::kHeadDimV > 128;
+  static constexpr int kMaxColsRescaledFirst = 128;
+  static constexpr bool kRescaleBesideScores = Traits::kHeadDimV > kMaxColsRescaledFirst;
 
   // As the first product takes them: descriptors, or the rows themselves.
   template <class GroupMma>
@@ -127,15 +124,14 @@ class OverlappedSchedule {
   // Steps that only other groups' rows see: this one takes its turn and releases the stages unread.
   __device__ void skip(int num_steps) {
     for (int i = 0; i < num_steps; ++i) {
-      GroupTurns::wait(group_);
-      GroupTurns::pass(group_);
-      give_back();
+      Turns::skip(group_);
+      release_unread();
     }
   }
   // A stage can be released only when it is full. The warp's lanes meet before that: otherwise the stage could be
   // filled twice more before a lane that lags looks, and finds the parity that it takes for "not yet". In accumulate()
   // the matrix products bring the lanes together.
-  __device__ void give_back() {
+  __device__ void release_unread() {
     wait_full(smem_.barriers.k, k_);
     __syncwarp();
     release(smem_.barriers.k, k_);
@@ -146,9 +142,9 @@ class OverlappedSchedule {
 
   template <class Softmax, class Scores>
   __device__ auto exponentiate(Softmax& softmax, Scores& scores) const {
-    if constexpr (Traits::kTile.turn == Turn::kExponentials) GroupTurns::wait(group_);
+    Turns::before_exponentials(group_);
     const auto factors = exponentiate_scores<Traits>(softmax, scores);
-    if constexpr (Traits::kTile.turn == Turn::kExponentials) GroupTurns::pass(group_);
+    Turns::after_exponentials(group_);
     return factors;
   }
 

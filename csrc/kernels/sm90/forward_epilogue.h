@@ -18,9 +18,9 @@ __device__ void store_output(const ForwardTensorMaps& maps, const PackedTile& ti
                              int group, const AccO& tOrO) {
   using Element = typename Traits::Element;
   constexpr int kBoxCols = Traits::template kBoxCols<Traits::kGroupCols>;
-  const int first_col = column_group_of<Traits>(group) * Traits::kGroupCols;
+  const int first_col = Traits::column_group_of(group) * Traits::kGroupCols;
   Element* columns = smem + first_col * Traits::kTileM;
-  const int first_row = row_group_of<Traits>(group) * Traits::kGroupRows;
+  const int first_row = Traits::row_group_of(group) * Traits::kGroupRows;
   const Tensor rounded = convert_to<Element>(tOrO);
   // A warp's wait for its matrix products says nothing about those of its neighbours, which may read these rows of Q.
   wait_at(NamedBarrier::kOutput, group, kThreadsPerWarpgroup);
@@ -39,14 +39,17 @@ __device__ void store_output(const ForwardTensorMaps& maps, const PackedTile& ti
 template <class Traits, class Coords, class Output, class LseRows>
 __device__ void store_part(const ForwardParams& params, const PackedTile& tile, int part, int group,
                            const Coords& coords, const Output& output, const LseRows& lse) {
-  const int factor = tile.rows.num_heads.divisor();
-  const bool notes = tile.rows.first_head == 0 && group == 0 && threadIdx.x % kThreadsPerWarpgroup == 0;
-  const int64_t slot =
-      slot_of_part<Traits::kTileM>(params, tile.seq, factor, tile.m_begin, part, params.split.num_splits, notes);
+  const int num_splits = params.split.num_splits;
+  const EntrySlots slots = slots_of_entry<Traits::kTileM>(params, tile.seq, tile.rows.num_heads.divisor(), num_splits);
+  const int64_t slot = slots.slot_of<Traits::kTileM>(tile.m_begin, part);
+  const bool is_first_thread = group == 0 && threadIdx.x % kThreadsPerWarpgroup == 0;
+  if (tile.rows.first_head == 0 && is_first_thread && slot == slots.first) {
+    note_parts(params, tile.seq.batch_idx, slots.first, num_splits);
+  }
   const int num_head_runs = tile.rows.num_heads.divide(params.heads.num_heads);
   const int head_run = tile.rows.num_heads.divide(tile.rows.first_head);
   store_partial<Traits::kTileM>(params, slot * num_head_runs + head_run, tile.num_rows() - tile.m_begin, coords,
-                                column_group_of<Traits>(group) * Traits::kGroupCols, output, lse);
+                                Traits::column_group_of(group) * Traits::kGroupCols, output, lse);
 }
 
 // Releases Q's stages to the producer once O has left through them. With two stages the wait is put off until the next

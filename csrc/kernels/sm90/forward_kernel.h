@@ -1,4 +1,4 @@
-// The SM90 forward kernel: a producer warpgroup brings tiles of Q, K and V, consumer warpgroups compute 64 rows of O
+// The SM90 forward kernel: a producer warpgroup loads tiles of Q, K and V, consumer warpgroups compute 64 rows of O
 // each.
 #pragma once
 
@@ -7,11 +7,13 @@
 #include "kernels/common/online_softmax.h"
 #include "kernels/common/row_results.h"
 #include "kernels/common/score.h"
+#include "kernels/sm90/announced_tiles.h"
 #include "kernels/sm90/consumer_schedule.h"
 #include "kernels/sm90/forward_epilogue.h"
 #include "kernels/sm90/producer.h"
 #include "kernels/sm90/split_columns_schedule.h"
 #include "kernels/sm90/tile_order.h"
+#include "kernels/sm90/visited_keys.h"
 
 namespace flash_attn::sm90 {
 
@@ -30,7 +32,7 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
   LeavingOutput<Traits> leaving(smem);
   Tensor tOrO = make_accumulator<Traits::kGroupCols>();
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
-  const int first_row = row_group_of<Traits>(group) * Traits::kGroupRows;
+  const int first_row = Traits::row_group_of(group) * Traits::kGroupRows;
   const auto score_coords = accumulator_coords<Traits::kTileN>(first_row);
   const auto output_coords = accumulator_coords<Traits::kGroupCols>(first_row);
 
@@ -73,15 +75,6 @@ __device__ void consume(const ForwardParams& params, const ForwardTensorMaps& ma
 }
 
 template <class Traits>
-__device__ void sync_blocks() {
-  if constexpr (Traits::kClusterBlocks > 1) {
-    sync_cluster();
-  } else {
-    __syncthreads();
-  }
-}
-
-template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     forward_kernel(const __grid_constant__ ForwardParams params, const __grid_constant__ ForwardTensorMaps maps,
                    const TileOrder order) {
@@ -96,24 +89,23 @@ __global__ void __launch_bounds__(Traits::kNumThreads, 1)
     fence_barrier_init();
     for (const TensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.o}) prefetch_descriptor(map->descriptor);
   }
-  sync_blocks<Traits>();
+  Traits::Cluster::sync();
 
   const int group = warpgroup_idx();
   if (group == 0) {
     give_up_registers<Traits::kProducerRegisters>();
     if (warp_idx() == 0 && is_elected_lane()) {
       if (params.page.table == nullptr) {
-        Producer<Traits, RowKvSource>(params, maps, smem).bring_all(order);
+        Producer<Traits, RowKvSource>(params, maps, smem).load_all(order);
       } else {
-        Producer<Traits, PagedKvSource>(params, maps, smem).bring_all(order);
+        Producer<Traits, PagedKvSource>(params, maps, smem).load_all(order);
       }
     }
   } else {
     take_registers<Traits::kConsumerRegisters>();
     consume<Traits>(params, maps, smem, group - 1);
   }
-  // A block's shared memory must be there for as long as another one may arrive at its barriers.
-  if constexpr (Traits::kClusterBlocks > 1) sync_cluster();
+  Traits::Cluster::sync_before_leaving();
 }
 
 }  // namespace flash_attn::sm90

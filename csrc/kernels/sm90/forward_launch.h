@@ -9,6 +9,7 @@
 #include "kernels/misc/merge_splits.h"
 #include "kernels/sm90/forward_kernel.h"
 #include "kernels/sm90/tensor_map.h"
+#include "variant/rounding.h"
 
 namespace flash_attn::sm90 {
 
@@ -68,20 +69,20 @@ inline int find_step(int num_clusters, int units_per_run) {
   return 0;
 }
 
-// As many as the GPU holds at a time, each of which loads its next tile while one ends; or, where lengths are on the
-// device and there is no counter, as many as units.
+// How many clusters run: as many as the GPU holds at a time, each of which loads its next tile while one ends; or,
+// where lengths are on the device and there is no counter, as many as units.
 template <class Traits>
 int count_clusters(const ForwardParams& params, const ForwardLaunchConfig& config, int num_units) {
   if (params.seq.has_lengths() && config.tile_counter == nullptr) return num_units;
-  return std::min(num_units, config.num_sms / Traits::kClusterBlocks);
+  return std::min(num_units, config.num_sms / Traits::Cluster::kNumBlocks);
 }
 
 template <class Traits>
 TileOrder make_tile_order(const ForwardParams& params, const ForwardLaunchConfig& config) {
   const bool has_lengths = params.seq.has_lengths();
-  const int num_runs = config.num_blocks / (params.tiles_per_head * Traits::kClusterBlocks);
+  const int num_runs = config.num_blocks / (params.tiles_per_head * Traits::Cluster::kNumBlocks);
   const bool pairs = Traits::kMask != Mask::kFull && !has_lengths;
-  const int units_per_run = pairs ? (params.tiles_per_head + 1) / 2 : params.tiles_per_head;
+  const int units_per_run = pairs ? ceil_div(params.tiles_per_head, 2) : params.tiles_per_head;
   const int num_units = num_runs * units_per_run;
   const int step = has_lengths ? 0 : find_step(count_clusters<Traits>(params, config, num_units), units_per_run);
   return {.num_units = num_units,
@@ -97,7 +98,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, const ForwardLaun
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   const auto kernel = &forward_kernel<Traits>;
   // Compiled with another FLASH_ATTN_SM90_CLUSTER than the planner.
-  if (config.cluster_blocks != Traits::kClusterBlocks) return cudaErrorInvalidConfiguration;
+  if (config.cluster_blocks != Traits::Cluster::kNumBlocks) return cudaErrorInvalidConfiguration;
   ForwardTensorMaps maps;
   cudaError_t error = make_tensor_maps<Traits>(params, maps);
   if (error != cudaSuccess) return error;
@@ -110,9 +111,9 @@ cudaError_t launch_forward_kernel(const ForwardParams& params, const ForwardLaun
     error = cudaMemsetAsync(order.counter, 0, sizeof(int), config.stream);
     if (error != cudaSuccess) return error;
   }
-  const KernelLaunch launch{num_clusters * Traits::kClusterBlocks, Traits::kNumThreads, kSmemBytes, config.stream};
-  if constexpr (Traits::kClusterBlocks > 1) {
-    return start_clusters(kernel, launch, Traits::kClusterBlocks, params, maps, order);
+  const KernelLaunch launch{num_clusters * Traits::Cluster::kNumBlocks, Traits::kNumThreads, kSmemBytes, config.stream};
+  if constexpr (Traits::Cluster::kNumBlocks > 1) {
+    return start_clusters(kernel, launch, Traits::Cluster::kNumBlocks, params, maps, order);
   } else {
     start_kernel(kernel, launch, params, maps, order);
     if (params.split.entries == nullptr) return cudaGetLastError();

@@ -7,6 +7,7 @@
 #include "kernels/common/element.h"
 #include "kernels/common/smem_tile.h"
 #include "kernels/sm90/barriers.h"
+#include "kernels/sm90/cluster.h"
 #include "kernels/sm90/tile_id.h"
 #include "kernels/sm90/wgmma_shapes.h"
 #include "variant/tiles.h"
@@ -30,18 +31,22 @@ struct ForwardTraits {
   static constexpr int kKvStages = kTile.kv_stages;
   static constexpr int kQStages = kTile.q_stages;
   // Neighbouring tiles of rows, of one head, that visit the same keys together.
-  static constexpr int kClusterBlocks = kTile.cluster;
+  using Cluster = ClusterOf<kTile.cluster>;
+  static_assert(Cluster::kNumBlocks == kTile.cluster, "a cluster has one block or two");
   static constexpr int kClusterM = kTile.cluster_rows();
 
   using Element = ElementOf<kVariant.dtype>;
 
-  // ---- threads: one warpgroup brings the tiles, the others own 64 rows of O each, or some columns of the same 64 rows
+  // ---- threads: one warpgroup loads the tiles, the others own 64 rows of O each, or some columns of the same 64 rows
   static constexpr int kRowGroups = kTile.warps_m * kThreadsPerWarp / kThreadsPerWarpgroup;
   static constexpr int kColumnGroups = kTile.warps_n;
   static constexpr int kNumConsumerGroups = kRowGroups * kColumnGroups;
   static constexpr int kNumThreads = num_threads(kVariant.arch, kTile);
   static constexpr int kGroupRows = kTileM / kRowGroups;
   static constexpr int kGroupCols = kHeadDimV / kColumnGroups;
+  // The rows, and the columns of O, that a consumer group owns.
+  static constexpr int row_group_of(int group) { return kColumnGroups == 1 ? group : 0; }
+  static constexpr int column_group_of(int group) { return kColumnGroups == 1 ? 0 : group; }
   static constexpr int kRowsPerLane = 2;
   static_assert(kGroupRows == 64, "a warpgroup's matrix product has 64 rows");
   static_assert(kRowGroups == 1 || kColumnGroups == 1, "no schedule shares rows among some groups only");
@@ -51,7 +56,7 @@ struct ForwardTraits {
   // warpgroup. The producer of a cluster spills with 24.
   static constexpr int kNumGroups = kNumConsumerGroups + 1;
   static constexpr int kRegistersOfAllGroups = 65536 / kNumThreads / 8 * 8 * kNumGroups;
-  static constexpr int kMinProducerRegisters = kClusterBlocks == 1 ? 24 : 32;
+  static constexpr int kMinProducerRegisters = Cluster::kNumBlocks == 1 ? 24 : 32;
   static constexpr int kConsumerRegisters =
       (kRegistersOfAllGroups - kMinProducerRegisters) / kNumConsumerGroups / 8 * 8;
   static constexpr int kProducerRegisters = kRegistersOfAllGroups - kNumConsumerGroups * kConsumerRegisters;
@@ -98,8 +103,8 @@ struct ForwardTraits {
   // the last ones of this are still in use.
   static constexpr int kKSlices = kKvStages > 1 ? 1 : kHeadDim % (4 * kBoxCols<kHeadDim>) == 0 ? 4 : 3;
   static constexpr int kKSliceCols = kHeadDim / kKSlices;
-  static_assert(kKSliceCols % (kBoxCols<kHeadDim> * kClusterBlocks) == 0 &&
-                    kGroupCols % (kBoxCols<kGroupCols> * kClusterBlocks) == 0,
+  static_assert(kKSliceCols % (kBoxCols<kHeadDim> * Cluster::kNumBlocks) == 0 &&
+                    kGroupCols % (kBoxCols<kGroupCols> * Cluster::kNumBlocks) == 0,
                 "the blocks of a cluster bring as many boxes each");
   static constexpr int kQBytes = kTileM * kHeadDim * sizeof(Element);
   static constexpr int kKSliceBytes = kTileN * kKSliceCols * sizeof(Element);
@@ -125,8 +130,8 @@ struct ForwardTraits {
     Stages<kTileIdStages> tile_ids;
     TileId tile_id[kTileIdStages];
     Stages<kQStages> q;
-    Stages<kKvStages * kKSlices, kClusterBlocks> k;
-    Stages<kKvStages, kClusterBlocks> v[kColumnGroups];
+    Stages<kKvStages * kKSlices, Cluster> k;
+    Stages<kKvStages, Cluster> v[kColumnGroups];
     std::conditional_t<(kColumnGroups > 1), RowFactors, NoRowFactors> row_factors;
   };
   struct SharedStorage : std::conditional_t<(kColumnGroups > 1), Exchange, NoExchange> {

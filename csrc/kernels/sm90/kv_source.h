@@ -5,7 +5,7 @@
 #include "kernels/sm90/forward_traits.h"
 #include "kernels/sm90/row_box.h"
 #include "kernels/sm90/tensor_map.h"
-#include "kernels/sm90/tile_order.h"
+#include "kernels/sm90/visited_keys.h"
 
 namespace flash_attn::sm90 {
 
@@ -31,11 +31,11 @@ class RowKvSource {
   // A slice of columns of a tile of keys, to its place in the tile at `smem`.
   __device__ void load_k(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
     box<Traits::kHeadDim>(maps_.k, n_idx)
-        .template load_for_cluster<Traits::kKSliceCols, Traits::kClusterBlocks>(kKvHint, barrier, smem, first_col);
+        .template load<Traits::kKSliceCols, typename Traits::Cluster>(kKvHint, barrier, smem, first_col);
   }
   __device__ void load_v(int n_idx, int first_col, Mbarrier& barrier, Element* smem) const {
     box<Traits::kGroupCols>(maps_.v, n_idx)
-        .template load_for_cluster<Traits::kGroupCols, Traits::kClusterBlocks>(kKvHint, barrier, smem, first_col);
+        .template load<Traits::kGroupCols, typename Traits::Cluster>(kKvHint, barrier, smem, first_col);
   }
 
  private:
@@ -73,20 +73,20 @@ class PagedKvSource {
     constexpr int kBoxCols = Traits::template kBoxCols<kCols>;
     using Box = RowBox<Traits::kTileN, kBoxCols>;
     const auto start = [&](const Box& box, int row) {
-      box.template load_for_cluster<kNumCols, Traits::kClusterBlocks>(kKvHint, barrier, smem + row * kBoxCols,
-                                                                      first_col);
+      box.template load<kNumCols, typename Traits::Cluster>(kKvHint, barrier, smem + row * kBoxCols, first_col);
     };
     const FastDivisor& page_size = params_.page.page_size;
     const int box_rows = page_box_rows(page_size.divisor(), Traits::kTileN);
     const int first_token = static_cast<int>(tile_.seq.row_begin_k) + n_idx * Traits::kTileN;
-    int slot = page_size.divide(first_token);
-    int page = page_in(slot);
-    int row_of_page = first_token - slot * page_size.divisor();
-    // From a box on: the first one has some, and boxes without any are zeros, whatever their page.
+    int table_idx = page_size.divide(first_token);
+    int page = page_at(table_idx);
+    int row_of_page = first_token - table_idx * page_size.divisor();
+    // Keys left, this box's included. The first box has at least one; a box with none is all zeros, so its page doesn't
+    // matter.
     int num_keys = tile_.seq.seqlen_k - n_idx * Traits::kTileN;
     for (int row = 0; row < Traits::kTileN; row += box_rows) {
       if (row_of_page >= page_size.divisor() && num_keys > 0) {
-        page = page_in(++slot);
+        page = page_at(++table_idx);
         row_of_page = 0;
       }
       const int num_zeros = n_idx == 0 && row == 0 ? num_unseen() : 0;
@@ -100,12 +100,12 @@ class PagedKvSource {
     }
   }
   // What the table's row of the entry says, clamped, so that no address leaves the pool.
-  __device__ int page_in(int slot) const {
+  __device__ int page_at(int table_idx) const {
     const PageParams& page = params_.page;
-    const int named = __ldg(page.table + tile_.seq.kv_batch_idx * page.table_stride + slot);
+    const int named = __ldg(page.table + tile_.seq.kv_batch_idx * page.table_stride + table_idx);
     return clamp_to(named, 0, page.num_pages - 1);
   }
-  // Of the first box's keys those that no row sees; none where it has the tile's last key (first_counted_key).
+  // How many keys of the first box no row sees; none where the box has the tile's last key (first_counted_key).
   __device__ int num_unseen() const {
     return PackedKeys<Traits::kMask>{{tile_.seq, params_.window}, tile_.rows}.begin(tile_.m_begin);
   }

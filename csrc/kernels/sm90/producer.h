@@ -1,11 +1,16 @@
 // The producer's side: one thread that starts the copies of TMA.
 #pragma once
 
+#include "kernels/sm90/barriers.h"
 #include "kernels/sm90/kv_source.h"
+#include "kernels/sm90/row_box.h"
+#include "kernels/sm90/tile_id.h"
+#include "kernels/sm90/tile_order.h"
+#include "kernels/sm90/visited_keys.h"
 
 namespace flash_attn::sm90 {
 
-// Announces each tile, brings its Q, and K and V in the order in which the consumers take them: the last tile of keys
+// Announces each tile, loads its Q, and K and V in the order in which the consumers take them: the last tile of keys
 // first, each K one step before the V that goes with the K before it.
 template <class Traits, template <class> class KvSource>
 class Producer {
@@ -16,14 +21,14 @@ class Producer {
       : params_(params), maps_(maps), smem_(smem) {}
 
   // All tiles of this block's cluster.
-  __device__ void bring_all(const TileOrder& order) {
-    for_each_tile<Traits>(params_, order, [&](const TileId& id) { bring(id); });
+  __device__ void load_all(const TileOrder& order) {
+    for_each_tile<Traits>(params_, order, [&](const TileId& id) { load(id); });
     announce(TileId::none());
   }
 
  private:
   // The cluster's tile, unless it has no rows.
-  __device__ void bring(const TileId& id) {
+  __device__ void load(const TileId& id) {
     const PackedTile all_rows = packed_tile_of(params_, id);
     if (!all_rows.has_rows()) return;
     announce(id);
@@ -31,11 +36,11 @@ class Producer {
     const KvRange range = visited_keys<Traits>(params_, tile, id.part);
     const KvSource<Traits> source(params_, maps_, tile);
     // The first K before Q, whose space the last tile's O may still be leaving.
-    if (!range.is_empty()) bring_k(source, range.end - 1);
-    bring_q(tile_of_block<Traits>(tile));
+    if (!range.is_empty()) load_k(source, range.end - 1);
+    load_q(tile_of_block<Traits>(tile));
     for (int n = range.end - 1; n >= range.begin; --n) {
-      if (n > range.begin) bring_k(source, n - 1);
-      bring_v(source, n);
+      if (n > range.begin) load_k(source, n - 1);
+      load_v(source, n);
     }
   }
   __device__ void announce(const TileId& id) {
@@ -45,14 +50,14 @@ class Producer {
     tile_ids.full[tile_id_.idx].arrive();
     tile_id_.advance();
   }
-  __device__ void bring_q(const PackedTile& tile) {
+  __device__ void load_q(const PackedTile& tile) {
     using Box = RowBox<Traits::kTileM, Traits::template kBoxCols<Traits::kHeadDim>>;
     const Box box = Box::of_packed_rows(maps_.q, tile, 0);
     Mbarrier& barrier = acquire(smem_.barriers.q, q_, Traits::kQBytes);
     box.template load<Traits::kHeadDim>(CacheHint::EVICT_FIRST, barrier, smem_.q_or_o[q_.idx]);
     q_.advance();
   }
-  __device__ void bring_k(const KvSource<Traits>& source, int n_idx) {
+  __device__ void load_k(const KvSource<Traits>& source, int n_idx) {
     Element* tile = smem_.k[k_.idx / Traits::kKSlices];
     CUTE_UNROLL
     for (int slice = 0; slice < Traits::kKSlices; ++slice) {
@@ -61,7 +66,7 @@ class Producer {
       k_.advance();
     }
   }
-  __device__ void bring_v(const KvSource<Traits>& source, int n_idx) {
+  __device__ void load_v(const KvSource<Traits>& source, int n_idx) {
     CUTE_UNROLL
     for (int group = 0; group < Traits::kColumnGroups; ++group) {
       Mbarrier& barrier = acquire(smem_.barriers.v[group], v_, Traits::kVSliceBytes);

@@ -1,9 +1,10 @@
 // Boxes of rows as tensor_map.h's descriptors address them.
 #pragma once
 
+#include "kernels/common/row_map.h"
+#include "kernels/sm90/cluster.h"
 #include "kernels/sm90/instructions.h"
 #include "kernels/sm90/tensor_map.h"
-#include "kernels/sm90/tile_order.h"
 
 namespace flash_attn::sm90 {
 
@@ -39,28 +40,14 @@ class RowBox {
   }
 
   // Starts the copy of kNumCols columns from `first_col` on to their place in the tile at `smem`, which has the boxes
-  // one after the other; `barrier` counts the bytes.
-  template <int kNumCols, class Element>
+  // one after the other; `barrier` counts the bytes. The blocks of a cluster need the same: each starts the copies of
+  // some of the boxes, to all.
+  template <int kNumCols, class Cluster = SingleBlock, class Element>
   __device__ void load(CacheHint hint, Mbarrier& barrier, Element* smem, int first_col = 0) const {
     CUTE_UNROLL
-    for (int i = 0; i < kNumCols; i += kBoxCols) {
-      const int col = first_col + i;
-      load_box(map_.descriptor, hint, barrier, smem + col * kBoxRows, at(col));
-    }
-  }
-
-  // The same to all blocks of a cluster, each of which starts the copies of some of the boxes: they need the same.
-  template <int kNumCols, int kClusterBlocks, class Element>
-  __device__ void load_for_cluster(CacheHint hint, Mbarrier& barrier, Element* smem, int first_col) const {
-    if constexpr (kClusterBlocks == 1) {
-      load<kNumCols>(hint, barrier, smem, first_col);
-    } else {
-      constexpr unsigned kAllBlocks = (1u << kClusterBlocks) - 1;
-      CUTE_UNROLL
-      for (int i = 0; i < kNumCols; i += kBoxCols * kClusterBlocks) {
-        const int col = first_col + i + block_of_cluster() * kBoxCols;
-        load_box_to_blocks(map_.descriptor, hint, barrier, smem + col * kBoxRows, kAllBlocks, at(col));
-      }
+    for (int i = 0; i < kNumCols; i += kBoxCols * Cluster::kNumBlocks) {
+      const int col = first_col + i + Cluster::block_idx() * kBoxCols;
+      Cluster::load(map_.descriptor, hint, barrier, smem + col * kBoxRows, at(col));
     }
   }
 

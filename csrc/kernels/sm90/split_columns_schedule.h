@@ -8,7 +8,8 @@
 #include "kernels/common/online_softmax.h"
 #include "kernels/common/row_reducer.h"
 #include "kernels/sm90/forward_traits.h"
-#include "kernels/sm90/tile_order.h"
+#include "kernels/sm90/tile_softmax.h"
+#include "kernels/sm90/visited_keys.h"
 #include "kernels/sm90/wgmma.h"
 
 namespace flash_attn::sm90 {
@@ -144,7 +145,7 @@ class SplitColumnsSchedule {
     Tensor sVt = make_tensor(make_smem_ptr(&smem_.v[0][0]), typename Traits::SmemLayoutVt{});
     return local_tile(sVt, typename Traits::GroupTileVt{}, make_coord(group, _0{}));
   }
-  // Of K and V; a constant where there is one.
+  // Which stage of K or V the cursor is at; a constant where there is one.
   template <int kNumStages>
   static __device__ auto stage_of(const StageCursor<kNumStages>& cursor) {
     if constexpr (Traits::kKvStages == 1) {
@@ -199,7 +200,7 @@ class SplitColumnsSchedule {
     return stage;
   }
 
-  // Of the two that this thread holds parts of.
+  // One of the two rows that this thread holds parts of.
   static __device__ int row_of(int i) { return first_row_of_warp(0) + threadIdx.x % kThreadsPerWarp / 4 + 8 * i; }
   template <class Rows>
   static __device__ void write_rows(float* smem, const Rows& rows) {

@@ -43,8 +43,10 @@ cudaError_t encode_tensor_map(const TensorMapSpec& spec, Dtype dtype, TensorMap*
   const cuuint64_t row_bytes = stride_bytes(spec.operand.row_stride, spec.num_rows);
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(spec.head_dim), static_cast<cuuint64_t>(heads.size), kRowBound,
                               static_cast<cuuint64_t>(spec.num_rows) + 1, kRowBound + 1};
-  constexpr cuuint64_t kNothing = (cuuint64_t{1} << 34) * kElementBytes;  // times kRowBound, in 64 bits
-  const cuuint64_t strides[] = {stride_bytes(heads.stride, heads.size), row_bytes, row_bytes, kNothing - row_bytes};
+  // kRowBound times this is 0 in 64 bits of address.
+  constexpr cuuint64_t kWrappingStride = (cuuint64_t{1} << 34) * kElementBytes;
+  const cuuint64_t strides[] = {stride_bytes(heads.stride, heads.size), row_bytes, row_bytes,
+                                kWrappingStride - row_bytes};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(spec.box_cols), static_cast<cuuint32_t>(spec.box_heads),
                             static_cast<cuuint32_t>(spec.box_rows), 1, 1};
   const cuuint32_t every_element[] = {1, 1, 1, 1, 1};

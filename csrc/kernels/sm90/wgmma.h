@@ -3,7 +3,6 @@
 
 #include <cute/tensor.hpp>
 
-#include "kernels/common/row_reducer.h"
 #include "kernels/common/smem_tile.h"
 #include "kernels/sm90/forward_traits.h"
 
@@ -11,17 +10,8 @@ namespace flash_attn::sm90 {
 
 using namespace cute;
 
-// The rows, and the columns of O, that a consumer group owns.
-template <class Traits>
-CUTE_DEVICE int row_group_of(int group) {
-  return Traits::kColumnGroups == 1 ? group : 0;
-}
-template <class Traits>
-CUTE_DEVICE int column_group_of(int group) {
-  return Traits::kColumnGroups == 1 ? 0 : group;
-}
-// Of Q's descriptors, as many stay in uniform registers over the loop. More would crowd out what else belongs there,
-// the stages' indices first: it would take the lanes' registers, which then spill, and a move (R2UR) before each
+// So many of Q's descriptors stay in uniform registers over the loop. More would crowd out what else belongs there, the
+// stages' indices first: it would take the lanes' registers, which then spill, and a move (R2UR) before each
 // product.
 inline constexpr int kMaxLastingDescriptors = 8;
 
@@ -64,7 +54,7 @@ CUTE_DEVICE void wait_for_gemms(Acc& acc) {
 
 inline constexpr int kRowsPerWarp = 16;
 
-// Of kCols columns: ((column pair, row pair, N / 8), 1, 1).
+// An accumulator of kCols columns: ((column pair, row pair, N / 8), 1, 1).
 template <int kCols>
 CUTE_DEVICE auto make_accumulator() {
   static_assert(kCols % 8 == 0);
@@ -132,23 +122,6 @@ CUTE_HOST_DEVICE constexpr auto as_a_operand(Layout layout) {
   static_assert(decltype(rank<0>(layout))::value == 3 && decltype(size<2>(layout))::value == 1);
   const auto pairs = logical_divide(get<0, 2>(layout), Int<2>{});  // (2, N / 16)
   return make_layout(make_layout(get<0, 0>(layout), get<0, 1>(layout), get<0>(pairs)), get<1>(layout), get<1>(pairs));
-}
-
-// ---- the softmax, as the tile says
-
-template <class Traits, class Softmax, class Scores>
-CUTE_DEVICE auto exponentiate_scores(Softmax& softmax, Scores& scores) {
-  return softmax.template exponentiate<Traits::kTile.polynomial_exps, Traits::kTile.rescale_slack>(scores,
-                                                                                                   QuadReducer{});
-}
-
-template <class Traits, class Softmax, class Output, class Factors>
-CUTE_DEVICE void rescale_output(Output& output, const Factors& factors) {
-  if constexpr (Traits::kTile.rescale_slack > 0) {
-    Softmax::rescale_if_needed(output, factors);
-  } else {
-    Softmax::rescale(output, factors);
-  }
 }
 
 }  // namespace flash_attn::sm90

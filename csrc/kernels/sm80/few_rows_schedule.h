@@ -9,23 +9,22 @@
 #include "kernels/common/params.h"
 #include "kernels/common/row_map.h"
 #include "kernels/common/seq_info.h"
+#include "variant/rounding.h"
 #include "variant/tiles.h"
 
-namespace flash_attn {
+namespace flash_attn::sm80 {
 
 // A tile of packed rows, and the part of its keys.
-struct SplitTile : PackedTile {
+struct FewRowsTile : PackedTile {
   int split_idx;  // negative: the slot has no tile
   int num_splits;
+  int64_t first_slot;  // of the entry
+  int64_t place;       // of this slot among the entry's
 
   __device__ bool has_part() const { return split_idx >= 0 && split_idx < num_splits; }
+  // One tile and part of each entry does.
+  __device__ bool opens_entry() const { return place == 0 && split_idx == 0 && rows.first_head == 0; }
 };
-
-// Tiles of the rows of an entry, of which each row of the tensor makes `factor`.
-template <int kTileM>
-__device__ int64_t num_row_tiles(int rows_q, int factor) {
-  return (static_cast<int64_t>(rows_q) * factor + kTileM - 1) / kTileM;
-}
 
 namespace detail {
 
@@ -61,15 +60,15 @@ __device__ inline int64_t warp_sum_before(int64_t value, int lane) {
 template <int kTileM>
 __device__ SlotRun find_fixed_run(const ForwardParams& params, int slot) {
   const SeqParams& seq = params.seq;
-  const int factor = params.split.packed_heads.divisor();
+  const int packed_heads = params.split.packed_heads.divisor();
   const int num_splits = params.split.num_splits;
   if (seq.cu_seqlens_q == nullptr) {
-    const int slots_per_entry = static_cast<int>(num_row_tiles<kTileM>(seq.rows_q, factor)) * num_splits;
+    const int slots_per_entry = static_cast<int>(num_row_tiles(seq.rows_q, packed_heads, kTileM)) * num_splits;
     const int entry = slot / slots_per_entry;
     return {entry, static_cast<int64_t>(entry) * slots_per_entry, num_splits};
   }
-  const int entry = entry_of_slot(seq.cu_seqlens_q, seq.batch, seq.rows_q, slot / num_splits, kTileM, factor);
-  const int64_t first_row = static_cast<int64_t>(row_at(seq.cu_seqlens_q, entry, seq.rows_q)) * factor;
+  const int entry = entry_of_slot(seq.cu_seqlens_q, seq.batch, seq.rows_q, slot / num_splits, kTileM, packed_heads);
+  const int64_t first_row = static_cast<int64_t>(row_at(seq.cu_seqlens_q, entry, seq.rows_q)) * packed_heads;
   return {entry, first_varlen_slot(first_row, entry, kTileM) * num_splits, num_splits};
 }
 
@@ -82,16 +81,16 @@ struct EntryWork {
 template <int kTileM, int kTileN>
 __device__ EntryWork work_of_entry(const ForwardParams& params, int entry) {
   const SeqInfo seq = entry_info(params.seq, entry);
-  const int64_t row_tiles = num_row_tiles<kTileM>(seq.rows_q, params.split.packed_heads.divisor());
+  const int64_t row_tiles = num_row_tiles(seq.rows_q, params.split.packed_heads.divisor(), kTileM);
   if (seq.seqlen_q == 0 || seq.seqlen_k == 0) return {row_tiles, 0};
   const VisibleKeys<Mask::kGeneral> keys{seq, params.window};
   const int begin = keys.begin(0) / kTileN;
-  const int end = (max(keys.end(seq.seqlen_q - 1), 0) + kTileN - 1) / kTileN;
+  const int end = ceil_div(max(keys.end(seq.seqlen_q - 1), 0), kTileN);
   return {row_tiles, max(end - begin, 0)};
 }
 
 __device__ inline int num_splits_of(const EntryWork& work, unsigned tiles_per_split) {
-  const unsigned splits = (work.key_tiles + tiles_per_split - 1) / tiles_per_split;
+  const unsigned splits = ceil_div(work.key_tiles, tiles_per_split);
   return min(max(splits, 1u), static_cast<unsigned>(kMaxSplits));
 }
 
@@ -102,7 +101,7 @@ struct LaneEntries {
 };
 
 __device__ inline LaneEntries entries_of_lane(int num_entries, int lane) {
-  const int entries_per_lane = (num_entries + kThreadsPerWarp - 1) / kThreadsPerWarp;
+  const int entries_per_lane = ceil_div(num_entries, kThreadsPerWarp);
   const int begin = min(lane * entries_per_lane, num_entries);
   return {begin, min(begin + entries_per_lane, num_entries)};
 }
@@ -127,13 +126,13 @@ __device__ PartLength find_part_length(const SplitParams& split, int64_t tiles, 
     const auto short_length = static_cast<unsigned>(min(length, kLongest));
     return PartLength{short_length, count_slots(short_length)};
   };
-  const int64_t mean = max((tiles + target - 1) / target, static_cast<int64_t>(split.min_tiles));
+  const int64_t mean = max(ceil_div(tiles, target), static_cast<int64_t>(split.min_tiles));
   int64_t length = mean;
   for (int i = 0; i <= kMaxTries; ++i) {
     const PartLength tried = with_slots(length);
     const int64_t slots = warp_sum(tried.slots_of_lane);
     if (slots <= target) return tried;
-    length = (length * slots + target - 1) / target;
+    length = ceil_div(length * slots, target);
   }
   return with_slots(mean);
 }
@@ -189,28 +188,28 @@ __device__ SlotRun find_run_by_lengths(const ForwardParams& params, int slot) {
 
 // Decodes a block index. Indices run through heads first, whose keys lie side by side, then through slots.
 template <int kTileM, int kTileN>
-__device__ SplitTile locate_split_tile(const ForwardParams& params, int block_idx) {
+__device__ FewRowsTile locate_few_rows_tile(const ForwardParams& params, int block_idx) {
   const SplitParams& split = params.split;
-  const int factor = split.packed_heads.divisor();
-  const int num_head_runs = params.heads.num_heads / factor;
+  const int packed_heads = split.packed_heads.divisor();
+  const int num_head_runs = params.heads.num_heads / packed_heads;
   const int head_run = block_idx % num_head_runs;
   const int slot = block_idx / num_head_runs;
   const detail::SlotRun run = split.num_splits > 0 ? detail::find_fixed_run<kTileM>(params, slot)
                                                    : detail::find_run_by_lengths<kTileM, kTileN>(params, slot);
-  SplitTile tile{{.seq = {}, .rows = {head_run * factor, split.packed_heads}, .m_begin = 0}, -1, run.num_splits};
-  const int64_t place = slot - run.first_slot;
-  if (place < 0 || run.num_splits == 0) return tile;
+  FewRowsTile tile{{.seq = {}, .rows = {head_run * packed_heads, split.packed_heads}, .m_begin = 0},
+                   -1,
+                   run.num_splits,
+                   run.first_slot,
+                   slot - run.first_slot};
+  if (tile.place < 0 || run.num_splits == 0) return tile;
   tile.seq = entry_info(params.seq, run.entry);
   // Nothing is to be merged in rows of no entry, whatever the number of splits.
   if (run.entry == params.seq.batch) tile.num_splits = 1;
-  const int64_t row_tiles = num_row_tiles<kTileM>(tile.seq.rows_q, factor);
+  const int64_t row_tiles = num_row_tiles(tile.seq.rows_q, packed_heads, kTileM);
   if (row_tiles == 0) return tile;
-  tile.split_idx = static_cast<int>(place / row_tiles);
-  tile.m_begin = static_cast<int>(place % row_tiles) * kTileM;
-  if (place == 0 && head_run == 0 && threadIdx.x == 0 && split.entries != nullptr && run.entry < params.seq.batch) {
-    split.entries[run.entry] = {static_cast<int>(run.first_slot), run.num_splits};
-  }
+  tile.split_idx = static_cast<int>(tile.place / row_tiles);
+  tile.m_begin = static_cast<int>(tile.place % row_tiles) * kTileM;
   return tile;
 }
 
-}  // namespace flash_attn
+}  // namespace flash_attn::sm80

@@ -4,7 +4,7 @@
 #include "kernels/common/philox.h"
 #include "kernels/common/tensor.h"
 
-namespace flash_attn {
+namespace flash_attn::sm80 {
 
 using namespace cute;
 
@@ -56,4 +56,4 @@ class DropoutMask {
   int threshold_;
 };
 
-}  // namespace flash_attn
+}  // namespace flash_attn::sm80

@@ -4,12 +4,12 @@
 #include "kernels/common/instructions.h"
 #include "kernels/common/params.h"
 #include "kernels/common/row_results.h"
-#include "kernels/common/split_schedule.h"
 #include "kernels/common/split_store.h"
 #include "kernels/common/tensor.h"
+#include "kernels/sm80/few_rows_schedule.h"
 #include "kernels/sm80/forward_mainloop.h"
 #include "kernels/sm80/forward_traits.h"
-#include "kernels/sm80/split_epilogue.h"
+#include "kernels/sm80/packed_rows.h"
 #include "kernels/sm80/tile_loader.h"
 
 namespace flash_attn::sm80 {
@@ -17,8 +17,9 @@ namespace flash_attn::sm80 {
 using namespace cute;
 
 template <class Traits, class Softmax, class Reducer, class AccO>
-__device__ void attend_to_part(const ForwardParams& params, const SplitTile& tile, typename Traits::SharedStorage& smem,
-                               Softmax& softmax, const Reducer& reducer, AccO& tOrO) {
+__device__ void attend_to_keys(const ForwardParams& params, const FewRowsTile& tile,
+                               typename Traits::SharedStorage& smem, Softmax& softmax, const Reducer& reducer,
+                               AccO& tOrO) {
   static_assert(Traits::kMask == Mask::kGeneral, "packed rows are compiled with the general mask only");
   using Rows = PackedRowAddresses<typename Traits::Element>;
   using QLoader = ScatteredTileLoader<Traits, Traits::kTileM, Traits::kHeadDim, Rows>;
@@ -38,10 +39,14 @@ __device__ void attend_to_part(const ForwardParams& params, const SplitTile& til
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid_constant__ ForwardParams params) {
+__global__ void __launch_bounds__(Traits::kNumThreads) few_rows_kernel(const __grid_constant__ ForwardParams params) {
   auto& smem = dynamic_smem<typename Traits::SharedStorage>();
 
-  const SplitTile tile = locate_split_tile<Traits::kTileM, Traits::kTileN>(params, blockIdx.x);
+  const FewRowsTile tile = locate_few_rows_tile<Traits::kTileM, Traits::kTileN>(params, blockIdx.x);
+  if (tile.opens_entry() && threadIdx.x == 0 && params.split.entries != nullptr &&
+      tile.seq.batch_idx < params.seq.batch) {
+    note_parts(params, tile.seq.batch_idx, tile.first_slot, tile.num_splits);
+  }
   if (!tile.has_part()) return;
 
   Tensor tOrO = Traits::Mma::template make_accumulator<Traits::kTileM, Traits::kHeadDimV>();
@@ -49,7 +54,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads) split_kernel(const __grid
   using Softmax = OnlineSoftmax<Traits::kRowsPerLane>;
   Softmax softmax(params.score.softmax_scale);
   const auto reducer = make_row_reducer<Traits>(smem);
-  if (tile.has_used_rows()) attend_to_part<Traits>(params, tile, smem, softmax, reducer, tOrO);
+  if (tile.has_used_rows()) attend_to_keys<Traits>(params, tile, smem, softmax, reducer, tOrO);
 
   Tensor output = make_tensor(tOrO.data(), as_rows_and_columns(tOrO.layout()));
   const auto coords = Traits::output_coords();

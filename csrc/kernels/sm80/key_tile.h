@@ -4,7 +4,7 @@
 #include "kernels/common/params.h"
 #include "kernels/common/seq_info.h"
 
-namespace flash_attn {
+namespace flash_attn::sm80 {
 
 struct KeyTileCoord {
   SeqInfo seq;
@@ -29,4 +29,4 @@ __device__ KeyTileCoord locate_key_tile(const SeqParams& seq, int num_kv_heads, 
   return {entry_info(seq, slot.entry), run % num_kv_heads, slot.row_begin};
 }
 
-}  // namespace flash_attn
+}  // namespace flash_attn::sm80

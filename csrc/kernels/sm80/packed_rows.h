@@ -1,4 +1,4 @@
-// Stores O of a tile of packed rows.
+// Where packed rows of Q and O lie, and how a tile of O's is stored.
 #pragma once
 
 #include "kernels/common/params.h"
