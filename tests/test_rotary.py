@@ -341,6 +341,15 @@ def test_embedding_keeps_its_tables():
     assert "inv_freq" not in layer.state_dict()
 
 
+def test_compiled_embedding_that_has_its_tables():
+    layer = RotaryEmbedding(HEAD_DIM)
+    torch._dynamo.reset()
+    fast = torch.compile(lambda qkv: layer(qkv * 1), fullgraph=True, backend="aot_eager")
+    qkv = torch.randn(BATCH, SEQLEN, 3, HEADS, HEAD_DIM)
+    for _ in range(2):
+        torch.testing.assert_close(fast(qkv), layer(qkv * 1))
+
+
 @pytest.mark.parametrize(
     "make", (lambda: RotaryEmbedding(HEAD_DIM).to(torch.bfloat16), lambda: RotaryEmbedding(HEAD_DIM, device="meta"))
 )

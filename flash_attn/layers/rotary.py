@@ -172,6 +172,11 @@ def apply_rotary_emb_kv_(
     return rotated(kv, places, interleaved, True, tables)
 
 
+def _in_inference_mode() -> bool:
+    """What torch.compile traces is in no such mode, and may not ask."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
 class RotaryEmbedding(torch.nn.Module):
     """Rotates queries and keys in place, with tables that grow with the longest sequence seen.
 
@@ -222,6 +227,7 @@ class RotaryEmbedding(torch.nn.Module):
         self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
         self.register_buffer("scale", None if scale_base is None else self._compute_scale(device), persistent=False)
         self._seq_len_cached = 0
+        self._made_for_inference = False
         self._cos_cached: Tensor | None = None
         self._sin_cached: Tensor | None = None
         self._cos_k_cached: Tensor | None = None
@@ -247,7 +253,7 @@ class RotaryEmbedding(torch.nn.Module):
             and (device is None or cached.device == torch.device(device))
             and (dtype is None or cached.dtype == dtype)
             # Tables made under inference_mode can't be saved for a backward pass.
-            and not (cached.is_inference() and not torch.is_inference_mode_enabled())
+            and (_in_inference_mode() or not self._made_for_inference)
         ):
             return
         if self.scale_base is None:  # XPos depends on the length
@@ -259,6 +265,7 @@ class RotaryEmbedding(torch.nn.Module):
         angles = torch.outer(positions, inv_freq)
         cos, sin = angles.cos(), angles.sin()
         self._seq_len_cached = seqlen
+        self._made_for_inference = _in_inference_mode()
         if self.scale_base is None:
             self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
             return
