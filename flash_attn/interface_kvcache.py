@@ -65,7 +65,8 @@ def flash_attn_with_kvcache(
         cache_seqlens[b] otherwise. Computed in float32 (float64 for float64 inputs), rounded to q's dtype.
     cache_seqlens : int or Tensor, (batch,), int32, optional
         Tokens in each entry's cache before the append, left padding included. None means the whole cache, and
-        isn't allowed with k.
+        isn't allowed with k. -1 with one new token marks an idle entry of a padded batch: nothing is stored for
+        it, and its out is 0.
     cache_batch_idx : Tensor, (batch,), int32, optional
         The row of the cache, or of block_table, that each entry uses. If k is given, no row may occur twice.
     cache_leftpad : Tensor, (batch,), int32, optional

@@ -53,6 +53,7 @@ CASES = [
      "cache_batch_idx must be at least 0 and below block_table's 2 rows, got -1 at index 0"),
     (APPEND, {"cache_seqlens": i32(4, 14)}, "cache_seqlens plus the new tokens must fit the cache's 16 tokens, got 17"),
     (APPEND, {"cache_seqlens": i32(-1, 4)}, "cache_seqlens must not be negative, got -1"),
+    (APPEND, {"cache_batch_idx": i32(1, 1)}, "cache_batch_idx must not name a row twice with k, got 1 twice"),
     (APPEND, {"cache_batch_idx": i32(2, 0)},
      "cache_batch_idx must be at least 0 and below the cache's 2 rows, got 2 at index 0"),
     (PAGED_APPEND, {"cache_batch_idx": i32(0, -1)},

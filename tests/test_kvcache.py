@@ -118,6 +118,30 @@ def test_append_leaves_the_lengths_alone(path, case):
         assert_same_bits("cache_seqlens", inputs.layout["seqused_k"], lengths)
 
 
+@pytest.mark.parametrize("rotary", [None, (32, True)], ids=["plain", "rotary"])
+@pytest.mark.parametrize("page", [None, 16])
+def test_an_idle_entry_of_a_padded_batch(path, page, rotary):
+    """transformers pads a batch of requests with entries of -1 tokens before their only new one, and no pages."""
+    case = Case("idle", "two of four", "kvcache", (1,) * 4, (64,) * 4, seqused_k=(3, 20, 31, 1), new=(1,) * 4,
+                page=page, heads=(4, 2), rotary=rotary, causal=True)  # fmt: skip
+    inputs, plain = build(case, device_of(path)), build(case, device_of(path))
+    expected = on_path(path, case.features, plain, plain.call)
+    idle = [1, 3]
+    inputs.layout["seqused_k"][idle] = -1
+    if page is not None:
+        inputs.layout["block_table"][idle] = -1
+    before = [x.clone() for x in (inputs.k, inputs.v)]
+    ours = on_path(path, case.features, inputs, inputs.call)
+    if ours is None:
+        return
+    for name, result, whole in zip(("out", "lse"), ours, expected, strict=True):
+        assert_same_bits(name, result[[0, 2]], whole[[0, 2]])
+    assert not ours[0][idle].any() and (ours[1][idle] == -math.inf).all()
+    for cache, old in zip((inputs.k, inputs.v), before, strict=True):
+        changed = (cache.nan_to_num(9.0) != old.nan_to_num(9.0)).flatten(2).any(2)
+        assert changed.sum() == 2, "one token of each entry that isn't idle"
+
+
 def test_append_writes_through_strided_caches(path):
     plain = build(APPEND, device_of(path))
     expected = on_path(path, APPEND.features, plain, plain.call)

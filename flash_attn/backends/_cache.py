@@ -9,14 +9,22 @@ from ._rotary import rotate, token_positions
 from ._sequences import cache_rows
 
 
-def _check_capacity(cache_seqlens: Tensor, positions: Tensor, capacity: int) -> None:
-    if cache_seqlens.numel() and cache_seqlens.min() < 0:
-        raise ValueError(f"cache_seqlens must not be negative, got {cache_seqlens.min().item()}")
-    if positions.numel() and positions.max() >= capacity:
+def _check_lengths(before: Tensor, after: Tensor, capacity: int) -> None:
+    """An idle entry may have -1 tokens before its only new one."""
+    refused = before[(before < 0) & (after != 0)]
+    if refused.numel():
+        raise ValueError(f"cache_seqlens must not be negative, got {refused.min().item()}")
+    if after.numel() and after.max() > capacity:
         raise ValueError(
-            f"cache_seqlens plus the new tokens must fit the cache's {capacity} tokens, "
-            f"got {positions.max().item() + 1}"
+            f"cache_seqlens plus the new tokens must fit the cache's {capacity} tokens, got {after.max().item()}"
         )
+
+
+def _check_rows(cache_batch_idx: Tensor, written: Tensor) -> None:
+    rows = cache_batch_idx[written.unique()]
+    values, counts = rows.unique(return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"cache_batch_idx must not name a row twice with k, got {values[counts > 1][0].item()} twice")
 
 
 def _check_pages(ids: Tensor, num_pages: int) -> None:
@@ -45,7 +53,7 @@ def append_kv(
 ) -> Tensor:
     """Write token t of entry b at cache position cache_seqlens[b] + t, with k rotated at that position.
 
-    Returns cache_seqlens plus the new tokens.
+    Tokens at negative positions, those of idle entries, are left out. Returns cache_seqlens plus the new tokens.
     """
     k, v = k.detach(), v.detach()
     positions, end = token_positions("k", k, cache_seqlens, cu_seqlens_k_new, "cu_seqlens_k_new", True)
@@ -60,13 +68,18 @@ def append_kv(
         k, v = k[tokens], v[tokens]
     page_size = k_cache.shape[1]
     capacity = page_size if block_table is None else block_table.shape[1] * page_size
-    _check_capacity(cache_seqlens, positions, capacity)
+    lengths = cache_seqlens + num_new
+    _check_lengths(cache_seqlens, lengths, capacity)
+    kept = positions >= 0
+    if not kept.all():
+        k, v, entries, positions = k[kept], v[kept], entries[kept], positions[kept]
     if rotary_cos is not None and rotary_sin is not None:
         k = rotate(k, rotary_cos, rotary_sin, positions, rotary_interleaved)
     rows = entries
     if cache_batch_idx is not None:
         whose, table = ("the cache's", k_cache) if block_table is None else ("block_table's", block_table)
         cache_rows(cache_batch_idx, whose, table.shape[0])
+        _check_rows(cache_batch_idx, entries)
         rows = cache_batch_idx.to(torch.int64)[entries]
     if block_table is not None:
         rows = block_table[rows, positions // page_size].to(torch.int64)
@@ -74,7 +87,7 @@ def append_kv(
         _check_pages(rows, k_cache.shape[0])
     k_cache[rows, positions] = k
     v_cache[rows, positions] = v
-    return cache_seqlens + num_new
+    return lengths
 
 
 def combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

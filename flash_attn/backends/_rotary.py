@@ -68,7 +68,8 @@ def rotary(
     advance: bool,
 ) -> Tensor:
     """Rotate token i of entry b at position offsets[b] + i, or offsets[b] if not `advance`."""
-    positions, end = token_positions("q", x, offsets, cu_seqlens, "cu_seqlens_q", advance)
+    # An idle entry's tokens, at -1, see no key: their values don't matter.
+    positions, end = token_positions("q", x, offsets.clamp(min=0), cu_seqlens, "cu_seqlens_q", advance)
     if cu_seqlens is None:
         return rotate(x, cos, sin, positions, interleaved)
     out = x.clone(memory_format=torch.contiguous_format)
