@@ -107,6 +107,22 @@ def test_overwritten_inputs_are_noticed(path):
     on_path(path, SMALL.features | {"backward"}, inputs, run)
 
 
+@pytest.mark.parametrize("changes", [{}, {"causal": False}, {"softcap": 2.0}, {"window": (3, 0)}], ids=str)
+def test_the_result_may_be_changed_in_place(path, changes):
+    """By whoever takes no gradient of it."""
+    case = replace(SMALL, id="in-place", **changes)
+    inputs, _ = _leaves(case, path)
+
+    def run():
+        out = inputs.call()[0]
+        expected = out.detach() * 2
+        out *= 2
+        assert_same_bits("out", out.detach(), expected)
+        return True
+
+    on_path(path, case.features | {"backward"}, inputs, run)
+
+
 def test_second_derivative_raises(path):
     inputs, leaves = _leaves(SMALL, path)
 

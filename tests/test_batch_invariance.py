@@ -117,3 +117,18 @@ def test_12_rows_do_not_depend_on_their_batch(path, case, pack_gqa):
         expected = expected or ours
         for name, *pair in zip(("out", "lse"), ours, expected, strict=True):
             assert_same_bits(f"{name} behind {num_before} and before {num_after} others", *pair)
+
+
+@pytest.mark.parametrize("length_q", [1, 40])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_12_an_entry_of_a_dense_batch(path, length_q, softcap, dtype):
+    for length_k in range(5, 65, 4):
+        case = Case(f"dense-{length_q}-{length_k}", "four entries", "dense", (length_q,) * 4, (length_k,) * 4,
+                    heads=(4, 2), softcap=softcap, dtype=dtype)  # fmt: skip
+        inputs = build(case, device_of(path))
+        alone = replace(inputs, q=inputs.q[:1], k=inputs.k[:1], v=inputs.v[:1])
+        ours, expected = (on_path(path, case.features, x, lambda x=x: x.call(num_splits=1)) for x in (inputs, alone))
+        if ours is not None:
+            for name, batch, one in zip(("out", "lse"), ours, expected, strict=True):
+                assert_same_bits(name, batch[:1], one)

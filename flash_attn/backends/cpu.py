@@ -66,14 +66,18 @@ def forward(
     pack_gqa: bool | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out with q's layout and dtype, lse (B, H, Sq) or (H, Tq). Hints and maximal lengths change nothing."""
+    """out with q's layout and dtype, lse (B, H, Sq) or (H, Tq). Hints and maximal lengths change nothing.
+
+    With num_splits = 1 each entry is computed by itself: together, how many there are decides how torch sums.
+    """
     layout = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, block_table, cache_batch_idx)
     use_flash = _flash.supports(q, softcap, dropout_p)
-    if use_flash and alibi_slopes is None and _is_dense(layout):
+    one_by_one = num_splits == 1
+    if use_flash and alibi_slopes is None and not one_by_one and _is_dense(layout):
         result = _flash.forward_dense(q, k, v, window_left, window_right, softmax_scale)
         if result is not None:
             out, lse = result if s_aux is None else _with_sink(*result, s_aux)
-            return out.contiguous(), lse.contiguous()
+            return _owned(out), lse.contiguous()
 
     def compute(piece: Piece) -> tuple[Tensor, Tensor]:
         q_piece = piece.q_rows.of(q, piece.count)
@@ -87,12 +91,14 @@ def forward(
         return (out, lse) if s_aux is None else _with_sink(out, lse, s_aux)
 
     pieces = split(q, k, *layout, window_left, window_right)
+    if one_by_one:
+        pieces = [part for piece in pieces for part in piece.parts(1)]
     if len(pieces) == 1 and pieces[0].keys.num_rows and covers(pieces[0].q_rows, pieces[0].count, q):
         out, lse = compute(pieces[0])
         if cu_seqlens_q is not None:
             out = out.flatten(0, 1)
             lse = lse.transpose(0, 1).flatten(1)
-        return out.contiguous(), lse.contiguous()
+        return _owned(out), lse.contiguous()
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     lse = _empty_lse(q, cu_seqlens_q is not None)
     for piece in pieces:
@@ -103,6 +109,12 @@ def forward(
         if s_aux is not None:
             piece.skipped_rows.of_lse(lse, piece.count).copy_(s_aux.to(lse.dtype)[:, None])
     return out, lse
+
+
+def _owned(out: Tensor) -> Tensor:
+    """Contiguous, and no view, since autograd refuses in-place operations on views that a function returns."""
+    out = out.contiguous()
+    return out.new_empty(0).set_(out) if out._is_view() else out
 
 
 def _is_dense(layout: tuple[Tensor | None, ...]) -> bool:
