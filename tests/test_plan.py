@@ -5,6 +5,7 @@ import repository  # noqa: F401  (makes build_support importable)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from build_support.options import load_variants
 from build_support.plan_module import load_plan_module
 
 try:
@@ -111,6 +112,15 @@ def test_each_tile_row_has_a_reason(arch, row_class):
     assert rows and all(reason for *_, reason in rows)
     order = [(qk + v, qk, v, -smem) for qk, v, smem, *_ in rows]
     assert sorted(order) == order, "the planner takes the first row that holds a call"
+
+
+def test_the_build_reads_the_same_rows():
+    """variants.py reads the buckets out of tiles.h as text."""
+    classes = {"": planner.Rows.MANY, "64": planner.Rows.UP_TO_64, "16": planner.Rows.UP_TO_16}
+    for family in load_variants().FORWARD_FAMILIES:
+        rows = planner.tile_rows(getattr(planner.Arch, f"SM{family.arch}"), classes[family.rows])
+        expected = [(qk, v, f"{smem // 1024}KB") for qk, v, smem, *_ in rows]
+        assert list(family.tile_rows) == list(dict.fromkeys(expected))
 
 
 @pytest.mark.parametrize(

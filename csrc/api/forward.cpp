@@ -108,7 +108,7 @@ ForwardResult run_forward(const ForwardArgs& args, const std::optional<Tensor>& 
                              .sink = {sink ? static_cast<const float*>(sink->const_data_ptr()) : nullptr},
                              .dropout = dropout_params_of(args),
                              .split = workspace.params};
-  if (plan.num_blocks > 0) {
+  if (plan.num_blocks > 0 && problem.rows_q > 0) {  // TMA takes no descriptor of a null pointer
     const std::optional<Tensor> counter = make_tile_counter(args, plan, params.seq, gpu.num_sms);
     const cudaError_t error =
         launch(params, {.num_blocks = static_cast<int>(plan.num_blocks),

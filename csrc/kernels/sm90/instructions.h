@@ -144,7 +144,7 @@ __device__ inline void commit_stores() { tma_store_arrive(); }
 __device__ inline void wait_for_stores() { tma_store_wait<0>(); }
 
 // fence.proxy.async: TMA and the tensor cores can read what this thread wrote to shared memory.
-__device__ inline void fence_smem_writes() { tma_store_fence(); }
+__device__ inline void fence_smem_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // stmatrix: four matrices of 8 x 8 elements, of which each lane has two neighbours of a row; lane l has the address of
 // row l % 8 of matrix l / 8.

@@ -39,6 +39,9 @@ inline constexpr int kRowBound = 1 << 30;
 // elements is nothing in 64 bits of address. Of the box's rows those past `count` lie outside the first dimension, so
 // they are filled with zeros on a load and left out of a store.
 //
+// The sizes are as tight as they can be, so that no address within them lies past the tensor. With looser ones TMA was
+// seen to return the right zeros, and yet to read memory behind the tensor (pull request 201 of Dao-AILab/quack).
+//
 // The box from row `begin` on whose first `count` rows are filled with zeros is at (-count, begin + count, 0).
 //
 // Two dimensions would do on a base that lies kRowBound rows, or one box, before the tensor, where there may be no
