@@ -12,7 +12,8 @@
 #   sanitize  compute-sanitizer's tools on their selection
 #   fuzz      2,000 drawn calls, seed 0
 #   models    transformers' architectures and xformers' masks
-#   forward, short, backward, serving   SM80's kernels beside the peers: WHEELS/peers.py with what it imports
+#   forward, short, backward, serving   SM80's kernels beside the peers by another script than the package's own,
+#             WHEELS/peers.py with what it imports
 #   sm90      SM90's kernels beside the peers in the package's own harness, which can ask for them
 #   own       the package's own suites that no peer has: deterministic, pages, latency, tiny; host time
 #   train     the small GPT
@@ -20,8 +21,9 @@
 #             what README.md's tables are filled from, for benchmarks/results
 #   tune      tiles of SM90's kernels: TUNE="128/128 64/64"
 #
-# WHEELS (.whl): wheels that the machine lacks (nvidia-cutlass, expecttest, xformers; for the peers fa3-fwd), and
-# peers.py, the script of the project's targets, which is no part of the repository.
+# WHEELS (.whl): wheels that the machine lacks (nvidia-cutlass, expecttest, xformers; for the peers fa3-fwd), and, for
+# four stages, peers.py, which isn't part of the repository: it takes suites, implementations (ours80, fa2, cudnn, mem)
+# and --out, and times each implementation once. `python -m flash_attn bench` times most of that without it.
 # SITE (/tmp/site): where they and the package are installed.
 # FEW_ROWS (true): the kernels for few rows serve every call with few rows; false is what a build has by default until
 # they have been proven, and leaves short sequences to SM90's kernels.
