@@ -209,6 +209,14 @@ def choose_path(q: torch.Tensor, head_dims: tuple[int, int], features: frozenset
     return path
 
 
+def path_of_explained(q: torch.Tensor, head_dims: tuple[int, int], features: frozenset[str]) -> str:
+    """As choose_path, of a call that is only asked about: it neither warns nor keeps the call from warning later."""
+    forced = getattr(_forced, "path", None)
+    if forced is None and not q.is_cuda:
+        return "cpu"
+    return _best_that_serves(forced, q, head_dims[1], features)
+
+
 def unproven_features(path: PathSpec, features: frozenset[str]) -> list[str]:
     """Of a call's features those, in words, whose kernels of this path no GPU has run yet."""
     return [FEATURES[key] for key in FEATURES if key in features & path.unproven]

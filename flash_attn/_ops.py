@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _dispatch, _extension
-from flash_attn._checks import ForwardCall
+from flash_attn._checks import NUM_OP_ARGUMENTS, ForwardCall
 from flash_attn._checks_backward import BackwardCall
 from flash_attn._plain import fix_places, is_plain, is_plain_without_grad, refuse_transforms
 from flash_attn.backends import cpu
@@ -55,9 +55,7 @@ _SCHEMAS = {
     ),
     "cpu_combine": "(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype) -> (Tensor out, Tensor lse)",
 }
-# The op's inputs that have a gradient come first but for s_aux, which is the fourth: one per op argument.
-_NUM_FORWARD_ARGUMENTS = _FORWARD.count(",") + 1
-_SCORE_ARGUMENTS = slice(_FORWARD[: _FORWARD.index(_SCORE)].count(","), _NUM_FORWARD_ARGUMENTS - 3)
+_SCORE_ARGUMENTS = slice(ForwardCall._fields.index("max_seqlen_q"), ForwardCall._fields.index("num_splits"))
 
 
 # ---- Implementations -------------------------------------------------------------------------------------------
@@ -134,13 +132,13 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None
     (q, k, v, s_aux, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
      leftpad_k, block_table, cache_batch_idx, *_) = inputs  # fmt: skip
     ctx.set_materialize_grads(False)
-    ctx.arch = inputs[_NUM_FORWARD_ARGUMENTS:]
+    ctx.arch = inputs[NUM_OP_ARGUMENTS:]
     if leftpad_k is not None or block_table is not None or cache_batch_idx is not None:
         places = {"leftpad_k": leftpad_k, "block_table": block_table, "cache_batch_idx": cache_batch_idx}
         ctx.without_backward = [name for name, value in places.items() if value is not None]
         return
     ctx.without_backward = None
-    ctx.options = (*inputs[_SCORE_ARGUMENTS], inputs[_NUM_FORWARD_ARGUMENTS - 1])
+    ctx.options = (*inputs[_SCORE_ARGUMENTS], inputs[NUM_OP_ARGUMENTS - 1])
     ctx.save_for_backward(
         q, k, v, *output, s_aux, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     )
@@ -167,8 +165,8 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The op's: a gradient for each argument."""
-    return *_gradients(ctx, dout, dlse), *(None,) * (_NUM_FORWARD_ARGUMENTS - 4 + len(ctx.arch))
+    """The op's: a gradient for each argument. q, k, v and s_aux, which have one, are the first four."""
+    return *_gradients(ctx, dout, dlse), *(None,) * (NUM_OP_ARGUMENTS - 4 + len(ctx.arch))
 
 
 def _run_kernel(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -189,7 +187,7 @@ class _EagerForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, others: tuple[Any, ...]) -> _Outputs:
         arguments = (q, k, v, s_aux, *others)
-        on_cpu_path = len(arguments) == _NUM_FORWARD_ARGUMENTS
+        on_cpu_path = len(arguments) == NUM_OP_ARGUMENTS
         output = cpu.forward(*arguments) if on_cpu_path else _run_kernel("forward", arguments)
         _setup_backward(ctx, arguments, output)
         return output

@@ -166,7 +166,7 @@ def explain_call(title: str, call: Any) -> Explanation:
         name: _dispatch.objections(name, call.q, call.head_dims[1], call.features) for name in _dispatch.PATHS
     }
     try:
-        path = _dispatch.choose_path(call.q, call.head_dims, call.features)
+        path = _dispatch.path_of_explained(call.q, call.head_dims, call.features)
     except NotImplementedError:
         path = None
     plans, smem_bytes = {}, _dispatch.smem_bytes_for(call.q)

@@ -83,7 +83,7 @@ def _plan(step: Step) -> dict[str, Any] | None:
     """The kernel's plan for tensors of these shapes, of which there is a row or a page; None if no kernel would run."""
     call = _call(step)
     try:
-        path = _dispatch.choose_path(call.q, call.head_dims, call.features)
+        path = _dispatch.path_of_explained(call.q, call.head_dims, call.features)
     except NotImplementedError:
         return None
     arch = _dispatch.PATHS[path].arch

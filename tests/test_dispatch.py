@@ -150,6 +150,14 @@ def test_kernels_that_no_gpu_has_run_warn_once(ampere, feature):
     assert "SM80 kernels" in message and _dispatch.FEATURES[feature] in message and "no GPU" in message
 
 
+def test_explaining_a_call_leaves_its_warning(ampere, recwarn):
+    features = frozenset({"dense", "backward"})
+    assert _dispatch.path_of_explained(ampere, (64, 64), features) == "sm80"
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="no GPU"):
+        _dispatch.choose_path(ampere, (64, 64), features)
+
+
 def test_proven_kernels_do_not_warn(ampere, recwarn):
     _dispatch.choose_path(ampere, (64, 64), _dispatch.PATHS["sm80"].features - _dispatch.PATHS["sm80"].unproven)
     with flash_attn.use_path("cpu"):
