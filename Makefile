@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED = 1
 
 PIP_INSTALL = $(PYTHON) -m pip install --progress-bar off
 CLANG_FORMAT = $(VENV)/bin/clang-format
-CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu')
+CPP_FILES = $(shell find csrc benchmarks tests demo -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 BUILD_FILES = setup.py pyproject.toml MANIFEST.in $(wildcard build_support/*.*)
 SOURCES = $(shell find csrc -type f -not -name '*.pyc') flash_attn/version.py
 INSTALLED = $(VENV)/installed
@@ -33,9 +33,9 @@ help:  ## list the targets
 demo: $(INSTALLED)/flash_attn  ## train and run a small language model on this package and compare it with PyTorch
 	$(PYTHON) demo/demo.py $(DEMO_ARGS)
 
-test:  ## set up, build, and run every test
+test:  ## set up, build, run every test, and check the format
 	@rm -rf $(TIMES)
-	@$(MAKE) --no-print-directory run-tests; status=$$?; \
+	@$(MAKE) --no-print-directory run-tests lint; status=$$?; \
 	for part in set-up build tests; do \
 		echo "$$part: $$(cat $(TIMES)/$$part 2>/dev/null | awk '{ s += $$1 } END { print s + 0 }') s"; \
 	done; exit $$status
