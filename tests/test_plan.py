@@ -401,6 +401,19 @@ def test_sm90_leaves_few_rows_and_what_it_lacks_to_sm80(changes, arch, packed_he
         assert made.num_blocks == num_parts
 
 
+@pytest.mark.parametrize("arch", [planner.Arch.SM80, planner.Arch.SM90])
+@pytest.mark.parametrize("heads", [(8, 8), (32, 8), (128, 1)])
+@pytest.mark.parametrize("rows_q", [1, 5, 16, 40, 64, 65, 129])
+def test_with_one_split_the_batch_chooses_no_kernel(arch, heads, rows_q):
+    """Dense queries; of packed ones the lengths could, and test_batch_invariance.py looks at those."""
+    made = [
+        plan(**PREFILL | dict(arch=arch, batch=batch, num_heads=heads[0], num_heads_k=heads[1], rows_q=rows_q,
+                              num_splits=1))
+        for batch in (1, 2, 5, 20, 66, 300)
+    ]  # fmt: skip
+    assert len({(p.arch, p.rows, p.packed_heads, p.tile_m, p.num_splits) for p in made}) == 1
+
+
 CHUNK_OF_ONE = {"batch": 1, "num_heads": 8, "num_heads_k": 1, "rows_q": 640, "rows_k": 32768, "window_right": 0}
 
 

@@ -72,7 +72,9 @@ bool sm80_beats_sm90(const Problem& problem, const Tile& tile, const Gpu& gpu) {
   constexpr double kShareOfSms = 0.75;
   const int64_t rows_of_entry = std::max<int64_t>(queries_per_entry(problem) * split.packed_heads, 1);
   const auto num_parts = static_cast<double>(count_likely_tiles(problem, tile, split.packed_heads) * split.num_splits);
-  return num_parts < kShareOfSms * gpu.num_sms || share_of_used_rows(rows_of_entry, tile.cluster_rows()) < kEvenShare;
+  // With num_splits = 1 the batch must not decide which kernel computes a row.
+  const bool leaves_sms_idle = problem.num_splits != 1 && num_parts < kShareOfSms * gpu.num_sms;
+  return leaves_sms_idle || share_of_used_rows(rows_of_entry, tile.cluster_rows()) < kEvenShare;
 }
 
 }  // namespace flash_attn
