@@ -71,4 +71,7 @@ def fix_places(*written: Tensor | None) -> None:
 
 
 def _is_slice(tensor: Tensor, base: Tensor) -> bool:
-    return tensor.ndim == base.ndim and all(tensor.stride(dim) == base.stride(dim) for dim in range(base.ndim))
+    """Of one dimension, or the whole."""
+    if tensor.ndim != base.ndim or any(tensor.stride(dim) != base.stride(dim) for dim in range(base.ndim)):
+        return False
+    return len([dim for dim in range(base.ndim) if tensor.size(dim) != base.size(dim)]) <= 1

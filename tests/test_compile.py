@@ -243,8 +243,9 @@ def test_a_compiled_append_writes_into_views(name, dynamic):
         lambda buffer: buffer[:2].flatten(0, 1)[:2],
         lambda buffer: buffer[..., 16:].flatten(0, 1)[2:4],
         lambda buffer: buffer.flatten(0, 1)[3:5, ..., :16],
+        lambda buffer: buffer[1:2, :2, ..., 16:].squeeze(0),
     ],
-    ids=["one-of-some", "first-rows", "other-columns", "last-rows"],
+    ids=["one-of-some", "first-rows", "other-columns", "last-rows", "corner"],
 )
 def test_a_compiled_call_writes_out_into_a_view(view, dynamic):
     def attention(q, k, v, buffer):
@@ -273,3 +274,18 @@ def test_a_compiled_call_writes_out_into_a_slice_of_any_length():
         expected = attention(q, k, v, buffer.clone())
         torch.testing.assert_close(fast(q, k, v, buffer), expected, rtol=0, atol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_call_writes_out_into_a_slice_of_two_dimensions(dynamic):
+    def attention(q, k, v, buffer):
+        flash_attn_func(q, k, v, out=buffer[1:3, ..., 16:])
+        return buffer + 0
+
+    torch._dynamo.reset()
+    fast = torch.compile(attention, fullgraph=True, dynamic=dynamic)
+    for length in (5, 6, 7):
+        q, k, v = (rand(2, length, 3, 16) for _ in range(3))
+        buffer = rand(4, length, 3, 32)
+        expected = attention(q, k, v, buffer.clone())
+        torch.testing.assert_close(fast(q, k, v, buffer), expected, rtol=0, atol=0)
