@@ -56,7 +56,7 @@ def append_kv(
     Tokens at negative positions, those of idle entries, are left out. Returns cache_seqlens plus the new tokens.
     """
     k, v = k.detach(), v.detach()
-    positions, end = token_positions("k", k, cache_seqlens, cu_seqlens_k_new, "cu_seqlens_k_new", True)
+    positions = token_positions("k", k, cache_seqlens, cu_seqlens_k_new, "cu_seqlens_k_new", True)
     entries = torch.arange(cache_seqlens.shape[0], device=k.device)
     if cu_seqlens_k_new is None:
         num_new = k.shape[1]
@@ -64,8 +64,8 @@ def append_kv(
     else:
         num_new = cu_seqlens_k_new.diff()
         entries = entries.repeat_interleave(num_new.to(torch.int64))
-        tokens = slice(end - positions.numel(), end)
-        k, v = k[tokens], v[tokens]
+        num_tokens = positions.numel()
+        k, v = k[:num_tokens], v[:num_tokens]
     page_size = k_cache.shape[1]
     capacity = page_size if block_table is None else block_table.shape[1] * page_size
     lengths = cache_seqlens + num_new

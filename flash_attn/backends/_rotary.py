@@ -10,12 +10,12 @@ from ._sequences import starts_of
 
 def token_positions(
     name: str, x: Tensor, offsets: Tensor, cu_seqlens: Tensor | None, cu_seqlens_name: str, advance: bool
-) -> tuple[Tensor, int]:
-    """Position of every token of x, (B, S) or (T,), and the token at which a packed x's last entry ends."""
+) -> Tensor:
+    """Position of every token of x: (B, S), or (T,) up to the end of a packed x's last entry."""
     offsets = offsets.to(torch.int64)
     if cu_seqlens is None:
         steps = torch.arange(x.shape[1], device=x.device) if advance else offsets.new_zeros(1)
-        return (offsets[:, None] + steps).expand(x.shape[:2]), x.shape[1]
+        return (offsets[:, None] + steps).expand(x.shape[:2])
     starts = starts_of(cu_seqlens_name, cu_seqlens, x.shape[0], name)
     # Of no entry torch would make a tensor of floats.
     first = torch.tensor(starts[:-1], dtype=torch.int64, device=x.device)
@@ -23,8 +23,8 @@ def token_positions(
     positions = offsets.repeat_interleave(lengths)
     if advance:
         first = first.repeat_interleave(lengths)
-        positions = positions + torch.arange(starts[0], starts[-1], device=x.device) - first
-    return positions, starts[-1]
+        positions = positions + torch.arange(starts[-1], device=x.device) - first
+    return positions
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
@@ -69,10 +69,10 @@ def rotary(
 ) -> Tensor:
     """Rotate token i of entry b at position offsets[b] + i, or offsets[b] if not `advance`."""
     # An idle entry's tokens, at -1, see no key: their values don't matter.
-    positions, end = token_positions("q", x, offsets.clamp(min=0), cu_seqlens, "cu_seqlens_q", advance)
+    positions = token_positions("q", x, offsets.clamp(min=0), cu_seqlens, "cu_seqlens_q", advance)
     if cu_seqlens is None:
         return rotate(x, cos, sin, positions, interleaved)
     out = x.clone(memory_format=torch.contiguous_format)
-    tokens = slice(end - positions.numel(), end)
-    out[tokens] = rotate(x[tokens], cos, sin, positions, interleaved)
+    num_tokens = positions.numel()
+    out[:num_tokens] = rotate(x[:num_tokens], cos, sin, positions, interleaved)
     return out
