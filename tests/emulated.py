@@ -13,6 +13,7 @@ import checks
 import pytest
 import reference
 import test_combine as combine_tests
+import test_dropout
 import test_fa2_interface
 import torch
 from cases import ALL
@@ -155,6 +156,11 @@ def test_split(name):
 @pytest.mark.parametrize("num_queries", [1, 70])
 def test_nan_is_kept(num_queries, num_splits):
     checks.check_nan_is_kept("sm80", num_queries, num_splits)
+
+
+@pytest.mark.parametrize("case", test_dropout.PROBS, ids=lambda case: case.id)
+def test_attn_probs(case):
+    test_dropout.test_attn_probs_show_the_mask("sm80", case)
 
 
 def test_nan_is_kept_by_combine():

@@ -37,7 +37,8 @@ AttnProbsArgs take_attn_probs_args(StackReader& stack) {
                       .window_right = stack.take<int64_t>(),
                       .softcap = stack.take<double>(),
                       .dropout_p = stack.take<double>(),
-                      .num_splits = 1}};
+                      .num_splits = 1,
+                      .arch = static_cast<int64_t>(Arch::kSm80)}};
 }
 
 Tensor attn_probs(const AttnProbsArgs& args) {
