@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from cases import Case
-from harness import build, device_of, drawn_rng_state, generator_for, on_path, seed_of
+from harness import build, device_of, drawn_rng_state, generator_for, int32, on_path, seed_of
 from tolerance import assert_close, assert_same_bits, lse_allowance
 
 import flash_attn
@@ -294,3 +294,50 @@ def check_equal_scores(path):
     assert units.max() <= 2, f"LSE is wrong by {units.max():.1f} units of its last place"
     means = inputs.v.double().cumsum(1)[:, keys - rows :] / counts.view(1, rows, 1, 1)
     assert (out.double() - means).abs().max() < torch.finfo(torch.bfloat16).eps
+
+
+# What the device may find in metadata: values there are not looked at by the host.
+WILD = (-(2**31), 2**31 - 1, -1, 5000, 0)
+
+
+def _call_with_wild(path, case, what, **options):
+    inputs = build(case, device_of(path))
+    target = inputs.layout[what]
+    wild = int32(WILD, target.device)
+    target.copy_(wild[:, None].expand_as(target) if target.dim() == 2 else wild)
+    features = case.features | ({"num_splits"} if options.get("num_splits", 0) > 1 else set())
+    on_path(path, features, inputs, lambda: inputs.call(**options))
+    if device_of(path) == "cuda":
+        torch.cuda.synchronize()
+
+
+def check_lying_cache(path, what, num_queries, num_splits):
+    """Whatever a cache's metadata says, no foreign memory is touched: compute-sanitizer and the emulator look for
+    that."""
+    case = Case(f"lies-{what}", "wild values", "kvcache", (num_queries,) * 5, (40,) * 5, seqused_k=(40,) * 5,
+                heads=(2, 1), causal=True, page=16 if what == "block_table" else None,
+                cache_rows=(4, 3, 2, 1, 0) if what == "cache_batch_idx" else None,
+                leftpad=(0,) * 5 if what == "leftpad_k" else None)  # fmt: skip
+    _call_with_wild(path, case, what, num_splits=num_splits)
+
+
+def check_lying_append(path, what):
+    """Nor is anything written at positions outside of the cache or to pages outside of the pool."""
+    case = Case("lies-append", "wild values", "kvcache", (2,) * 5, (40,) * 5, seqused_k=(38,) * 5, new=(2,) * 5,
+                page=8, rotary=(32, True), heads=(4, 2), causal=True)  # fmt: skip
+    _call_with_wild(path, case, what)
+
+
+def check_lying_offsets(path):
+    """Nor by a packed batch, forward and backward. The offsets don't decrease, or two entries would have the same
+    rows."""
+    case = Case("lies-varlen", "wild values", "varlen", (120, 0, 150), (130, 20, 150), heads=(2, 1), causal=True,
+                seqused_q=(120, 0, 150))  # fmt: skip
+    inputs = build(case, device_of(path))
+    lowest, highest = -(2**31), 2**31 - 1
+    wild = {"cu_seqlens_q": (lowest, 120, highest, highest), "cu_seqlens_k": (-7, 130, 140, 5000)}
+    for name, values in (wild | {"seqused_q": (lowest, highest, 5000)}).items():
+        inputs.layout[name].copy_(int32(values))
+    gradients_on(path, case.features, inputs, *output_gradients(inputs))
+    if device_of(path) == "cuda":
+        torch.cuda.synchronize()

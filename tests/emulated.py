@@ -163,6 +163,22 @@ def test_attn_probs(case):
     test_dropout.test_attn_probs_show_the_mask("sm80", case)
 
 
+@pytest.mark.parametrize("num_splits", [0, 3])
+@pytest.mark.parametrize("num_queries", [1, 70])
+@pytest.mark.parametrize("what", ["seqused_k", "block_table", "cache_batch_idx", "leftpad_k"])
+def test_lying_metadata(what, num_queries, num_splits):
+    checks.check_lying_cache("sm80", what, num_queries, num_splits)
+
+
+@pytest.mark.parametrize("what", ["seqused_k", "block_table"])
+def test_lying_append(what):
+    checks.check_lying_append("sm80", what)
+
+
+def test_lying_offsets():
+    checks.check_lying_offsets("sm80")
+
+
 def test_nan_is_kept_by_combine():
     combine_tests.test_nan_is_kept("sm80")
 

@@ -169,6 +169,18 @@ def test_nan_is_kept(num_splits, ran):
     assert ran == {90}
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("what", ["seqused_k", "block_table", "cache_batch_idx"])
+def test_lying_metadata(what, num_splits, ran):
+    checks.check_lying_cache("sm90", what, 70, num_splits)
+    assert ran == {90}
+
+
+def test_lying_offsets(ran):
+    checks.check_lying_offsets("sm90")
+    assert 90 in ran
+
+
 SPLIT = (
     *(case for case in PAGED if case.id in ("paged-16-many", "paged-16-recycled-softcap", "paged-32-dims-64x512")),
     *(replace(case, sinks=BF16) for case in PACKED if case.id in ("packed-varlen", "packed-512")),
