@@ -155,20 +155,38 @@ def test_grid_covers_every_row_head_and_entry_once():
 
 
 def test_too_large_a_grid_is_refused():
-    with pytest.raises(planner.UnsupportedProblem, match="at most 1073741824 tiles"):
-        plan(batch=2**20, num_heads=2**12, num_heads_k=2**12)
+    most = {"batch": 2**20, "num_heads": 2**10, "num_heads_k": 2**10, "rows_q": 1, "allows_few_rows": False}
+    assert plan(**most).num_blocks == 2**30
+    with pytest.raises(planner.UnsupportedProblem, match="^q: a launch has at most 1073741824 tiles"):
+        plan(**most | {"batch": 2**20 + 1})
 
 
-@given(lengths=st.lists(st.integers(0, 700), min_size=1, max_size=20), tile_m=st.sampled_from([64, 128]))
-def test_varlen_slots_hold_every_entry(lengths, tile_m):
-    """The slots of an entry start where the last one's end and are enough for its rows, whatever the lengths."""
+@pytest.mark.parametrize("arch", [planner.Arch.SM80, planner.Arch.SM90])
+@pytest.mark.parametrize("rows_q", [1, 40, 4096])
+@pytest.mark.parametrize("layout", [planner.Layout.DENSE, planner.Layout.VARLEN])
+def test_an_empty_batch_has_a_plan(arch, rows_q, layout):
+    """Of a packed one the slots are left, since its rows may be there and belong to no entry."""
+    made = plan(arch=arch, layout=layout, batch=0, rows_q=rows_q, rows_k=10**6, window_right=0)
+    assert made.num_splits == 1
+    assert layout == planner.Layout.VARLEN or made.num_blocks == 0
+
+
+@given(
+    lengths=st.lists(st.integers(0, 700), min_size=1, max_size=20),
+    unowned=st.integers(0, 700),
+    tile_m=st.sampled_from([64, 128]),
+)
+@example(lengths=[1], unowned=1, tile_m=64)
+def test_varlen_slots_hold_every_entry(lengths, unowned, tile_m):
+    """The slots of an entry start where the last one's end and are enough for its rows, whatever the lengths. Those of
+    the rows past the last entry follow."""
     begin = 0
     for entry, length in enumerate(lengths):
         first = planner.first_varlen_slot(begin, entry, tile_m)
         begin += length
         end = planner.first_varlen_slot(begin, entry + 1, tile_m)
         assert end - first >= -(-length // tile_m)
-    assert planner.num_varlen_slots(begin, len(lengths), tile_m) >= end
+    assert planner.num_varlen_slots(begin + unowned, len(lengths), tile_m) >= end + -(-unowned // tile_m)
 
 
 # ---- Few rows: packed heads, splits -----------------------------------------------------------------------------
@@ -182,6 +200,7 @@ CACHE = {"layout": planner.Layout.VARLEN, "layout_k": planner.Layout.DENSE, "has
     [
         ({}, "UP_TO_16", 4),
         ({"pack_gqa": planner.PackGqa.NEVER}, "UP_TO_16", 1),
+        ({"num_splits": 1}, "UP_TO_16", 4),
         ({"rows_q": 4}, "UP_TO_16", 4),
         ({"rows_q": 5}, "UP_TO_64", 4),
         ({"num_heads_k": 1}, "UP_TO_64", 32),
@@ -190,6 +209,18 @@ CACHE = {"layout": planner.Layout.VARLEN, "layout_k": planner.Layout.DENSE, "has
         ({"rows_q": 65, "num_splits": 2}, "MANY", 1),
         ({"rows_q": 65, "pack_gqa": planner.PackGqa.ALWAYS}, "UP_TO_64", 4),
         ({"rows_q": 65, "num_heads": 8, "pack_gqa": planner.PackGqa.ALWAYS}, "MANY", 1),
+        ({"rows_q": 2**29, "batch": 1, "pack_gqa": planner.PackGqa.ALWAYS}, "UP_TO_64", 1),  # 2^31 rows are too many
+        ({"layout": planner.Layout.VARLEN, "layout_k": planner.Layout.VARLEN, "num_splits": 1}, "MANY", 1),
+        (
+            {
+                "layout": planner.Layout.VARLEN,
+                "layout_k": planner.Layout.VARLEN,
+                "num_splits": 1,
+                "pack_gqa": planner.PackGqa.ALWAYS,
+            },
+            "UP_TO_64",
+            4,
+        ),
         ({"has_dropout": True}, "MANY", 1),
         ({"allows_few_rows": False}, "MANY", 1),
     ],
@@ -200,15 +231,18 @@ def test_few_rows_take_small_tiles(changes, rows, packed_heads):
     assert made.mask == planner.Mask.GENERAL or rows == "MANY"
 
 
-@pytest.mark.parametrize("changes", [{}, {"layout_k": planner.Layout.VARLEN, "has_pages": False}])
+@pytest.mark.parametrize("arch", [planner.Arch.SM80, planner.Arch.SM90])
+@pytest.mark.parametrize(
+    "changes", [{}, {"pages_suit_tma": True}, {"layout_k": planner.Layout.VARLEN, "has_pages": False}]
+)
 @pytest.mark.parametrize("group", [1, 8])
-def test_one_split_takes_the_same_kernel_whatever_the_batch(changes, group):
+def test_one_split_takes_the_same_kernel_whatever_the_batch(changes, group, arch):
     """Or a row's bits would depend on what else is in the batch."""
     heads = {"num_heads": 8 * group, "num_heads_k": 8, "num_splits": 1}
     kinds = {
-        (made.rows, made.packed_heads, made.tile_n, made.num_splits)
+        (made.arch, made.rows, made.packed_heads, made.tile_n, made.num_splits)
         for batch, rows_q in ((1, 1), (2, 10), (2, 11), (128, 128), (3, 6000))
-        for made in [plan(**(DECODE | CACHE | changes | heads | {"batch": batch, "rows_q": rows_q}))]
+        for made in [plan(arch=arch, **(DECODE | CACHE | changes | heads | {"batch": batch, "rows_q": rows_q}))]
     }
     assert len(kinds) == 1
 
@@ -220,11 +254,30 @@ def test_exact_splits_are_slots_of_the_grid():
 
 
 def test_chosen_splits_depend_on_shapes_alone_and_fit_the_grid():
-    """The device cuts no finer than target_slots in all, but for each tile's last part."""
+    """The device cuts no finer than target_slots in all, but for each tile's last part, nor keys into parts of less
+    than 256."""
     made = plan(**(DECODE | {"rows_k": 2**17}))
     assert made.num_splits == 0
     assert made.num_slots == 4 + made.target_slots
     assert made.num_blocks == made.num_slots * 8
+    short = plan(**(DECODE | {"rows_k": 600}))
+    assert (short.num_splits, short.num_slots) == (0, 4 * 3)
+
+
+def test_there_is_a_slot_to_aim_at_however_many_heads():
+    made = plan(**(DECODE | {"batch": 1, "num_heads": 2000, "num_heads_k": 2000, "rows_k": 2**17}))
+    assert (made.num_splits, made.target_slots) == (0, 1)
+
+
+def test_a_window_past_all_keys_splits_as_none_does():
+    widest = {"window_left": 2**63 - 1, "window_right": 2**63 - 1}
+    assert plan(**(DECODE | widest)).num_slots == plan(**DECODE).num_slots > 4
+
+
+@pytest.mark.parametrize(("batch", "num_splits"), [(16, 0), (17, 1)])
+def test_heads_that_share_a_tile_count_in_a_wave(batch, num_splits):
+    """64 queries of 4 heads are 4 tiles; 17 entries of those and 8 heads more than a wave, of four blocks on an SM."""
+    assert plan(**(DECODE | {"rows_q": 64, "batch": batch})).num_splits == num_splits
 
 
 def _num_slots_used(made, lengths, left):
@@ -251,6 +304,7 @@ _LENGTHS = st.tuples(st.one_of(st.integers(0, 4), st.integers(0, 3000)), st.one_
 
 @given(lengths=st.lists(_LENGTHS, min_size=1, max_size=40), left=st.integers(0, 2000), heads=st.sampled_from([1, 2, 8]))
 @example(lengths=[(1000, 4000)] + [(1, 4000)] * 19, left=300, heads=1)  # one entry sees far more keys than the mean
+@example(lengths=[(1, 700)] * 8, left=511, heads=1)  # 512 keys, in five tiles
 def test_the_grid_holds_every_split(lengths, left, heads):
     made = plan(
         **CACHE, batch=len(lengths), rows_q=sum(queries for queries, _ in lengths), rows_k=9000, num_heads=heads,
@@ -377,6 +431,8 @@ def sm90_plan(**changes):
         ({"rows_q": 64, "rows_k": 2048}, "SM80", 4),  # 64 tiles that aren't split
         ({"rows_q": 64, "batch": 64}, "SM90", 4),
         ({"rows_q": 64, "batch": 64, "pack_gqa": planner.PackGqa.NEVER}, "SM90", 1),
+        ({"rows_q": 64, "batch": 64, "num_heads": 8, "pack_gqa": planner.PackGqa.ALWAYS}, "SM90", 1),  # one head each
+        ({"rows_q": 2**29, "batch": 1, "pack_gqa": planner.PackGqa.ALWAYS}, "SM80", 1),  # 2^31 rows are too many
         ({"rows_q": 63, "batch": 64, "pack_gqa": planner.PackGqa.NEVER}, "SM80", 1),
         ({"rows_q": 16, "batch": 64, "num_heads": 8}, "SM80", 1),
         ({"rows_q": 1, "allows_few_rows": False}, "SM90", 4),
@@ -430,6 +486,7 @@ CHUNK_OF_ONE = {"batch": 1, "num_heads": 8, "num_heads_k": 1, "rows_q": 640, "ro
         ({"has_pages": True, "pages_suit_tma": True}, 3),
         ({"num_splits": 1}, 1),
         ({"num_splits": 7}, 7),
+        ({"num_splits": 7, "rows_q": 129}, 7),  # packed
         ({"allows_few_rows": False}, 1),
         ({"allows_few_rows": False, "num_splits": 7}, 7),
     ],
@@ -437,7 +494,7 @@ CHUNK_OF_ONE = {"batch": 1, "num_heads": 8, "num_heads_k": 1, "rows_q": 640, "ro
 def test_sm90_splits_keys_where_tiles_are_few(changes, num_splits):
     made = sm90_plan(**(CHUNK_OF_ONE | changes))
     assert (made.arch, made.num_splits) == (planner.Arch.SM90, num_splits)
-    assert made.num_blocks == made.tiles_per_head * 8 * num_splits
+    assert made.num_blocks == made.tiles_per_head * 8 // made.packed_heads * num_splits
     assert num_splits == 1 or made.num_slots == made.tiles_per_head * num_splits
 
 

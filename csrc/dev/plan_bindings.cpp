@@ -1,6 +1,7 @@
 // Exposes the planner to pytest, for development only: the wheel does not hold this module.
 #include <pybind11/pybind11.h>
 
+#include "plan/backward_plan.h"
 #include "plan/plan.h"
 #include "variant/varlen_tiles.h"
 
@@ -66,6 +67,22 @@ PYBIND11_MODULE(flash_attn_plan, module) {
       .def_readonly("num_threads", &Plan::num_threads)
       .def_readonly("smem_bytes", &Plan::smem_bytes);
 
+  py::class_<BackwardPlan>(module, "BackwardPlan")
+      .def_property_readonly("head_dim", [](const BackwardPlan& plan) { return plan.variant.head_dim.qk; })
+      .def_property_readonly("head_dim_v", [](const BackwardPlan& plan) { return plan.variant.head_dim.v; })
+      .def_property_readonly("score", [](const BackwardPlan& plan) { return plan.variant.score; })
+      .def_property_readonly("tile_m", [](const BackwardPlan& plan) { return plan.tile.m; })
+      .def_property_readonly("tile_n", [](const BackwardPlan& plan) { return plan.tile.n; })
+      .def_property_readonly("column_blocks", [](const BackwardPlan& plan) { return plan.tile.column_blocks; })
+      .def_readonly("key_tiles_per_head", &BackwardPlan::key_tiles_per_head)
+      .def_readonly("query_tiles_per_head", &BackwardPlan::query_tiles_per_head)
+      .def_readonly("num_key_blocks", &BackwardPlan::num_key_blocks)
+      .def_readonly("num_query_blocks", &BackwardPlan::num_query_blocks)
+      .def_readonly("num_dq_sums", &BackwardPlan::num_dq_sums)
+      .def_readonly("num_dq_counters", &BackwardPlan::num_dq_counters)
+      .def_readonly("smem_bytes", &BackwardPlan::smem_bytes);
+
+  module.def("make_backward_plan", &make_backward_plan);
   module.def("make_plan", [](const Problem& problem, Arch arch, int smem_limit, int num_sms) {
     return make_plan(problem, arch, {smem_limit, num_sms});
   });

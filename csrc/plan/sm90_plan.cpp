@@ -49,9 +49,10 @@ SplitPlan split_plan_on_sm90(const Problem& problem, const Tile& tile, const Gpu
   if (plan.num_splits == 0) {
     // 128 rows and so many keys take some 20 microseconds, of which the merge must be a small part.
     constexpr int kKeysOfAPart = 2048;
-    const int64_t num_tiles = std::max<int64_t>(count_likely_tiles(problem, tile, plan.packed_heads), 1);
+    const int64_t num_tiles = count_likely_tiles(problem, tile, plan.packed_heads);
     const int64_t most = most_splits(problem, queries_per_entry(problem), tile.n, kKeysOfAPart);
-    const int64_t splits = std::min<int64_t>({gpu.num_sms / num_tiles, most, kMaxSplits});
+    // Rows that belong to no entry have no keys to split.
+    const int64_t splits = num_tiles == 0 ? 1 : std::min<int64_t>({gpu.num_sms / num_tiles, most, kMaxSplits});
     plan.num_splits = static_cast<int>(std::max<int64_t>(splits, 1));
   }
   plan.num_slots = count_tiles(problem.layout, problem.rows_q * plan.packed_heads, problem.batch, tile.m) *
