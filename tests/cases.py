@@ -231,6 +231,8 @@ VARLEN = [
     _varlen("seqused-q-sinks", "LSE past seqused_q is -inf even with a sink", (17, 33), (20, 40),
             seqused_q=(9, 33),
             sinks=FP32, lse_grad=True),
+    _varlen("seqused-q-edge", "all rows of a tile but one are in use", (200, 130, 70), (210, 140, 90),
+            seqused_q=(191, 127, 63), dims=(40, 24), sinks=FP32, causal=True),
 ]  # fmt: skip
 
 VARLEN_FORWARD_ONLY = [
@@ -286,6 +288,15 @@ KVCACHE = [
            causal=True),
     _cache("cache-batch-idx", "entries live in other rows of a larger cache", (1, 1), 65, seqused_k=(50, 64),
            cache_rows=(4, 1)),
+    _cache("cache-batch-idx-many", "the same for tiles of many rows", (70, 70), 130, seqused_k=(100, 64),
+           cache_rows=(3, 0), causal=True),
+    _cache("cache-batch-idx-paged", "entries have other rows of a larger table", (3, 3), 100, seqused_k=(50, 64),
+           cache_rows=(4, 1), page=16, dims=(40, 24), causal=True),
+    _cache("cache-lengths", "parts by lengths, of more entries than a warp has lanes, some without keys",
+           (2,) * 37, 400, seqused_k=(0, 400, 1, 255, 257, *(13 * b for b in range(31)), 0), heads=(2, 1),
+           dims=(40, 24), sinks=FP32, causal=True),
+    _cache("cache-lengths-window", "parts by lengths, of what windows and queries leave to see", (1, 7, 0, 3), 900,
+           seqused_k=(900, 640, 500, 300), heads=(4, 2), window=(280, 0), varlen_q=True, recycled=True),
     _cache("cache-paged", "a paged cache", (1, 1, 1), 100, seqused_k=(50, 64, 0), page=16, causal=True),
     _cache("cache-paged-1", "a page per token", (4, 4), 40, seqused_k=(30, 7), page=1, heads=(4, 2)),
     _cache("cache-recycled", "what is before the window has been overwritten", (3, 3), 300,

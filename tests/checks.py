@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import reference
 import torch
-from cases import Case
+from cases import FP32, Case
 from harness import build, device_of, drawn_rng_state, generator_for, int32, on_path, seed_of
 from tolerance import assert_close, assert_same_bits, lse_allowance
 
@@ -341,3 +341,20 @@ def check_lying_offsets(path):
     gradients_on(path, case.features, inputs, *output_gradients(inputs))
     if device_of(path) == "cuda":
         torch.cuda.synchronize()
+
+
+def check_rows_of_no_entry(path, lens_q, num_splits):
+    """Queries past the last offset get O = 0 and LSE = -inf, whatever they hold, and change nothing else."""
+    case = Case("unowned", "rows of no entry", "kvcache", lens_q, (600,) * len(lens_q), seqused_k=(590, 7, 0),
+                heads=(2, 1), varlen_q=True, causal=True, sinks=FP32)  # fmt: skip
+    inputs = build(case, device_of(path))
+    unowned = torch.full_like(inputs.q[:1].expand(200, -1, -1), math.nan)
+    longer = replace(inputs, q=torch.cat((inputs.q, unowned)))
+    features = case.features | ({"num_splits"} if num_splits > 1 else set())
+    result = on_path(path, features, inputs, lambda: longer.call(num_splits=num_splits))
+    if result is None:
+        return
+    out, lse = result
+    total = sum(lens_q)
+    assert (out[total:] == 0).all() and (lse[:, total:] == -math.inf).all()
+    assert_right(Answer(out[:total], lse[:, :total], *oracle_answers(inputs)))

@@ -29,6 +29,7 @@ FORWARD = (
     "causal-short-k-sinks",
     "gqa-6-3-causal",
     "seqused-k",
+    "seqused-q-edge",
     "empty-k-causal",
     "scale-negative-causal",
     "dim-33x7-bfloat16",
@@ -45,6 +46,10 @@ FORWARD = (
     "cache-empty",
     "cache-paged",
     "cache-batch-idx",
+    "cache-batch-idx-many",
+    "cache-batch-idx-paged",
+    "cache-lengths",
+    "cache-lengths-window",
     "append-none",
     "append-varlen",
     "append-paged",
@@ -59,10 +64,19 @@ FORWARD = (
     "cache-paged-1-recycled",
     "append-recycled",
 )
-SPLIT = ("cache-decode", "paged-16", "varlen-many-short", "paged-16-recycled-prefill", "gqa-6-3-causal")
+SPLIT = (
+    "cache-decode",
+    "cache-lengths",
+    "paged-16",
+    "varlen-many-short",
+    "paged-16-recycled-prefill",
+    "gqa-6-3-causal",
+    "seqused-q-edge",
+)
 BACKWARD = (
     "varlen-recycled",
     "varlen-softcap-sinks",
+    "seqused-q",
     "alibi-batch-causal",
     "dropout-sinks",
     "bwd-33x7-everything",
@@ -141,6 +155,27 @@ def test_backward(name):
     checks.check_backward("sm80", CASES[name])
 
 
+def test_deterministic_sums_are_added_in_turn(monkeypatch):
+    """Of four tiles of keys, whose shares of dQ are x, 0, -x and x: in any other order the sum overflows on its way."""
+    x = 2.0**127
+    sign = torch.ones(512).index_fill(0, torch.arange(1, 512, 2), -1)
+    share = torch.tensor([x, 0, -x, x]).repeat_interleave(128)
+    q = torch.zeros(1, 64, 1, 64).bfloat16().requires_grad_()
+    k = (sign * share)[None, :, None, None].expand(1, 512, 1, 64).bfloat16()
+    v = sign[None, :, None, None].expand(1, 512, 1, 64).bfloat16()
+    dout = torch.zeros(1, 64, 1, 64).bfloat16()
+    dout[..., 0] = 4  # dP is 4 where the sign is 1 and else -4, P is 1 / 512
+    for deterministic in (True, False):
+        in_turn = set()
+        for seed in "123":
+            monkeypatch.setenv("FLASH_ATTN_EMULATOR_SEED", seed)
+            with flash_attn.use_path("sm80"):
+                out = flash_attn.flash_attn_func(q, k, v, softmax_scale=2.0**-9, deterministic=deterministic)
+                (dq,) = torch.autograd.grad(out, q, dout)
+            in_turn.add(bool((dq == x * 2.0**-9).all()))
+        assert in_turn == {True} if deterministic else False in in_turn
+
+
 @pytest.mark.parametrize("name", GIVEN_MEMORY)
 def test_backward_into_given_memory(name):
     (case,) = (case for case in test_fa2_interface.CASES if case.id == name)
@@ -173,6 +208,16 @@ def test_lying_metadata(what, num_queries, num_splits):
 @pytest.mark.parametrize("what", ["seqused_k", "block_table"])
 def test_lying_append(what):
     checks.check_lying_append("sm80", what)
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 3])
+@pytest.mark.parametrize("lens_q", [(3, 1, 2), (130, 70, 1)])
+def test_rows_of_no_entry(lens_q, num_splits):
+    checks.check_rows_of_no_entry("sm80", lens_q, num_splits)
+
+
+def test_gradients_of_rows_of_no_sequence():
+    test_fa2_interface.test_rows_of_no_sequence("sm80", False)
 
 
 def test_lying_offsets():

@@ -29,11 +29,19 @@ DENSE = (
     "dim-512x512-bfloat16",
     "dim-64x512-bfloat16",
 )
-VARLEN = ("varlen-causal-gqa", "varlen-short-k-causal", "seqused-k", "varlen-alibi-batch", "leftpad", "varlen-recycled")
+VARLEN = (
+    "varlen-causal-gqa",
+    "varlen-short-k-causal",
+    "seqused-k",
+    "seqused-q-edge",
+    "varlen-alibi-batch",
+    "leftpad",
+    "varlen-recycled",
+)
 MORE = (
     replace(CASES["empty-k-causal"], id="empty-k-70-causal", lens_q=(70, 70)),
     replace(CASES["scale-negative-causal"], id="scale-negative-70-causal", lens_q=(70,), lens_k=(90,)),
-    replace(CASES["cache-batch-idx"], id="cache-batch-idx-70", lens_q=(70, 70), causal=True),
+    CASES["cache-batch-idx-many"],
     replace(CASES["len-200x257-causal"], id="len-200x257-dims-64x512", dims=(64, 512)),
 )
 PACKED = (
@@ -66,6 +74,7 @@ PAGED = (
     # Unseen at both ends of the only box of an entry.
     replace(CASES["paged-64-recycled"], id="paged-128-recycled", lens_q=(70, 80), seqused_k=(210, 330), page=128,
             window=(3, 0)),
+    replace(CASES["cache-batch-idx-paged"], id="cache-batch-idx-paged-many", lens_q=(70, 70)),
     replace(CASES["append-paged"], id="append-paged-many", lens_q=(70, 70)),
     replace(CASES["rotary-paged-gqa"], id="rotary-paged-many", lens_q=(70, 70), new=(3, 3)),
     replace(CASES["paged-16"], id="paged-16-dims-512", lens_q=(170, 65, 64), dims=(512, 512)),
@@ -176,6 +185,12 @@ def test_lying_metadata(what, num_splits, ran):
     assert ran == {90}
 
 
+@pytest.mark.parametrize("num_splits", [0, 3])
+def test_rows_of_no_entry(num_splits, ran):
+    checks.check_rows_of_no_entry("sm90", (200, 70, 1), num_splits)
+    assert ran == {90}
+
+
 def test_lying_offsets(ran):
     checks.check_lying_offsets("sm90")
     assert 90 in ran
@@ -186,6 +201,7 @@ SPLIT = (
     *(replace(case, sinks=BF16) for case in PACKED if case.id in ("packed-varlen", "packed-512")),
     replace(CASES["seqused-q"], id="seqused-q-many", lens_q=(70, 200, 80), seqused_q=(3, 190, 0), causal=True),
     replace(CASES["alibi-softcap-window"], id="scores-many", lens_q=(80, 80), lens_k=(300, 300), sinks=FP32),
+    CASES["seqused-q-edge"],
     replace(CASES["varlen-causal-gqa"], id="varlen-many", lens_q=(200, 1, 0, 90), lens_k=(600, 9, 70, 0)),
 )
 
