@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from typing import Any
 
@@ -12,10 +13,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 576
 MAX_HEAD_DIM_V = 512
 MAX_SPLITS = 256
+LARGEST_SIZE = 2**31 - 1
 # A window side of this size or more is infinite: no sequence is that long, and sums with it must not
 # overflow.
-_INFINITE_WINDOW = 2**31 - 1
-_INF = float("inf")
+_INFINITE_WINDOW = LARGEST_SIZE
+# Kernels and torch's products take factors as float32: what isn't one becomes infinite there, or a softcap 0.
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+_SMALLEST_FLOAT32 = torch.finfo(torch.float32).tiny
 
 
 def require_tensor(name: str, value: Any) -> None:
@@ -89,20 +93,30 @@ def as_int(name: str, value: Any) -> int:
         return value
     if isinstance(value, (bool, float, str, torch.Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    return operator.index(value)
+    try:
+        return operator.index(value)
+    except TypeError as error:  # of an array
+        raise TypeError(f"{name} must be an int, got {value!r}") from error
 
 
 def as_float(name: str, value: Any) -> float:
-    if type(value) is not float and (
-        isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt))
-    ):
-        # NumPy's scalars of other widths convert without loss; a tensor would have to be read.
-        if isinstance(value, (bool, str, torch.Tensor)) or not hasattr(value, "__float__"):
-            raise TypeError(f"{name} must be a float, got {value!r}")
-        value = float(value)
-    if not -_INF < value < _INF:
-        raise ValueError(f"{name} must be finite, got {value!r}")
+    if type(value) is not float:
+        value = _converted_float(name, value)
+    if not -_LARGEST_FLOAT32 <= value <= _LARGEST_FLOAT32:
+        raise ValueError(f"{name} must be finite as a float32, got {value!r}")
     return value
+
+
+def _converted_float(name: str, value: Any) -> float:
+    """Of NumPy's scalars too; a tensor would have to be read."""
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be finite as a float32, got {value!r}") from error
 
 
 def int32_vector(
@@ -200,19 +214,21 @@ def max_seqlen_of(name: str, value: Any) -> int:
             return 0
         value = value.item()
     value = as_int(name, value)
-    if _is_negative(value):
+    if _is_known(value < 0):
         raise ValueError(f"{name} must be at least 0, got {value}")
+    if _is_known(value > LARGEST_SIZE):
+        raise ValueError(f"{name} must be at most {LARGEST_SIZE}, got {value}")
     return value
 
 
-def _is_negative(value: int | torch.SymInt) -> bool:
+def _is_known(condition: bool | torch.SymBool) -> bool:
     """False where torch.compile can't tell, as of a tensor's .item(): no result depends on a longest length."""
-    if torch.compiler.is_compiling() or type(value) is not int:
-        # Here, since it loads sympy.
-        from torch.fx.experimental.symbolic_shapes import guard_or_false
+    if type(condition) is bool and not torch.compiler.is_compiling():
+        return condition
+    # Here, since it loads sympy.
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-        return guard_or_false(value < 0)
-    return value < 0
+    return guard_or_false(condition)
 
 
 def options_of(
@@ -227,7 +243,10 @@ def options_of(
     """Checks the options that describe no tensor and returns the numbers: one condition for what they mostly are."""
     if not (
         (type(softcap) is float and type(dropout_p) is float and type(num_splits) is int)
-        and ((softcap == 0.0 and 0.0 <= dropout_p < 1.0) or (0.0 < softcap < _INF and dropout_p == 0.0))
+        and (
+            (softcap == 0.0 and 0.0 <= dropout_p < 1.0)
+            or (_SMALLEST_FLOAT32 <= softcap <= _LARGEST_FLOAT32 and dropout_p == 0.0)
+        )
         and 0 <= num_splits <= MAX_SPLITS
         and (pack_gqa is None or pack_gqa is False or pack_gqa is True)
         and (deterministic is False or deterministic is True)
@@ -248,6 +267,8 @@ def softcap_of(softcap: Any) -> float:
     softcap = as_float("softcap", softcap)
     if softcap < 0:
         raise ValueError(f"softcap must be at least 0 (0 switches it off), got {softcap}")
+    if 0 < softcap < _SMALLEST_FLOAT32:
+        raise ValueError(f"softcap must be 0 or at least {_SMALLEST_FLOAT32}, float32's smallest, got {softcap}")
     return softcap
 
 

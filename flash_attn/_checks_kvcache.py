@@ -301,24 +301,20 @@ def check_scheduler_metadata(
     num_splits: Any,
     pack_gqa: Any,
     sm_margin: Any,
-) -> int:
-    """Arguments of get_scheduler_metadata; returns num_splits."""
-    batch_size = _at_least("batch_size", batch_size, 0)
-    heads, heads_kv = _at_least("num_heads_q", num_heads_q, 1), _at_least("num_heads_kv", num_heads_kv, 1)
+) -> tuple[int, dict[str, Any]]:
+    """Arguments of get_scheduler_metadata; returns the longest new length and what _schedule.Step is to hold of them,
+    but for tensors."""
+    batch_size = _size("batch_size", batch_size, 0)
+    heads, heads_kv = _size("num_heads_q", num_heads_q, 1), _size("num_heads_kv", num_heads_kv, 1)
     if heads % heads_kv:
         raise ValueError(f"num_heads_q must be a multiple of num_heads_kv {heads_kv}, got {heads}")
-    for name, value, default, largest in (
-        ("headdim", headdim, None, check.MAX_HEAD_DIM),
-        ("headdim_v", headdim_v, headdim, check.MAX_HEAD_DIM_V),
-    ):
-        value = check.as_int(name, default if value is None else value)
-        if not 1 <= value <= largest:
-            raise ValueError(f"{name} must be in [1, {largest}], got {value}")
+    headdim = _size("headdim", headdim, 1, check.MAX_HEAD_DIM)
+    headdim_v = _size("headdim_v", headdim if headdim_v is None else headdim_v, 1, check.MAX_HEAD_DIM_V)
     if qkv_dtype not in check.DTYPES:
         raise ValueError(f"qkv_dtype must be float16, bfloat16, float32 or float64, got {qkv_dtype!r}")
-    check.max_seqlen_of("max_seqlen_q", max_seqlen_q)
-    check.max_seqlen_of("max_seqlen_k", max_seqlen_k)
-    check.max_seqlen_of("max_seqlen_k_new", max_seqlen_k_new)
+    longest_q = check.max_seqlen_of("max_seqlen_q", max_seqlen_q)
+    longest_k = check.max_seqlen_of("max_seqlen_k", max_seqlen_k)
+    longest_new = check.max_seqlen_of("max_seqlen_k_new", max_seqlen_k_new)
     check.require_tensor("cache_seqlens", cache_seqlens)
     device = cache_seqlens.device
     for name, tensor, size, layout in (
@@ -329,19 +325,30 @@ def check_scheduler_metadata(
     ):
         if tensor is not None:
             check.int32_vector(name, tensor, device, size, layout, "cache_seqlens's")
-    if page_size is not None:
-        _at_least("page_size", page_size, 1)
-    check.window_of(window_size, causal)
+    window_left, window_right = check.window_of(window_size, causal)
     check.require_bool("has_softcap", has_softcap)
-    check.pack_gqa_of(pack_gqa)
     for name, value in (("attention_chunk", attention_chunk), ("sm_margin", sm_margin)):
         if check.as_int(name, value) != 0:
             raise NotImplementedError(f"{name} must be 0 (nothing else is supported yet), got {value}")
-    return check.num_splits_of(num_splits)
+    return longest_new, {
+        "num_heads": heads,
+        "num_heads_k": heads_kv,
+        "head_dim": headdim,
+        "head_dim_v": headdim_v,
+        "dtype": qkv_dtype,
+        "longest_q": longest_q,
+        "longest_k": longest_k,
+        "page_size": None if page_size is None else _size("page_size", page_size, 1),
+        "window_left": window_left,
+        "window_right": window_right,
+        "has_softcap": has_softcap,
+        "num_splits": check.num_splits_of(num_splits),
+        "pack_gqa": check.pack_gqa_of(pack_gqa),
+    }
 
 
-def _at_least(name: str, value: Any, least: int) -> int:
+def _size(name: str, value: Any, least: int, largest: int = check.LARGEST_SIZE) -> int:
     value = check.as_int(name, value)
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not least <= value <= largest:
+        raise ValueError(f"{name} must be in [{least}, {largest}], got {value}")
     return value

@@ -79,7 +79,7 @@ def flash_attn_func(
         at least 2**31 - 1 is infinite. Outside torch.compile an integer tensor of two elements on the CPU is
         accepted too.
     softcap : float
-        Bound of the scores, as in Gemma 2; 0.0 switches it off.
+        Bound of the scores, as in Gemma 2; 0.0 switches it off. Like softmax_scale a number within float32's range.
     alibi_slopes : Tensor, (num_heads,) or (batch, num_heads), float32, optional
         ALiBi's slope of each query head. It has no gradient, so it must not require one.
     deterministic : bool

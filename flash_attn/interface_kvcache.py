@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from flash_attn import _schedule
-from flash_attn._arguments import max_seqlen_of, window_of
 from flash_attn._checks import Window
 from flash_attn._checks_kvcache import check_combine, check_scheduler_metadata, kvcache_call
 from flash_attn._run import Result, run_combine, run_kvcache
@@ -229,15 +228,12 @@ def get_scheduler_metadata(
     TypeError, ValueError, NotImplementedError
         If an argument has the wrong type, breaks one of the rules above or isn't supported.
     """
-    num_splits = check_scheduler_metadata(
+    longest_new, options = check_scheduler_metadata(
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype,
         headdim_v, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size,
         attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin,
     )  # fmt: skip
-    new_tokens = max_seqlen_of("max_seqlen_k_new", max_seqlen_k_new)
-    return _schedule.scheduler_metadata(_schedule.Step(
-        cache_seqlens + (new_tokens if cu_seqlens_k_new is None else cu_seqlens_k_new.diff()),
-        cu_seqlens_q, cache_leftpad, num_heads_q, num_heads_kv, headdim, headdim if headdim_v is None else headdim_v,
-        qkv_dtype, max_seqlen_of("max_seqlen_q", max_seqlen_q), max_seqlen_of("max_seqlen_k", max_seqlen_k), page_size,
-        *window_of(window_size, causal), has_softcap, num_splits, pack_gqa,
-    ))  # fmt: skip
+    lengths = cache_seqlens + (longest_new if cu_seqlens_k_new is None else cu_seqlens_k_new.diff())
+    return _schedule.scheduler_metadata(
+        _schedule.Step(seqlens_k=lengths, cu_seqlens_q=cu_seqlens_q, leftpad=cache_leftpad, **options)
+    )

@@ -55,8 +55,8 @@ def flash_attn_varlen_func(
         The same for k. With block_table it only gives the lengths. It may be None if both block_table and
         seqused_k are given, since then seqused_k gives them.
     max_seqlen_q, max_seqlen_k : int, integer Tensor of one element or None
-        The lengths of the longest sequences: hints, which change no result. None means unknown, as do a tensor
-        on a GPU and, inside torch.compile, any tensor. With return_attn_probs and dropout they are S_dmask's
+        The lengths of the longest sequences, below 2**31: hints, which change no result. None means unknown, as do
+        a tensor on a GPU and, inside torch.compile, any tensor. With return_attn_probs and dropout they are S_dmask's
         lengths.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As in `flash_attn_func`, with each sequence's own lengths.

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from valid_calls import (
@@ -73,14 +74,28 @@ def test_max_seqlen_is_a_hint(longest):
 
 
 def test_numpy_scalars():
-    numpy = pytest.importorskip("numpy")
     same(
         flash_attn_func(
-            Q, K, V, window_size=(numpy.int64(2), numpy.int32(1)), softmax_scale=numpy.float32(0.5),
-            num_splits=numpy.int64(1),
+            Q, K, V, window_size=(np.int64(2), np.int32(1)), softmax_scale=np.float32(0.5),
+            num_splits=np.int64(1),
         ),
         flash_attn_func(Q, K, V, window_size=(2, 1), softmax_scale=0.5),
     )  # fmt: skip
+
+
+class Three:
+    """An integer of another library's type."""
+
+    def __index__(self):
+        return 3
+
+
+@pytest.mark.parametrize("three", [Three(), np.uint64(3)], ids=["index", "uint64"])
+def test_integers_of_other_types(three):
+    function, arguments = METADATA
+    changes = {"headdim": 8, "page_size": three, "max_seqlen_k": three, "max_seqlen_k_new": three, "num_splits": three}
+    plain = {name: 3 if value is three else value for name, value in changes.items()}
+    same(function(**{**arguments, **changes}), function(**{**arguments, **plain}))
 
 
 def test_alibi_slopes_that_require_grad_are_fine_without_gradients():

@@ -78,16 +78,25 @@ CASES = [
     (DENSE, {"return_softmax_lse": 0}, Type, "return_softmax_lse must be a bool, got 0"),
     (DENSE, {"dropout_p": 1.0}, Value, "dropout_p must be in [0, 1), got 1.0"),
     (DENSE, {"dropout_p": -0.1}, Value, "dropout_p must be in [0, 1), got -0.1"),
-    (DENSE, {"dropout_p": math.nan}, Value, "dropout_p must be finite, got nan"),
+    (DENSE, {"dropout_p": math.nan}, Value, "dropout_p must be finite as a float32, got nan"),
     (DENSE, {"dropout_p": None}, Type, "dropout_p must be a float, got None"),
     (DENSE, {"dropout_p": 0.1, "softcap": 5.0}, Unsupported, "softcap must be 0 when dropout_p > 0, got 5.0 and 0.1"),
     (DENSE, {"softcap": -1.0}, Value, "softcap must be at least 0 (0 switches it off), got -1.0"),
-    (DENSE, {"softcap": math.inf}, Value, "softcap must be finite, got inf"),
+    (DENSE, {"softcap": math.inf}, Value, "softcap must be finite as a float32, got inf"),
     (DENSE, {"softcap": True}, Type, "softcap must be a float, got True"),
-    (DENSE, {"softmax_scale": math.nan}, Value, "softmax_scale must be finite, got nan"),
-    (DENSE, {"softmax_scale": -math.inf}, Value, "softmax_scale must be finite, got -inf"),
+    (DENSE, {"softcap": 1e39}, Value, "softcap must be finite as a float32, got 1e+39"),
+    (DENSE, {"softcap": 2**64, "dropout_p": 0.1}, Unsupported, "softcap must be 0 when dropout_p > 0"),
+    (DENSE, {"softcap": 10**400}, Value, "softcap must be finite as a float32, got 1000"),
+    (DENSE, {"softcap": 1e-40}, Value, "softcap must be 0 or at least 1.1754943508222875e-38, float32's smallest, "
+     "got 1e-40"),
+    (DENSE, {"softmax_scale": math.nan}, Value, "softmax_scale must be finite as a float32, got nan"),
+    (DENSE, {"softmax_scale": -math.inf}, Value, "softmax_scale must be finite as a float32, got -inf"),
     (DENSE, {"softmax_scale": torch.tensor(0.5)}, Type, "softmax_scale must be a float, got tensor(0.5000)"),
     (DENSE, {"softmax_scale": "0.5"}, Type, "softmax_scale must be a float, got '0.5'"),
+    (DENSE, {"softmax_scale": np.complex64(1j)}, Type, "softmax_scale must be a float, got "),
+    (DENSE, {"softmax_scale": np.array([0.5])}, Type, "softmax_scale must be a float, got array([0.5])"),
+    (DENSE, {"softmax_scale": np.bool_(True)}, Type, "softmax_scale must be a float, got "),
+    (DENSE, {"softmax_scale": float}, Type, "softmax_scale must be a float, got <class 'float'>"),
     (DENSE, {"window_size": 3}, Type, "window_size must be a pair (left, right), got 3"),
     (DENSE, {"window_size": None}, Type, "window_size must be a pair (left, right), got None"),
     (DENSE, {"window_size": (1,)}, Value, "window_size must have two elements (left, right), got (1,)"),
@@ -101,6 +110,7 @@ CASES = [
     (DENSE, {"num_splits": 257}, Value, "num_splits must be in [0, 256] (0 chooses), got 257"),
     (DENSE, {"num_splits": 1.0}, Type, "num_splits must be an int, got 1.0"),
     (DENSE, {"num_splits": True}, Type, "num_splits must be an int, got True"),
+    (DENSE, {"num_splits": np.array([1])}, Type, "num_splits must be an int, got array([1])"),
     (DENSE, {"pack_gqa": 1}, Type, "pack_gqa must be None, True or False, got 1"),
     (DENSE, {"alibi_slopes": 0.5}, Type, "alibi_slopes must be a torch.Tensor, got float"),
     (DENSE, {"alibi_slopes": meta(4)}, Value, "alibi_slopes must be on q's device cpu, got meta"),
@@ -142,6 +152,8 @@ CASES = [
     (VARLEN, {"cu_seqlens_k": i32(0, 7)}, Value, "cu_seqlens_k must have the shape (batch + 1,) = (3,), got (2,)"),
     (VARLEN, {"cu_seqlens_k": None}, Value, "cu_seqlens_k must be given when block_table is not, got None"),
     (VARLEN, {"max_seqlen_q": -1}, Value, "max_seqlen_q must be at least 0, got -1"),
+    (VARLEN, {"max_seqlen_q": 2**31}, Value, "max_seqlen_q must be at most 2147483647, got 2147483648"),
+    (VARLEN, {"max_seqlen_k": torch.tensor(2**40)}, Value, "max_seqlen_k must be at most 2147483647"),
     (VARLEN, {"max_seqlen_k": 7.0}, Type, "max_seqlen_k must be an int, got 7.0"),
     (VARLEN, {"max_seqlen_q": CU_Q}, Value, "max_seqlen_q must be an int, None or an integer tensor of one element, "
      "got shape (3,)"),
@@ -265,21 +277,23 @@ CASES = [
      "got torch.float32"),
     (COMBINE, {"out": grad(rand(2, 5, 4, 8))}, Value, "out must not be given when a gradient is needed"),
     # metadata
-    (METADATA, {"batch_size": -1}, Value, "batch_size must be at least 0, got -1"),
+    (METADATA, {"batch_size": -1}, Value, "batch_size must be in [0, 2147483647], got -1"),
     (METADATA, {"batch_size": 2.0}, Type, "batch_size must be an int, got 2.0"),
     (METADATA, {"num_heads_q": 3}, Value, "num_heads_q must be a multiple of num_heads_kv 2, got 3"),
-    (METADATA, {"num_heads_kv": 0}, Value, "num_heads_kv must be at least 1, got 0"),
+    (METADATA, {"num_heads_kv": 0}, Value, "num_heads_kv must be in [1, 2147483647], got 0"),
     (METADATA, {"headdim": 577}, Value, "headdim must be in [1, 576], got 577"),
     (METADATA, {"headdim_v": 0}, Value, "headdim_v must be in [1, 512], got 0"),
     (METADATA, {"qkv_dtype": torch.int8}, Value,
      "qkv_dtype must be float16, bfloat16, float32 or float64, got torch.int8"),
     (METADATA, {"max_seqlen_k": -3}, Value, "max_seqlen_k must be at least 0, got -3"),
+    (METADATA, {"max_seqlen_k_new": 2**63}, Value, "max_seqlen_k_new must be at most 2147483647"),
+    (METADATA, {"num_heads_q": 2**64}, Value, "num_heads_q must be in [1, 2147483647], got 18446744073709551616"),
     (METADATA, {"cache_seqlens": 4}, Type, "cache_seqlens must be a torch.Tensor, got int"),
     (METADATA, {"cache_seqlens": i32(1)}, Value, "cache_seqlens must have the shape (batch_size,) = (2,), got (1,)"),
     (METADATA, {"cu_seqlens_q": i32(0, 1)}, Value,
      "cu_seqlens_q must have the shape (batch_size + 1,) = (3,), got (2,)"),
     (METADATA, {"cache_leftpad": i32(0, 1).to("meta")}, Value, "cache_leftpad must be on cache_seqlens's device cpu"),
-    (METADATA, {"page_size": 0}, Value, "page_size must be at least 1, got 0"),
+    (METADATA, {"page_size": 0}, Value, "page_size must be in [1, 2147483647], got 0"),
     (METADATA, {"causal": None}, Type, "causal must be a bool, got None"),
     (METADATA, {"window_size": (1, 2, 3)}, Value, "window_size must have two elements (left, right), got (1, 2, 3)"),
     (METADATA, {"has_softcap": 0.0}, Type, "has_softcap must be a bool, got 0.0"),
@@ -316,7 +330,8 @@ def test_an_error_leaves_the_cache_alone(valid):
 # ---- What is checked in one condition passes or fails as its own check says ----
 
 FLOATS = (0.0, -0.0, 0.5, 1.0, 3.0, -1.0, 0, 1, True, None, "1", math.inf, math.nan, np.float32(0.5), torch.tensor(0.5))
-INTS = (0, 3, 256, 257, -1, 1.0, True, None, np.int64(3), torch.tensor(3))
+FLOATS += (1e39, -1e39, 3e38, 1e-40, 2e-38, 10**400, np.complex64(1), np.bool_(True), np.array([0.5]), float)
+INTS = (0, 3, 256, 257, -1, 1.0, True, None, np.int64(3), torch.tensor(3), np.array([3]))
 BOOLS = (True, False, None, 0, 1)
 
 
