@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 _is_profiling = torch._C._autograd._profiler_enabled
+_is_tracing = torch._C._is_tracing
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
@@ -25,6 +26,7 @@ def is_plain(tensor: Tensor, *others: Tensor) -> bool:
         or _num_dispatch_modes()
         or _innermost_transform() is not None
         or _is_profiling()
+        or _is_tracing()
         or type(tensor) not in _PLAIN_TYPES
         or tensor.is_meta
         or tensor.is_neg()

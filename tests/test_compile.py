@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from valid_calls import Q, grad, i32, rand
+from valid_calls import VALID, Q, grad, i32, rand
 
 from flash_attn import (
     flash_attn_func,
@@ -289,3 +289,25 @@ def test_a_compiled_call_writes_out_into_a_slice_of_two_dimensions(dynamic):
         buffer = rand(4, length, 3, 32)
         expected = attention(q, k, v, buffer.clone())
         torch.testing.assert_close(fast(q, k, v, buffer), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["dense", "varlen", "paged", "append", "packed_append", "rotary", "paged_cache"])
+def test_jit_trace_records_the_ops(name):
+    """Not what they do for the lengths at hand: the trace is right for others too."""
+    function, arguments = VALID[name]
+    tensors = {key: value for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+    others = {key: value for key, value in arguments.items() if key not in tensors}
+
+    def attention(*values):
+        return function(**dict(zip(tensors, values, strict=True)), **others)
+
+    def with_lengths(lengths):
+        own = {key: value.clone() for key, value in tensors.items()}
+        for key in own.keys() & {"cu_seqlens_q", "cu_seqlens_k", "seqused_k", "cache_seqlens"}:
+            own[key] = lengths if own[key].numel() == 2 else i32(0, lengths[0] - 1, own[key][-1])
+        return list(own.values())
+
+    traced = torch.jit.trace(attention, with_lengths(i32(3, 6)), check_trace=False)
+    ours, expected = with_lengths(i32(2, 5)), with_lengths(i32(2, 5))
+    torch.testing.assert_close(traced(*ours), attention(*expected), rtol=0, atol=0)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
