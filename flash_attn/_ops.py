@@ -262,7 +262,7 @@ def _register(prefix: str, fakes: dict[str, Any], written: dict[str, tuple[int, 
     _register_autograd(prefix + "forward", _backward, _setup_backward)
     for name, what in _REFUSED_GRADIENTS.items():
         _register_autograd(prefix + name, _refuse_backward(what))
-    for name in ("forward", *_REFUSED_GRADIENTS):
+    for name in fakes:
         torch.library.register_vmap(f"flash_attn::{prefix}{name}", _refuse_vmap(prefix + name), lib=_LIB)
     for name, mutated in written.items():
         _LIB.impl(prefix + name, _in_place(prefix + name, mutated), "ADInplaceOrView", with_keyset=True)
@@ -358,6 +358,7 @@ def append_kv(path: str, arguments: tuple[Any, ...]) -> Tensor:
     """Writes new keys and values into the caches, and returns how many the entries have then."""
     direct = is_plain(*arguments[:4])
     if not direct:
+        refuse_transforms()
         fix_places(*arguments[:2])
     if path == "cpu":
         return (cpu.append_kv if direct else torch.ops.flash_attn.cpu_append_kv)(*arguments)
@@ -370,6 +371,8 @@ def append_kv(path: str, arguments: tuple[Any, ...]) -> Tensor:
 def rotary(path: str, arguments: tuple[Any, ...]) -> Tensor:
     """The rotated queries."""
     direct = is_plain_without_grad(arguments[0])
+    if not direct:
+        refuse_transforms()
     if path == "cpu":
         return (cpu.rotary if direct else torch.ops.flash_attn.cpu_rotary)(*arguments)
     return _run_kernel("rotary", arguments) if direct else torch.ops.flash_attn.rotary(*arguments)
@@ -378,6 +381,8 @@ def rotary(path: str, arguments: tuple[Any, ...]) -> Tensor:
 def combine(path: str, out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> _Outputs:
     arguments = out_partial, lse_partial, out_dtype
     direct = is_plain_without_grad(out_partial, lse_partial)
+    if not direct:
+        refuse_transforms()
     if path == "cpu":
         return (cpu.combine if direct else torch.ops.flash_attn.cpu_combine)(*arguments)
     return _run_kernel("combine", arguments) if direct else torch.ops.flash_attn.combine(*arguments)
