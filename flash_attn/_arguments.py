@@ -53,11 +53,13 @@ def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], layou
         raise ValueError(f"{name} must have the shape {layout} = {shape}, got {tuple(tensor.shape)}")
 
 
-def require_writable_rows(name: str, strides: tuple[int, ...], shape: torch.Size) -> None:
+def require_writable_rows(name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
     """Of a tensor that receives results."""
+    strides = tensor.stride()
     if shape[-1] > 1 and strides[-1] != 1:
         raise ValueError(f"{name} must have stride 1 in its last dimension, got stride {strides}")
     require_no_overlap(name, strides, shape)
+    require_no_negative_view(name, tensor)
 
 
 def require_no_overlap(name: str, strides: tuple[int, ...], shape: torch.Size) -> None:
@@ -70,6 +72,12 @@ def require_no_overlap(name: str, strides: tuple[int, ...], shape: torch.Size) -
         raise ValueError(f"{name} must not overlap itself, got stride {strides} for shape {tuple(shape)}")
 
 
+def require_no_negative_view(name: str, tensor: torch.Tensor) -> None:
+    """Of a tensor that an op writes: it would get a copy. torch.compile can't trace the question, and raises itself."""
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        raise ValueError(f"{name} must not be a view of negated memory (torch.resolve_neg), got is_neg() True")
+
+
 def require_page_size(name: str, shape: torch.Size) -> None:
     if shape[1] < 1:
         raise ValueError(f"{name} must have a page_size of at least 1, got shape {tuple(shape)}")
@@ -78,6 +86,8 @@ def require_page_size(name: str, shape: torch.Size) -> None:
 def require_strided(name: str, tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided:
         raise ValueError(f"{name} must be a strided tensor, got layout {tensor.layout}")
+    if tensor.is_nested:
+        raise ValueError(f"{name} must not be a nested tensor; pass packed sequences with cu_seqlens")
 
 
 def require_bool(name: str, value: Any) -> None:
@@ -296,6 +306,7 @@ def pack_gqa_of(pack_gqa: Any) -> bool | None:
 
 def alibi_slopes_of(slopes: Any, device: torch.device, batch: int, num_heads: int) -> None:
     require_tensor("alibi_slopes", slopes)
+    require_strided("alibi_slopes", slopes)
     require_device("alibi_slopes", slopes, device)
     require_dtype("alibi_slopes", slopes, torch.float32)
     shape = tuple(slopes.shape)
@@ -312,6 +323,7 @@ def alibi_slopes_of(slopes: Any, device: torch.device, batch: int, num_heads: in
 
 def s_aux_of(s_aux: Any, device: torch.device, num_heads: int) -> None:
     require_tensor("s_aux", s_aux)
+    require_strided("s_aux", s_aux)
     require_device("s_aux", s_aux, device)
     require_float_dtype("s_aux", s_aux)
     require_shape("s_aux", s_aux, (num_heads,), "(num_heads,)")
@@ -326,7 +338,7 @@ def out_of(out: Any, q: torch.Tensor, shape_q: torch.Size, head_dim_v: int, need
         require_device("out", out, q.device)
         require_dtype("out", out, q.dtype, "q's ")
         require_shape("out", out, (*shape_q[:-1], head_dim_v), "q's with head_dim_v")
-    require_writable_rows("out", out.stride(), shape)
+    require_writable_rows("out", out, shape)
     if needs_grad or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError("out must not be given when a gradient is needed; got tensors with requires_grad=True")
 

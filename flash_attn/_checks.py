@@ -212,7 +212,10 @@ def check_qkv(q: Any, k: Any, v: Any, names: tuple[str, str, str], layout_q: str
         check.require_tensor(name_q, q)
         check.require_tensor(name_k, k)
         check.require_tensor(name_v, v)
-    if q.layout is not _STRIDED or k.layout is not _STRIDED or v.layout is not _STRIDED:
+    if (
+        (q.layout is not _STRIDED or k.layout is not _STRIDED or v.layout is not _STRIDED)
+        or (q.is_nested or k.is_nested or v.is_nested)  # of any layout; they have no shape
+    ):
         check.require_strided(name_q, q)
         check.require_strided(name_k, k)
         check.require_strided(name_v, v)

@@ -35,7 +35,7 @@ def backward_call(
     for name, grad, tensor in (("dq", dq, q), ("dk", dk, forward.k), ("dv", dv, forward.v)):
         if grad is not None:
             _require_like_q(name, grad, q, tuple(tensor.shape), f"{name[1:]}'s")
-            check.require_writable_rows(name, grad.stride(), grad.shape)
+            check.require_writable_rows(name, grad, grad.shape)
     return BackwardCall(forward, dout, out, lse, dq, dk, dv)
 
 
@@ -54,6 +54,7 @@ def _lse_of(lse: Any, q: Tensor) -> Tensor:
     its shape is. Where both numbers are the same, the stride tells.
     """
     check.require_tensor("softmax_lse", lse)
+    check.require_strided("softmax_lse", lse)
     check.require_device("softmax_lse", lse, q.device)
     check.require_dtype("softmax_lse", lse, torch.float64 if q.dtype == torch.float64 else torch.float32)
     *batch, num_rows, num_heads = q.shape[:-1]

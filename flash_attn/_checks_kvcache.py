@@ -109,6 +109,8 @@ def kvcache_call(
             raise ValueError("cache_seqlens must be given with k (it says where k goes), got None")
         check.require_no_overlap("k_cache", k_cache.stride(), shapes[1])
         check.require_no_overlap("v_cache", v_cache.stride(), shapes[2])
+        check.require_no_negative_view("k_cache", k_cache)
+        check.require_no_negative_view("v_cache", v_cache)
         _require_no_gradient(k_cache, v_cache, k, v, rotary_cos, rotary_sin)
         append = Append(
             k_cache, v_cache, k, v, rotary_cos, rotary_sin, lengths, cu_seqlens_k_new, cache_batch_idx, block_table,
@@ -181,6 +183,8 @@ def _check_new(
     if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
         check.require_tensor("k", k)
         check.require_tensor("v", v)
+    check.require_strided("k", k)
+    check.require_strided("v", v)
     device, dtype, shape_k, shape_v = q.device, q.dtype, k.shape, v.shape
     packed = cu_seqlens_k_new is not None
     row_dim = 0 if packed else 1
@@ -209,6 +213,7 @@ def _check_rotary(q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor |
         raise ValueError("rotary_cos must not be given without k and v, got a Tensor")
     for name, tensor in (("rotary_cos", cos), ("rotary_sin", sin)):
         check.require_tensor(name, tensor)
+        check.require_strided(name, tensor)
         check.require_device(name, tensor, q.device)
         check.require_dtype(name, tensor, q.dtype, "q's ")
         check.require_rank(name, tensor, "(seqlen_rotary, rotary_dim / 2)")
@@ -253,6 +258,8 @@ def check_combine(out_partial: Any, lse_partial: Any, out: Any, out_dtype: Any) 
     """Arguments of flash_attn_combine."""
     check.require_tensor("out_partial", out_partial)
     check.require_tensor("lse_partial", lse_partial)
+    check.require_strided("out_partial", out_partial)
+    check.require_strided("lse_partial", lse_partial)
     device = out_partial.device
     check.require_device("lse_partial", lse_partial, device, "out_partial's")
     check.require_float_dtype("out_partial", out_partial)
@@ -269,6 +276,7 @@ def check_combine(out_partial: Any, lse_partial: Any, out: Any, out_dtype: Any) 
     if out is None:
         return
     check.require_tensor("out", out)
+    check.require_strided("out", out)
     check.require_device("out", out, device, "out_partial's")
     if out_dtype is not None:
         check.require_dtype("out", out, out_dtype, "out_dtype's ")

@@ -48,6 +48,7 @@ def varlen_kvpacked_call(
 def _unbind(name: str, packed: Any, parts: int, layout: str) -> tuple[Tensor, ...]:
     """The views of q, k, v or k, v. Their gradients come back in one stack, which is the packed gradient."""
     check.require_tensor(name, packed)
+    check.require_strided(name, packed)
     check.require_float_dtype(name, packed)
     check.require_rank(name, packed, layout)
     if packed.shape[-3] != parts:

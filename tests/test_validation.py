@@ -42,6 +42,7 @@ from valid_calls import (
 from flash_attn import _arguments
 
 JAGGED = torch.nested.nested_tensor([rand(3, 4, 32), rand(2, 4, 32)], layout=torch.jagged)
+NESTED = torch.nested.nested_tensor([rand(3, 4, 32), rand(2, 4, 32)], layout=torch.strided)
 Type, Value, Unsupported = TypeError, ValueError, NotImplementedError
 
 # (valid call, what is changed, error, message)
@@ -58,6 +59,11 @@ CASES = [
     (DENSE, {"v": V.double()}, Value, "v must have q's dtype torch.float32, got torch.float64"),
     (DENSE, {"q": Q.to_sparse()}, Value, "q must be a strided tensor, got layout torch.sparse_coo"),
     (DENSE, {"q": JAGGED, "k": JAGGED, "v": JAGGED}, Value, "q must be a strided tensor, got layout torch.jagged"),
+    (DENSE, {"q": NESTED}, Value, "q must not be a nested tensor; pass packed sequences with cu_seqlens"),
+    (DENSE, {"s_aux": rand(4).to_sparse()}, Value, "s_aux must be a strided tensor, got layout torch.sparse_coo"),
+    (DENSE, {"alibi_slopes": rand(4).to_sparse()}, Value, "alibi_slopes must be a strided tensor"),
+    (QKV, {"qkv": NESTED}, Value, "qkv must not be a nested tensor"),
+    (VARLEN_KV, {"kv": rand(7, 2, 2, 32).to_sparse()}, Value, "kv must be a strided tensor"),
     (VARLEN, {"v": V[0].to_sparse()}, Value, "v must be a strided tensor, got layout torch.sparse_coo"),
     (DENSE, {"q": Q[0]}, Value, "q must have the shape (batch, seqlen_q, num_heads, head_dim), got (5, 4, 32)"),
     (DENSE, {"k": K[0]}, Value, "k must have the shape (batch, seqlen_k, num_heads_k, head_dim), got (7, 2, 32)"),
@@ -136,6 +142,8 @@ CASES = [
      "(160, 32, 1, 4)"),
     (DENSE, {"out": rand(1, 5, 4, 8).expand(2, 5, 4, 8)}, Value,
      "out must not overlap itself, got stride (0, 32, 8, 1)"),
+    (DENSE, {"out": torch._neg_view(rand(2, 5, 4, 8))}, Value,
+     "out must not be a view of negated memory (torch.resolve_neg), got is_neg() True"),
     (DENSE, {"out": rand(2, 5, 4, 8), "k": grad(K)}, Value, "out must not be given when a gradient is needed"),
     (DENSE, {"out": rand(2, 5, 4, 8), "s_aux": grad(rand(4))}, Value,
      "out must not be given when a gradient is needed"),
@@ -226,6 +234,11 @@ CASES = [
      "k_cache must not overlap itself, got stride (0, 64, 32, 1) for shape (2, 16, 2, 32)"),
     (APPEND, {"v_cache": rand(2, 1, 2, 8).expand(2, 16, 2, 8)}, Value,
      "v_cache must not overlap itself, got stride (16, 0, 8, 1) for shape (2, 16, 2, 8)"),
+    (APPEND, {"k_cache": torch._neg_view(rand(2, 16, 2, 32))}, Value, "k_cache must not be a view of negated memory"),
+    (APPEND, {"v_cache": torch._neg_view(rand(2, 16, 2, 8))}, Value, "v_cache must not be a view of negated memory"),
+    (APPEND, {"cache_seqlens": i32(4, 2**31 - 1)}, Value,
+     "cache_seqlens plus the new tokens must fit the cache's 16 tokens, got 2147483650"),
+    (APPEND, {"k": rand(2, 3, 2, 32).to_sparse()}, Value, "k must be a strided tensor"),
     (APPEND, {"v": None}, Value, "v must be given with k, got None"),
     (APPEND, {"k": 1}, Type, "k must be a torch.Tensor, got int"),
     (APPEND, {"k": meta(2, 3, 2, 32)}, Value, "k must be on q's device cpu, got meta"),
@@ -248,6 +261,7 @@ CASES = [
     (PACKED_APPEND, {"cu_seqlens_k_new": i32(0, 3)}, Value, "cu_seqlens_k_new must have the shape (batch + 1,) = (3,)"),
     (ROTARY, {"rotary_sin": None}, Value, "rotary_sin must be given with rotary_cos, got None"),
     (ROTARY, {"rotary_cos": None}, Value, "rotary_cos must be given with rotary_sin, got None"),
+    (ROTARY, {"rotary_sin": COS.to_sparse()}, Value, "rotary_sin must be a strided tensor"),
     (ROTARY, {"rotary_cos": COS.half()}, Value, "rotary_cos must have q's dtype torch.float32, got torch.float16"),
     (ROTARY, {"rotary_cos": COS.to("meta")}, Value, "rotary_cos must be on q's device cpu, got meta"),
     (ROTARY, {"rotary_cos": COS[0]}, Value, "rotary_cos must have the shape (seqlen_rotary, rotary_dim / 2), got (8,)"),
@@ -258,6 +272,9 @@ CASES = [
     (ROTARY, {"rotary_cos": rand(16, 24), "rotary_sin": rand(16, 24)}, Value, "got rotary_dim 48"),
     # combine
     (COMBINE, {"out_partial": None}, Type, "out_partial must be a torch.Tensor, got NoneType"),
+    (COMBINE, {"out_partial": rand(3, 2, 5, 4, 8).to_sparse()}, Value, "out_partial must be a strided tensor"),
+    (COMBINE, {"lse_partial": rand(3, 2, 5, 4).to_sparse()}, Value, "lse_partial must be a strided tensor"),
+    (COMBINE, {"out": rand(2, 5, 4, 8).to_sparse()}, Value, "out must be a strided tensor"),
     (COMBINE, {"lse_partial": meta(3, 2, 5, 4)}, Value, "lse_partial must be on out_partial's device cpu, got meta"),
     (COMBINE, {"lse_partial": rand(3, 2, 5, 4).half()}, Value, "lse_partial must have dtype torch.float32"),
     (COMBINE, {"lse_partial": rand(3, 2, 4, 5)}, Value,

@@ -9,8 +9,9 @@ from ._rotary import rotate, token_positions
 from ._sequences import cache_rows
 
 
-def _check_lengths(before: Tensor, after: Tensor, capacity: int) -> None:
+def _check_lengths(before: Tensor, num_new: int | Tensor, capacity: int) -> None:
     """An idle entry may have -1 tokens before its only new one."""
+    after = before.to(torch.int64) + num_new
     refused = before[(before < 0) & (after != 0)]
     if refused.numel():
         raise ValueError(f"cache_seqlens must not be negative, got {refused.min().item()}")
@@ -68,8 +69,7 @@ def append_kv(
         k, v = k[:num_tokens], v[:num_tokens]
     page_size = k_cache.shape[1]
     capacity = page_size if block_table is None else block_table.shape[1] * page_size
-    lengths = cache_seqlens + num_new
-    _check_lengths(cache_seqlens, lengths, capacity)
+    _check_lengths(cache_seqlens, num_new, capacity)
     kept = positions >= 0
     if not kept.all():
         k, v, entries, positions = k[kept], v[kept], entries[kept], positions[kept]
@@ -87,7 +87,7 @@ def append_kv(
         _check_pages(rows, k_cache.shape[0])
     k_cache[rows, positions] = k
     v_cache[rows, positions] = v
-    return lengths
+    return cache_seqlens + num_new
 
 
 def combine(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
