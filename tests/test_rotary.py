@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -262,6 +263,10 @@ ERRORS = [
     ({"interleaved": 1}, TypeError, "interleaved must be a bool, got 1"),
     ({"inplace": None}, TypeError, "inplace must be a bool, got None"),
     ({"x": X[:1].expand(2, -1, -1, -1), "inplace": True}, ValueError, "x must not overlap itself, got stride"),
+    ({"x": X.to_sparse()}, ValueError, "x must be a strided tensor, got layout torch.sparse_coo"),
+    ({"sin": SIN.to_sparse()}, ValueError, "sin must be a strided tensor"),
+    ({"cos": COS.clone().requires_grad_()}, NotImplementedError, "cos must not require grad"),
+    ({"seqlen_offsets": np.array([1])}, TypeError, r"seqlen_offsets must be an int, got array\(\[1\]\)"),
 ]
 
 
@@ -296,96 +301,26 @@ def test_errors_of_qkv_and_kv():
         rotary.apply_rotary_emb_kv_(X, COS, SIN)
 
 
-# ---- RotaryEmbedding ------------------------------------------------------------------------------------------------
+QKV, KV = torch.randn(BATCH, SEQLEN, 3, HEADS, HEAD_DIM), torch.randn(BATCH, SEQLEN, 2, HEADS, HEAD_DIM)
+PACKED_ERRORS = [
+    (rotary.apply_rotary_emb_qkv_, (QKV.int(), COS, SIN), "qkv must have dtype float16"),
+    (rotary.apply_rotary_emb_qkv_, (QKV[:1].expand_as(QKV), COS, SIN), "qkv must not overlap itself"),
+    (rotary.apply_rotary_emb_qkv_, (QKV, COS, SIN, COS.to("meta"), SIN), "cos_k must be on qkv's device cpu, got meta"),
+    (rotary.apply_rotary_emb_qkv_, (QKV, COS, SIN, None, SIN[1:]), "sin_k must have the shape cos's = "),
+    (
+        rotary.apply_rotary_emb_qkv_,
+        (QKV, COS, SIN, COS[:5], SIN[:5]),
+        "cos_k and sin_k must have rows for the positions",
+    ),
+    (rotary.apply_rotary_emb_kv_, (KV.int(), COS, SIN), "kv must have dtype float16"),
+    (rotary.apply_rotary_emb_kv_, (KV.to_sparse(), COS, SIN), "kv must be a strided tensor"),
+]
 
 
-def test_embedding_rotates_by_its_frequencies():
-    layer = RotaryEmbedding(16, base=500.0, interleaved=True)
-    qkv = torch.randn(BATCH, SEQLEN, 3, HEADS, HEAD_DIM)
-    angles = torch.outer(torch.arange(SEQLEN + 2.0), 500.0 ** (-torch.arange(0, 16, 2) / 16))
-    want = [apply_rotary(part, angles.cos(), angles.sin(), 2, interleaved=True) for part in qkv.unbind(2)[:2]]
-    assert layer(qkv, seqlen_offset=2) is qkv
-    for part, expected_part in zip(qkv.unbind(2), want, strict=False):
-        torch.testing.assert_close(part, expected_part)
-
-
-def test_embedding_of_queries_and_keys_apart():
-    layer = RotaryEmbedding(HEAD_DIM)
-    q, kv = torch.randn(BATCH, SEQLEN, HEADS, HEAD_DIM), torch.randn(BATCH, SEQLEN, 2, 1, HEAD_DIM)
-    fused = torch.cat((q, kv.flatten(2, 3)), dim=2)
-    rotated_q, rotated_kv = layer(q, kv, seqlen_offset=OFFSETS, max_seqlen=ROWS)
-    assert rotated_q is q and rotated_kv is kv
-    layer(fused, seqlen_offset=OFFSETS, num_heads_q=HEADS)  # with the tables that it has
-    assert torch.equal(fused, torch.cat((q, kv.flatten(2, 3)), dim=2))
-    with pytest.raises(ValueError, match="max_seqlen must be given with a Tensor as the first seqlen_offset"):
-        RotaryEmbedding(HEAD_DIM)(fused, seqlen_offset=OFFSETS, num_heads_q=HEADS)
-    with pytest.raises(ValueError, match="num_heads_q must not be given with kv, got 2"):
-        layer(q, kv, num_heads_q=2)
-
-
-def test_embedding_keeps_its_tables():
-    layer = RotaryEmbedding(HEAD_DIM)
-    with torch.inference_mode():
-        layer._update_cos_sin_cache(9, device="cpu", dtype=torch.float32)
-    made_for_inference = layer._cos_cached
-    layer._update_cos_sin_cache(8, device="cpu", dtype=torch.float32)
-    kept = layer._cos_cached
-    assert kept is not made_for_inference and not kept.is_inference()
-    layer._update_cos_sin_cache(5, device="cpu", dtype=torch.float32)
-    assert layer._cos_cached is kept
-    layer._update_cos_sin_cache(layer._seq_len_cached + 1, device="cpu", dtype=torch.float32)
-    assert layer._cos_cached is not kept and len(layer._cos_cached) > len(kept)
-    assert torch.equal(layer._cos_cached[: len(kept)], kept)
-    layer._update_cos_sin_cache(3, device="cpu", dtype=torch.bfloat16)
-    assert layer._cos_cached.dtype == torch.bfloat16
-    assert "inv_freq" not in layer.state_dict()
-
-
-def test_compiled_embedding_that_has_its_tables():
-    layer = RotaryEmbedding(HEAD_DIM)
-    torch._dynamo.reset()
-    fast = torch.compile(lambda qkv: layer(qkv * 1), fullgraph=True, backend="aot_eager")
-    qkv = torch.randn(BATCH, SEQLEN, 3, HEADS, HEAD_DIM)
-    for _ in range(2):
-        torch.testing.assert_close(fast(qkv), layer(qkv * 1))
-
-
-@pytest.mark.parametrize(
-    "make", (lambda: RotaryEmbedding(HEAD_DIM).to(torch.bfloat16), lambda: RotaryEmbedding(HEAD_DIM, device="meta"))
-)
-def test_embedding_whose_buffer_is_rounded_or_missing(make):
-    layer, exact = make(), RotaryEmbedding(HEAD_DIM)
-    for each in (layer, exact):
-        each._update_cos_sin_cache(ROWS, device="cpu", dtype=torch.float32)
-    assert torch.equal(layer._cos_cached, exact._cos_cached) and torch.equal(layer._sin_cached, exact._sin_cached)
-
-
-def test_xpos_scores_depend_on_distance():
-    """The scales of a query and of a key cancel but for their distance, in the frequencies' way."""
-    layer = RotaryEmbedding(HEAD_DIM, scale_base=4.0)
-    q, k = torch.randn(2, 1, 1, 1, HEAD_DIM).expand(-1, -1, SEQLEN, -1, -1).double()
-    kv = torch.stack((k, k), dim=2)
-    rotated_q, rotated_kv = layer(q.clone(), kv)
-    scores = torch.einsum("bihd,bjhd->bhij", rotated_q, rotated_kv[:, :, 0])[0, 0]
-    for distance in range(-SEQLEN + 1, SEQLEN):
-        same = scores.diagonal(distance)
-        torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-6, atol=1e-5)
-    # One pair of columns alone: what is left of its score at a distance of 4 is the pair's base.
-    only = torch.zeros(1, SEQLEN, 1, HEAD_DIM, dtype=torch.float64)
-    only[..., 0] = 1
-    rotated_q, rotated_kv = layer(only.clone(), torch.stack((only, only), dim=2))
-    score = torch.dot(rotated_q[0, 5, 0], rotated_kv[0, 1, 0, 0])
-    torch.testing.assert_close(score, torch.tensor(4.0).cos().double() * 0.4 / 1.4, rtol=1e-5, atol=0)
-
-
-def test_errors_of_embedding():
-    for dim in (0, 7, -2):
-        with pytest.raises(ValueError, match=f"dim must be positive and even, got {dim}"):
-            RotaryEmbedding(dim)
-    with pytest.raises(TypeError, match="device must be a torch.device, got True"):
-        RotaryEmbedding(8, 10000.0, False, None, True)
-    with pytest.raises(NotImplementedError, match="pos_idx_in_fp32=False is not supported"):
-        RotaryEmbedding(8, pos_idx_in_fp32=False)
+@pytest.mark.parametrize("function, arguments, message", PACKED_ERRORS, ids=[error[2][:20] for error in PACKED_ERRORS])
+def test_errors_name_qkv_and_kv(function, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
 
 
 # ---- As others call it ---------------------------------------------------------------------------------------------

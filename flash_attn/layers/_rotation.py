@@ -5,7 +5,7 @@ token's row of the tables.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ def rotated(x: Tensor, places: Places, interleaved: bool, inplace: bool, tables:
 
     Not the same pair for each: torch.compile of 2.15 refuses a tensor that is given twice.
     """
-    if inplace:
-        check.require_no_overlap("x", x.stride(), x.shape)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Rotation.apply(x, places, interleaved, inplace, *tables)
     return _rotate_parts(x, places, interleaved, inplace, tables)
@@ -64,21 +62,44 @@ class _Rotation(torch.autograd.Function):
 # ---- Checks, and each token's row of the tables ------------------------------------------------------------------
 
 
-def _check(x: Any, cos: Any, sin: Any, seqlen_offsets: Any, cu_seqlens: Any, max_seqlen: Any) -> None:
-    check.require_tensor("x", x)
-    check.require_float_dtype("x", x)
+class Names(NamedTuple):
+    """What a function calls the tensor that it rotates, or has the part of, and the tables."""
+
+    x: str = "x"
+    cos: str = "cos"
+    sin: str = "sin"
+
+
+NAMES = Names()
+
+
+def check_written(name: str, x: Tensor) -> None:
+    check.require_no_overlap(name, x.stride(), x.shape)
+
+
+def _check(
+    x: Any, cos: Any, sin: Any, seqlen_offsets: Any, cu_seqlens: Any, max_seqlen: Any, names: Names
+) -> int | Tensor:
+    """Returns seqlen_offsets."""
+    check.require_tensor(names.x, x)
+    check.require_strided(names.x, x)
+    check.require_float_dtype(names.x, x)
     packed = cu_seqlens is not None
-    check.require_rank("x", x, "(total, num_heads, head_dim)" if packed else "(batch, seqlen, num_heads, head_dim)")
-    for name, table in (("cos", cos), ("sin", sin)):
+    check.require_rank(names.x, x, "(total, num_heads, head_dim)" if packed else "(batch, seqlen, num_heads, head_dim)")
+    whose = f"{names.x}'s"
+    for name, table in ((names.cos, cos), (names.sin, sin)):
         check.require_tensor(name, table)
-        check.require_device(name, table, x.device, "x's")
+        check.require_strided(name, table)
+        check.require_device(name, table, x.device, whose)
         check.require_float_dtype(name, table)
         check.require_rank(name, table, "(seqlen_rotary, rotary_dim / 2)")
-    check.require_shape("sin", sin, tuple(cos.shape), "cos's")
+        if table.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(f"{name} must not require grad (it has no gradient), got requires_grad=True")
+    check.require_shape(names.sin, sin, tuple(cos.shape), f"{names.cos}'s")
     if 2 * cos.shape[1] > x.shape[-1]:
-        raise ValueError(f"cos must have at most head_dim / 2 columns of {x.shape[-1]} / 2, got {cos.shape[1]}")
+        raise ValueError(f"{names.cos} must have at most head_dim / 2 columns of {x.shape[-1]} / 2, got {cos.shape[1]}")
     batch = (
-        check.int32_vector("cu_seqlens", cu_seqlens, x.device, None, "(batch + 1,)", "x's") - 1
+        check.int32_vector("cu_seqlens", cu_seqlens, x.device, None, "(batch + 1,)", whose) - 1
         if packed
         else x.shape[0]
     )
@@ -97,13 +118,15 @@ def _check(x: Any, cos: Any, sin: Any, seqlen_offsets: Any, cu_seqlens: Any, max
             raise ValueError(f"seqlen_offsets must be at least 0, got {offset}")
         if longest is not None and offset + longest > cos.shape[0]:
             raise ValueError(
-                f"cos and sin must have rows for the positions below {offset + longest}, got {cos.shape[0]} rows"
+                f"{names.cos} and {names.sin} must have rows for the positions below {offset + longest}, "
+                f"got {cos.shape[0]} rows"
             )
-        return
-    check.require_device("seqlen_offsets", seqlen_offsets, x.device, "x's")
+        return offset
+    check.require_device("seqlen_offsets", seqlen_offsets, x.device, whose)
     if seqlen_offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"seqlen_offsets must have dtype int32 or int64, got {seqlen_offsets.dtype}")
     check.require_shape("seqlen_offsets", seqlen_offsets, (batch,), "(batch,)")
+    return seqlen_offsets
 
 
 def checked_tables(
@@ -113,13 +136,14 @@ def checked_tables(
     seqlen_offsets: Any,
     cu_seqlens: Any = None,
     max_seqlen: Any = None,
+    names: Names = NAMES,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
-    return _tables_of_tokens(x, cos, sin, seqlen_offsets, cu_seqlens)
+    offsets = _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, names)
+    return _tables_of_tokens(x, cos, sin, offsets, cu_seqlens, names)
 
 
 def _tables_of_tokens(
-    x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None
+    x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None, names: Names
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of each token, (..., 1, rotary_dim / 2): 1 and 0 where a token stays as it is."""
     if cu_seqlens is None and not isinstance(seqlen_offsets, Tensor):
@@ -131,7 +155,9 @@ def _tables_of_tokens(
     if x.device.type == "cpu" and is_plain(x):
         outside = positions[is_used & ~has_row]
         if outside.numel():
-            raise ValueError(f"cos and sin must have a row for each position, got {outside[0].item()} of {num_rows}")
+            raise ValueError(
+                f"{names.cos} and {names.sin} must have a row for each position, got {outside[0].item()} of {num_rows}"
+            )
     rotates = (is_used & has_row)[..., None, None]
     # A table without rows is one that no token has a row of.
     rows = positions.clamp(0, max(num_rows - 1, 0))

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from flash_attn import _arguments as check
-from flash_attn.layers._rotation import Places, checked_tables, parts_of, rotated
+from flash_attn.layers._rotation import Names, Places, check_written, checked_tables, parts_of, rotated
 
 # By which tables grow, so that generation doesn't make new ones for each token.
 _ROWS_AT_A_TIME = 512
+_KEYS: Places = (0,)
 
 __all__ = [
     "RotaryEmbedding",
@@ -50,7 +51,8 @@ def apply_rotary(
     x : Tensor, (batch, seqlen, num_heads, head_dim), or (total, num_heads, head_dim) with cu_seqlens
         float16, bfloat16, float32 or float64, any strides.
     cos, sin : Tensor, (seqlen_rotary, rotary_dim / 2)
-        Of any of these dtypes. rotary_dim is at most head_dim; the columns after it stay as they are.
+        Of any of these dtypes. They have no gradient, so they must not require one. rotary_dim is at most head_dim; the
+        columns after it stay as they are.
     seqlen_offsets : int, or Tensor, (batch,), int32 or int64
         The position of each sequence's first token.
     cu_seqlens : Tensor, (batch + 1,), int32, optional
@@ -76,10 +78,14 @@ def apply_rotary(
     TypeError, ValueError
         If an argument's type, shape, dtype or device is wrong, or a position lies outside of the tables. Positions that
         come from tensors are looked at on the CPU alone: elsewhere a token at such a position stays as it is.
+    NotImplementedError
+        If cos or sin requires grad.
     """
     tables = checked_tables(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
     for name, value in (("interleaved", interleaved), ("inplace", inplace), ("conjugate", conjugate)):
         check.require_bool(name, value)
+    if inplace:
+        check_written("x", x)
     if conjugate:
         tables = (tables[0], -tables[1])
     return rotated(x, None, interleaved, inplace, tables)
@@ -132,10 +138,11 @@ def apply_rotary_emb_qkv_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, NotImplementedError
         As in `apply_rotary`, and for a qkv of another shape.
     """
     check.require_tensor("qkv", qkv)
+    check.require_strided("qkv", qkv)
     if num_heads_q is None:
         if qkv.ndim != 5 or qkv.shape[2] != 3:
             raise ValueError(f"qkv must have the shape (batch, seqlen, 3, num_heads, head_dim), got {tuple(qkv.shape)}")
@@ -149,10 +156,12 @@ def apply_rotary_emb_qkv_(
         places = (slice(0, num_heads_q), slice(num_heads_q, num_heads_q + num_heads_k))
     check.require_bool("interleaved", interleaved)
     q, k = parts_of(qkv, places)
-    tables = checked_tables(q, cos, sin, seqlen_offsets)
+    tables = checked_tables(q, cos, sin, seqlen_offsets, names=Names("qkv"))
     if cos_k is not None or sin_k is not None:
         keys = (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
-        tables += checked_tables(k, *keys, seqlen_offsets)
+        names = Names("qkv", "cos" if cos_k is None else "cos_k", "sin" if sin_k is None else "sin_k")
+        tables += checked_tables(k, *keys, seqlen_offsets, names=names)
+    check_written("qkv", qkv)
     return rotated(qkv, places, interleaved, True, tables)
 
 
@@ -163,13 +172,18 @@ def apply_rotary_emb_kv_(
 
     Parameters and errors are those of `apply_rotary`.
     """
+    tables = _tables_of_keys(kv, cos, sin, interleaved, seqlen_offsets)
+    return rotated(kv, _KEYS, interleaved, True, tables)
+
+
+def _tables_of_keys(kv: Any, cos: Any, sin: Any, interleaved: Any, seqlen_offsets: Any) -> tuple[Tensor, Tensor]:
     check.require_tensor("kv", kv)
+    check.require_strided("kv", kv)
     if kv.ndim != 5 or kv.shape[2] != 2:
         raise ValueError(f"kv must have the shape (batch, seqlen, 2, num_heads_k, head_dim), got {tuple(kv.shape)}")
     check.require_bool("interleaved", interleaved)
-    places = (0,)
-    tables = checked_tables(parts_of(kv, places)[0], cos, sin, seqlen_offsets)
-    return rotated(kv, places, interleaved, True, tables)
+    check_written("kv", kv)
+    return checked_tables(parts_of(kv, _KEYS)[0], cos, sin, seqlen_offsets, names=Names("kv"))
 
 
 def _in_inference_mode() -> bool:
@@ -188,13 +202,13 @@ class RotaryEmbedding(torch.nn.Module):
     dim : int
         rotary_dim, even.
     base : float
-        The angle of pair i at position p is p * base ** (-2 i / dim).
+        The angle of pair i at position p is p * base ** (-2 i / dim). Positive.
     interleaved : bool
         As in `apply_rotary`.
     scale_base : float, optional
         Also scale by position, as XPos does (Sun et al., "A Length-Extrapolatable Transformer", arXiv:2212.10554):
         queries grow and keys shrink by ((2 i / dim + 0.4) / 1.4) ** ((p - seqlen // 2) / scale_base), where seqlen is
-        the tables' length.
+        the tables' length. Not 0.
     device : torch.device, optional
         Where the frequencies lie.
     pos_idx_in_fp32 : bool
@@ -212,16 +226,20 @@ class RotaryEmbedding(torch.nn.Module):
         pos_idx_in_fp32: bool = True,
     ) -> None:
         super().__init__()
-        if check.as_int("dim", dim) % 2 or dim <= 0:
+        self.dim = check.as_int("dim", dim)
+        if self.dim % 2 or self.dim <= 0:
             raise ValueError(f"dim must be positive and even, got {dim}")
         check.require_bool("interleaved", interleaved)
         check.require_bool("pos_idx_in_fp32", pos_idx_in_fp32)
         if not pos_idx_in_fp32:
             raise NotImplementedError("pos_idx_in_fp32=False is not supported: positions are float32")
-        self.dim = dim
         self.base = check.as_float("base", base)
+        if self.base <= 0:
+            raise ValueError(f"base must be positive, got {base}")
         self.interleaved = interleaved
         self.scale_base = None if scale_base is None else check.as_float("scale_base", scale_base)
+        if self.scale_base == 0:
+            raise ValueError(f"scale_base must not be 0, got {scale_base}")
         if isinstance(device, bool):
             raise TypeError(f"device must be a torch.device, got {device}")
         self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
@@ -264,15 +282,19 @@ class RotaryEmbedding(torch.nn.Module):
         inv_freq = self.inv_freq.to(positions.device) if kept else self._compute_inv_freq(positions.device)
         angles = torch.outer(positions, inv_freq)
         cos, sin = angles.cos(), angles.sin()
+        tables, keys = (cos, sin), None
+        if self.scale_base is not None:
+            power = (positions - seqlen // 2) / self.scale_base
+            scale = self._compute_scale(positions.device) ** power[:, None]
+            tables, keys = (cos * scale, sin * scale), (cos / scale, sin / scale)
+        # All at once, where memory for one of them may be missing.
+        tables = tables[0].to(dtype), tables[1].to(dtype)
+        self._cos_k_cached, self._sin_k_cached = (
+            (None, None) if keys is None else (keys[0].to(dtype), keys[1].to(dtype))
+        )
+        self._cos_cached, self._sin_cached = tables
         self._seq_len_cached = seqlen
         self._made_for_inference = _in_inference_mode()
-        if self.scale_base is None:
-            self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
-            return
-        power = (positions - seqlen // 2) / self.scale_base
-        scale = self._compute_scale(positions.device) ** power[:, None]
-        self._cos_cached, self._sin_cached = (cos * scale).to(dtype), (sin * scale).to(dtype)
-        self._cos_k_cached, self._sin_k_cached = (cos / scale).to(dtype), (sin / scale).to(dtype)
 
     def forward(
         self,
@@ -308,10 +330,16 @@ class RotaryEmbedding(torch.nn.Module):
             As in `apply_rotary`; if max_seqlen is missing; for num_heads_q with kv.
         """
         check.require_tensor("qkv", qkv)
+        check.require_strided("qkv", qkv)
+        check.require_float_dtype("qkv", qkv)
+        if qkv.ndim not in (4, 5):
+            raise ValueError(f"qkv must have 4 or 5 dimensions, batch and seqlen first, got shape {tuple(qkv.shape)}")
         if kv is not None and num_heads_q is not None:
             raise ValueError(f"num_heads_q must not be given with kv, got {num_heads_q}")
         if max_seqlen is not None:
             length = check.as_int("max_seqlen", max_seqlen)
+            if length < 0:
+                raise ValueError(f"max_seqlen must be at least 0, got {max_seqlen}")
         elif isinstance(seqlen_offset, Tensor):
             if self._cos_cached is None:
                 raise ValueError("max_seqlen must be given with a Tensor as the first seqlen_offset, got None")
@@ -323,6 +351,12 @@ class RotaryEmbedding(torch.nn.Module):
         cos_k, sin_k = self._cos_k_cached, self._sin_k_cached  # None but for XPos
         if kv is None:
             return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q)
-        q = apply_rotary_emb(qkv, cos, sin, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset)
+        # All that may be refused comes before anything is written.
+        check_written("qkv", qkv)
+        tables = checked_tables(qkv, cos, sin, seqlen_offset, names=Names("qkv"))
         keys = (cos, sin) if cos_k is None else (cos_k, sin_k)
-        return q, apply_rotary_emb_kv_(kv, *keys, self.interleaved, seqlen_offset)
+        tables_k = _tables_of_keys(kv, *keys, self.interleaved, seqlen_offset)
+        return (
+            rotated(qkv, None, self.interleaved, True, tables),
+            rotated(kv, _KEYS, self.interleaved, True, tables_k),
+        )
