@@ -56,9 +56,13 @@ def _explain(args: argparse.Namespace) -> int:
     # On the device that a call here would use, and with memory, though nothing touches it: a tensor that was expanded
     # to its size has strides of 0, which kernels want copied.
     empty = partial(torch.empty, dtype=DTYPES[args.dtype], device="cuda" if torch.cuda.is_available() else "cpu")
-    q = empty(args.batch, args.seqlen_q, args.heads, args.head_dim)
-    k = empty(args.batch, seqlen_k, heads_k, args.head_dim)
-    v = empty(args.batch, seqlen_k, heads_k, head_dim_v)
+    try:
+        q = empty(args.batch, args.seqlen_q, args.heads, args.head_dim)
+        k = empty(args.batch, seqlen_k, heads_k, args.head_dim)
+        v = empty(args.batch, seqlen_k, heads_k, head_dim_v)
+    except (RuntimeError, TypeError) as error:  # no memory for so many elements, or no number of them
+        print(f"the tensors of this call can't be made here: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     try:
         explanation = flash_attn.explain(
             flash_attn.flash_attn_func,

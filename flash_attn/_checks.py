@@ -33,6 +33,7 @@ class VarlenNames(NamedTuple):
     qkv: tuple[str, str, str] = ("q", "k", "v")
     cu_seqlens: tuple[str, str] = ("cu_seqlens_q", "cu_seqlens_k")
     max_seqlens: tuple[str, str] = ("max_seqlen_q", "max_seqlen_k")
+    whose: str = "q's"
 
 
 VARLEN_NAMES = VarlenNames()
@@ -171,7 +172,7 @@ def varlen_sequences(
 ) -> tuple[Shapes, Sequences]:
     shapes = check_qkv(q, k, v, names.qkv, VARLEN_Q, VARLEN_KV if block_table is None else PAGED_KV)
     device = q.device
-    batch = check.int32_vector(names.cu_seqlens[0], cu_seqlens_q, device, None, "(batch + 1,)") - 1
+    batch = check.int32_vector(names.cu_seqlens[0], cu_seqlens_q, device, None, "(batch + 1,)", names.whose) - 1
     if batch < 0:
         raise ValueError(f"{names.cu_seqlens[0]} must have batch + 1 elements, at least one, got none")
     if seqused_q is not None:

@@ -11,7 +11,7 @@ from flash_attn._checks import ForwardCall, VarlenNames, dense_call, varlen_call
 
 _QKV_NAMES = ("qkv", "qkv", "qkv")
 _KV_NAMES = ("q", "kv", "kv")
-_VARLEN_QKV_NAMES = VarlenNames(_QKV_NAMES, ("cu_seqlens",) * 2, ("max_seqlen",) * 2)
+_VARLEN_QKV_NAMES = VarlenNames(_QKV_NAMES, ("cu_seqlens",) * 2, ("max_seqlen",) * 2, "qkv's")
 _VARLEN_KV_NAMES = VarlenNames(_KV_NAMES)
 
 

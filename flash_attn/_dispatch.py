@@ -177,7 +177,7 @@ def use_path(name: str) -> Iterator[None]:
     ValueError
         If name is not a path.
     """
-    if name not in PATHS:
+    if not isinstance(name, str) or name not in PATHS:
         raise ValueError(f"use_path: name must be one of {', '.join(map(repr, PATHS))}, got {name!r}")
     before = getattr(_forced, "path", None)
     _forced.path = name

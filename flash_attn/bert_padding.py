@@ -172,10 +172,13 @@ def _check(name: str, tensor: Tensor, least_rank: int) -> None:
 def _size(name: str, value: Any) -> int:
     """A size as torch takes it: also an integer tensor of one element, which it reads."""
     if isinstance(value, Tensor):
+        dtype = value.dtype
+        if value.numel() != 1 or value.is_meta or dtype.is_floating_point or dtype.is_complex or dtype is torch.bool:
+            raise TypeError(f"{name} must be an int or an integer tensor of one element, got {value!r}")
         value = operator.index(value)
     value = as_int(name, value)
-    if not torch.compiler.is_compiling() and value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
+    if not torch.compiler.is_compiling() and not 0 <= value < 2**63:
+        raise ValueError(f"{name} must be at least 0 and below 2**63, got {value}")
     return value
 
 

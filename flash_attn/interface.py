@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
@@ -242,7 +242,7 @@ _CALLS: dict[Callable[..., Any], Callable[..., ForwardCall]] = {
 
 def build_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> ForwardCall:
     """The call that a public function would run with these arguments; nothing runs."""
-    if function not in _CALLS:
+    if not isinstance(function, Hashable) or function not in _CALLS:
         raise ValueError(f"function must be an attention function of flash_attn, got {function!r}")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()

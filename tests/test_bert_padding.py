@@ -3,6 +3,7 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,9 +98,13 @@ def test_indexing():
         ),
         (lambda x: pad_input(x, ROWS, 1, 5), r"indices must be at least 0 and below the result's 5 rows, got 5"),
         (lambda x: pad_input(x, ROWS, 0, 5), r"indices must be at least 0 and below the result's 0 rows, got 5"),
-        (lambda x: index_put_first_axis(x, ROWS, -1), r"first_axis_dim must be at least 0, got -1"),
-        (lambda x: pad_input(x, ROWS, -1, 6), r"batch must be at least 0, got -1"),
-        (lambda x: pad_input(x, ROWS, 1, -6), r"seqlen must be at least 0, got -6"),
+        (lambda x: index_put_first_axis(x, ROWS, -1), r"first_axis_dim must be at least 0 and below .*, got -1"),
+        (lambda x: pad_input(x, ROWS, -1, 6), r"batch must be at least 0 and below .*, got -1"),
+        (lambda x: pad_input(x, ROWS, 1, -6), r"seqlen must be at least 0 and below 2\*\*63, got -6"),
+        (
+            lambda x: pad_input(x, ROWS, 1, 2**63),
+            r"seqlen must be at least 0 and below 2\*\*63, got 9223372036854775808",
+        ),
     ],
 )
 def test_errors(call, message):
@@ -115,6 +120,14 @@ def test_errors(call, message):
         (lambda x: pad_input(x, ROWS, 1.0, 6), "batch must be an int, got 1.0"),
         (lambda x: pad_input(x, ROWS, True, 6), "batch must be an int, got True"),
         (lambda x: pad_input(x, ROWS, 1, "6"), "seqlen must be an int, got '6'"),
+        (lambda x: pad_input(x, ROWS, np.array([1]), 6), "batch must be an int, got array"),
+        (
+            lambda x: pad_input(x, ROWS, torch.tensor(1.0), 6),
+            "batch must be an int or an integer tensor of one element",
+        ),
+        (lambda x: pad_input(x, ROWS, torch.tensor(True), 6), "batch must be an int or an integer tensor of one"),
+        (lambda x: pad_input(x, ROWS, 1, torch.tensor([6, 6])), "seqlen must be an int or an integer tensor of one"),
+        (lambda x: pad_input(x, ROWS, 1, torch.ones((), device="meta").int()), "seqlen must be an int or an integer"),
     ],
 )
 def test_error_of_type(call, message):

@@ -19,6 +19,7 @@ from valid_calls import (
     TABLE,
     VARLEN,
     VARLEN_KV,
+    VARLEN_QKV,
     Q,
     call_of,
     i32,
@@ -31,14 +32,16 @@ PACKED_ROTARY = (ROTARY[0], {**ROTARY[1], "q": Q[0], "cu_seqlens_q": CU_Q})
 
 # (valid call, what is changed, message)
 CASES = [
-    (VARLEN, {"cu_seqlens_q": i32(-1, 2, 5)}, "cu_seqlens_q must start at 0, got -1"),
+    (VARLEN, {"cu_seqlens_q": i32(-1, 2, 5)}, "cu_seqlens_q (cu_seqlens) must start at 0, got -1"),
     (VARLEN, {"cu_seqlens_k": i32(1, 2, 5)}, "cu_seqlens_k must start at 0, got 1"),
     (VARLEN, {"cu_seqlens_k": i32(0, 5, 4)}, "cu_seqlens_k must not decrease, got 5 then 4 at index 2"),
-    (VARLEN, {"cu_seqlens_q": i32(0, 2, 6)}, "cu_seqlens_q must end within q's 5 tokens, got 6"),
+    (VARLEN, {"cu_seqlens_q": i32(0, 2, 6)},
+     "cu_seqlens_q (cu_seqlens) must end within the 5 tokens of q (qkv), got 6"),
+    (VARLEN_QKV, {"cu_seqlens": i32(0, 7)}, "(cu_seqlens) must end within the 5 tokens of q (qkv), got 7"),
     (VARLEN, {"seqused_q": i32(3, 3)}, "seqused_q must be between 0 and the capacity 2, got 3 at index 0"),
     (VARLEN, {"seqused_k": i32(3, -1)}, "seqused_k (cache_seqlens) must be between 0 and the capacity 4, got -1"),
     (VARLEN, {"leftpad_k": i32(0, -2)}, "leftpad_k (cache_leftpad) must not be negative, got -2 at index 1"),
-    (VARLEN_KV, {"cu_seqlens_k": i32(0, 3, 8)}, "cu_seqlens_k must end within k's 7 tokens, got 8"),
+    (VARLEN_KV, {"cu_seqlens_k": i32(0, 3, 8)}, "cu_seqlens_k must end within the 7 tokens of k (kv), got 8"),
     (PAGED, {"seqused_k": i32(3, 7)}, "seqused_k (cache_seqlens) must be between 0 and the capacity 6, got 7"),
     (PAGED, {"block_table": TABLE + 1},
      "block_table must hold ids of at least 0 and below 4 for pages in use, got 4 in row 1"),
@@ -65,12 +68,12 @@ CASES = [
     (PACKED_APPEND, {"cu_seqlens_k_new": i32(-1, 2, 3)}, "cu_seqlens_k_new must start at 0, got -1"),
     (PACKED_APPEND, {"cu_seqlens_k_new": i32(0, 3, 1)},
      "cu_seqlens_k_new must not decrease, got 3 then 1 at index 2"),
-    (PACKED_APPEND, {"cu_seqlens_k_new": i32(0, 1, 4)}, "cu_seqlens_k_new must end within k's 3 tokens, got 4"),
+    (PACKED_APPEND, {"cu_seqlens_k_new": i32(0, 1, 4)}, "cu_seqlens_k_new must end within the 3 tokens of k, got 4"),
     (ROTARY, {"rotary_cos": rand(7, 8), "rotary_sin": rand(7, 8)},
      "rotary_cos and rotary_sin must hold the positions 4 to 8, got 7 rows"),
     (PACKED_ROTARY, {"cu_seqlens_q": i32(-1, 2, 5)}, "cu_seqlens_q must start at 0, got -1"),
     (PACKED_ROTARY, {"cu_seqlens_q": i32(0, 4, 2)}, "cu_seqlens_q must not decrease, got 4 then 2 at index 2"),
-    (PACKED_ROTARY, {"cu_seqlens_q": i32(0, 2, 6)}, "cu_seqlens_q must end within q's 5 tokens, got 6"),
+    (PACKED_ROTARY, {"cu_seqlens_q": i32(0, 2, 6)}, "cu_seqlens_q must end within the 5 tokens of q, got 6"),
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -40,10 +41,17 @@ def test_forced_kernels_refuse_cpu_tensors(path):
         flash_attn.flash_attn_func(*_qkv())
 
 
-def test_use_path_names_the_paths():
-    with pytest.raises(ValueError, match="'sm90', 'sm80', 'cpu', got 'sm75'"):
-        with flash_attn.use_path("sm75"):
+@pytest.mark.parametrize("name", ["sm75", None, ["cpu"]], ids=str)
+def test_use_path_names_the_paths(name):
+    with pytest.raises(ValueError, match=re.escape(f"'sm90', 'sm80', 'cpu', got {name!r}")):
+        with flash_attn.use_path(name):
             pass
+
+
+@pytest.mark.parametrize("function", [len, None, [], flash_attn.flash_attn_combine], ids=str)
+def test_explain_takes_attention_alone(function):
+    with pytest.raises(ValueError, match="function must be an attention function of flash_attn, got"):
+        flash_attn.explain(function)
 
 
 def test_use_path_ends_with_its_block():
@@ -392,6 +400,8 @@ def test_check_tells_what_did_not_run(capsys, monkeypatch):
         ("--dropout 0.1 --softcap 3", "softcap must be 0 when dropout_p > 0, got 3.0 and 0.1"),
         ("--head-dim 577", "q must have a head_dim from 1 to 576, got 577"),
         ("--heads 3 --heads-k 2", "got num_heads 3 and num_heads_k 2"),
+        ("--batch 1000000 --seqlen-q 10000000", "the tensors of this call can't be made here: "),
+        ("--batch 9999999999999999999", "the tensors of this call can't be made here: "),
     ],
 )
 def test_command_line_tells_why_a_call_is_refused(capsys, arguments, words):

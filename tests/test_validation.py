@@ -204,6 +204,7 @@ CASES = [
     (KV, {"kv": KV[1]["kv"].half()}, Value, "kv must have q's dtype torch.float32, got torch.float16"),
     (VARLEN_QKV, {"qkv": rand(5, 4, 4, 32)}, Value, "qkv must have the shape (total, 3, num_heads, head_dim)"),
     (VARLEN_QKV, {"cu_seqlens": None}, Type, "cu_seqlens must be a torch.Tensor, got NoneType"),
+    (VARLEN_QKV, {"cu_seqlens": CU_Q.to("meta")}, Value, "cu_seqlens must be on qkv's device cpu, got meta"),
     (VARLEN_QKV, {"max_seqlen": -2}, Value, "max_seqlen must be at least 0, got -2"),
     (VARLEN_KV, {"kv": rand(7, 3, 2, 32)}, Value, "kv must have the shape (total_k, 2, num_heads_k, head_dim)"),
     (VARLEN_KV, {"cu_seqlens_k": None}, Value, "cu_seqlens_k must be given"),

@@ -16,7 +16,7 @@ def token_positions(
     if cu_seqlens is None:
         steps = torch.arange(x.shape[1], device=x.device) if advance else offsets.new_zeros(1)
         return (offsets[:, None] + steps).expand(x.shape[:2])
-    starts = starts_of(cu_seqlens_name, cu_seqlens, x.shape[0], name)
+    starts = starts_of(cu_seqlens_name, name, cu_seqlens, x.shape[0])
     # Of no entry torch would make a tensor of floats.
     first = torch.tensor(starts[:-1], dtype=torch.int64, device=x.device)
     lengths = torch.tensor(starts[1:], dtype=torch.int64, device=x.device) - first

@@ -99,13 +99,17 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def starts_of(name: str, cu_seqlens: Tensor, total: int, tensor_name: str) -> list[int]:
+# Those of the packed forms in parentheses.
+_PACKED_NAMES = {"q": ("cu_seqlens_q (cu_seqlens)", "q (qkv)"), "k": ("cu_seqlens_k", "k (kv)")}
+
+
+def starts_of(name: str, tensor_name: str, cu_seqlens: Tensor, total: int) -> list[int]:
     """cu_seqlens on the host, where its values are checked."""
     starts = cu_seqlens.tolist()
     _check(starts[0] == 0, f"{name} must start at 0, got {starts[0]}")
     for index, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
         _check(a <= b, f"{name} must not decrease, got {a} then {b} at index {index + 1}")
-    _check(starts[-1] <= total, f"{name} must end within {tensor_name}'s {total} tokens, got {starts[-1]}")
+    _check(starts[-1] <= total, f"{name} must end within the {total} tokens of {tensor_name}, got {starts[-1]}")
     return starts
 
 
@@ -123,7 +127,7 @@ def _used(name: str, seqused: Tensor | None, slots: list[int]) -> list[int]:
 
 def _entry_rows(name, tensor, cu_seqlens, seqused, used_name, count=None, index=None) -> list[Rows]:
     if cu_seqlens is not None:
-        starts = starts_of(f"cu_seqlens_{name}", cu_seqlens, tensor.shape[0], name)
+        starts = starts_of(*_PACKED_NAMES[name], cu_seqlens, tensor.shape[0])
         slots = [b - a for a, b in zip(starts, starts[1:], strict=False)]
     else:
         if index is None:
