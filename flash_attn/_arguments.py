@@ -109,6 +109,13 @@ def as_int(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an int, got {value!r}") from error
 
 
+def size_of(name: str, value: Any, least: int, largest: int = LARGEST_SIZE) -> int:
+    value = as_int(name, value)
+    if not least <= value <= largest:
+        raise ValueError(f"{name} must be in [{least}, {largest}], got {value}")
+    return value
+
+
 def as_float(name: str, value: Any) -> float:
     if type(value) is not float:
         value = _converted_float(name, value)

@@ -312,12 +312,12 @@ def check_scheduler_metadata(
 ) -> tuple[int, dict[str, Any]]:
     """Arguments of get_scheduler_metadata; returns the longest new length and what _schedule.Step is to hold of them,
     but for tensors."""
-    batch_size = _size("batch_size", batch_size, 0)
-    heads, heads_kv = _size("num_heads_q", num_heads_q, 1), _size("num_heads_kv", num_heads_kv, 1)
+    batch_size = check.size_of("batch_size", batch_size, 0)
+    heads, heads_kv = check.size_of("num_heads_q", num_heads_q, 1), check.size_of("num_heads_kv", num_heads_kv, 1)
     if heads % heads_kv:
         raise ValueError(f"num_heads_q must be a multiple of num_heads_kv {heads_kv}, got {heads}")
-    headdim = _size("headdim", headdim, 1, check.MAX_HEAD_DIM)
-    headdim_v = _size("headdim_v", headdim if headdim_v is None else headdim_v, 1, check.MAX_HEAD_DIM_V)
+    headdim = check.size_of("headdim", headdim, 1, check.MAX_HEAD_DIM)
+    headdim_v = check.size_of("headdim_v", headdim if headdim_v is None else headdim_v, 1, check.MAX_HEAD_DIM_V)
     if qkv_dtype not in check.DTYPES:
         raise ValueError(f"qkv_dtype must be float16, bfloat16, float32 or float64, got {qkv_dtype!r}")
     longest_q = check.max_seqlen_of("max_seqlen_q", max_seqlen_q)
@@ -346,17 +346,10 @@ def check_scheduler_metadata(
         "dtype": qkv_dtype,
         "longest_q": longest_q,
         "longest_k": longest_k,
-        "page_size": None if page_size is None else _size("page_size", page_size, 1),
+        "page_size": None if page_size is None else check.size_of("page_size", page_size, 1),
         "window_left": window_left,
         "window_right": window_right,
         "has_softcap": has_softcap,
         "num_splits": check.num_splits_of(num_splits),
         "pack_gqa": check.pack_gqa_of(pack_gqa),
     }
-
-
-def _size(name: str, value: Any, least: int, largest: int = check.LARGEST_SIZE) -> int:
-    value = check.as_int(name, value)
-    if not least <= value <= largest:
-        raise ValueError(f"{name} must be in [{least}, {largest}], got {value}")
-    return value

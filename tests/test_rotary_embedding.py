@@ -90,9 +90,11 @@ def test_xpos_scores_depend_on_distance():
 
 
 def test_errors_of_embedding():
-    for dim in (0, 7, -2):
-        with pytest.raises(ValueError, match=f"dim must be positive and even, got {dim}"):
+    for dim in (0, -2, 2**64):
+        with pytest.raises(ValueError, match=rf"dim must be in \[2, 2147483647\], got {dim}"):
             RotaryEmbedding(dim)
+    with pytest.raises(ValueError, match="dim must be even, got 7"):
+        RotaryEmbedding(7)
     with pytest.raises(TypeError, match="device must be a torch.device, got True"):
         RotaryEmbedding(8, 10000.0, False, None, True)
     with pytest.raises(NotImplementedError, match="pos_idx_in_fp32=False is not supported"):
@@ -117,7 +119,9 @@ def test_bases_that_make_no_tables(arguments, message):
 BAD_CALLS = [
     ({"qkv": torch.ones(4)}, "qkv must have 4 or 5 dimensions"),
     ({"qkv": X.int()}, "qkv must have dtype float16"),
-    ({"max_seqlen": -1}, "max_seqlen must be at least 0, got -1"),
+    ({"max_seqlen": -1}, r"max_seqlen must be in \[0, 2147483647\], got -1"),
+    ({"max_seqlen": 2**64}, "max_seqlen must be in .*, got 18446744073709551616"),
+    ({"seqlen_offset": -1}, r"seqlen_offset must be in \[0, 2147483647\], got -1"),
     ({"kv": X}, r"kv must have the shape \(batch, seqlen, 2, num_heads_k, head_dim\)"),
     ({"kv": torch.ones(BATCH, 1, 1, 1, HEAD_DIM).expand(-1, SEQLEN, 2, -1, -1)}, "kv must not overlap itself"),
     ({"kv": torch.ones(BATCH, SEQLEN, 2, 1, 2)}, "cos must have at most head_dim / 2 columns of 2 / 2"),

@@ -226,9 +226,9 @@ class RotaryEmbedding(torch.nn.Module):
         pos_idx_in_fp32: bool = True,
     ) -> None:
         super().__init__()
-        self.dim = check.as_int("dim", dim)
-        if self.dim % 2 or self.dim <= 0:
-            raise ValueError(f"dim must be positive and even, got {dim}")
+        self.dim = check.size_of("dim", dim, 2)
+        if self.dim % 2:
+            raise ValueError(f"dim must be even, got {dim}")
         check.require_bool("interleaved", interleaved)
         check.require_bool("pos_idx_in_fp32", pos_idx_in_fp32)
         if not pos_idx_in_fp32:
@@ -337,15 +337,13 @@ class RotaryEmbedding(torch.nn.Module):
         if kv is not None and num_heads_q is not None:
             raise ValueError(f"num_heads_q must not be given with kv, got {num_heads_q}")
         if max_seqlen is not None:
-            length = check.as_int("max_seqlen", max_seqlen)
-            if length < 0:
-                raise ValueError(f"max_seqlen must be at least 0, got {max_seqlen}")
+            length = check.size_of("max_seqlen", max_seqlen, 0)
         elif isinstance(seqlen_offset, Tensor):
             if self._cos_cached is None:
                 raise ValueError("max_seqlen must be given with a Tensor as the first seqlen_offset, got None")
             length = self._seq_len_cached
         else:
-            length = qkv.shape[1] + check.as_int("seqlen_offset", seqlen_offset)
+            length = qkv.shape[1] + check.size_of("seqlen_offset", seqlen_offset, 0)
         self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype)
         cos, sin = self._cos_cached, self._sin_cached
         cos_k, sin_k = self._cos_k_cached, self._sin_k_cached  # None but for XPos
