@@ -1,7 +1,7 @@
-"""The planner of the backward (csrc/plan/backward_plan.cpp), called as in test_plan.py."""
+"""The planner of the backward (csrc/plan/backward_plan.cpp), called as in planning.py."""
 
 import pytest
-from test_plan import LARGEST_SMEM, planner, problem
+from planning import LARGEST_SMEM, planner, problem
 
 DENSE, VARLEN = planner.Layout.DENSE, planner.Layout.VARLEN
 # Three entries whose rows fill no tile, with as many key-value heads as no other number here.
