@@ -322,7 +322,7 @@ def alibi_slopes_of(slopes: Any, device: torch.device, batch: int, num_heads: in
             f"alibi_slopes must have the shape (num_heads,) = ({num_heads},) or "
             f"(batch, num_heads) = ({batch}, {num_heads}), got {shape}"
         )
-    if slopes.ndim and slopes.shape[-1] > 1 and slopes.stride(-1) != 1:
+    if slopes.shape[-1] > 1 and slopes.stride(-1) != 1:
         raise ValueError(f"alibi_slopes must have stride 1 in its last dimension, got {slopes.stride()}")
     if slopes.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError("alibi_slopes must not require grad (it has no gradient), got requires_grad=True")

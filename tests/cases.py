@@ -341,6 +341,8 @@ KVCACHE = [
     _cache("rotary-window", "local without causal: query positions advance", (3, 3), 65, seqused_k=(50, 7),
            new=(3, 3),
            rotary=(16, False), window=(20, 4)),
+    _cache("rotary-window-left", "a left side of 0 is local, too", (3, 3), 65, seqused_k=(50, 7), new=(3, 3),
+           rotary=(32, True), window=(0, -1)),
     _cache("rotary-paged-gqa", "rotary, append and pages", (3, 3), 64, seqused_k=(15, 31), new=(3, 3),
            rotary=(32, True), page=16, heads=(4, 2), causal=True),
     _cache("rotary-leftpad", "positions are absolute cache indices", (2, 2), 65, seqused_k=(50, 7),

@@ -40,7 +40,10 @@ def test_every_feature_has_a_case():
     assert declared == set(_dispatch.FEATURES) - EVERY_FEATURE_BUT
 
 
-@pytest.mark.parametrize("case", [case for case in cases.ALL if not case.large], ids=lambda case: case.id)
+DECLARED = [case for case in cases.ALL if not case.large]
+
+
+@pytest.mark.parametrize("case", DECLARED, ids=lambda case: case.id)
 def test_declared_features_are_what_the_dispatcher_is_told(case, monkeypatch):
     """harness.on_path expects a refusal from the features that a case declares."""
     told = []
@@ -52,6 +55,40 @@ def test_declared_features_are_what_the_dispatcher_is_told(case, monkeypatch):
     monkeypatch.setattr(flash_attn._dispatch, "choose_path", choose_path)
     build(case).call()
     assert told == [(case.dims, case.features)]
+
+
+@pytest.mark.parametrize("case", DECLARED, ids=lambda case: case.id)
+def test_memory_that_a_call_must_not_use_is_poisoned(case):
+    """All of q, k and v but the rows that the case counts as used; there is some past the last sequence, too."""
+    inputs = build(case)
+    stored = case.lens_k if case.seqused_k is None else case.seqused_k
+    used_q = sum(case.lens_q if case.seqused_q is None else case.seqused_q)
+    used_k = sum(last - case.first_key(entry) for entry, last in enumerate(stored))
+    for tensor, rows in ((inputs.q, used_q), (inputs.k, used_k), (inputs.v, used_k)):
+        assert int(tensor.isfinite().sum()) == rows * tensor.shape[-2] * tensor.shape[-1]
+        assert int(tensor.isnan().sum()) == tensor.numel() - int(tensor.isfinite().sum())
+    if case.layout == "varlen" and case.page is None and case.seqused_k is not None:
+        assert len(inputs.k) == len(inputs.v) == sum(case.lens_k) + 3
+
+
+PAGED = [case for case in DECLARED if case.page is not None]
+
+
+@pytest.mark.parametrize("case", PAGED, ids=lambda case: case.id)
+def test_slots_of_pages_that_a_call_must_not_use_are_stale(case):
+    """They name no page, or, one of five, a page of garbage; so do those that a server gave away."""
+    inputs = build(case)
+    stored = case.lens_k if case.seqused_k is None else case.seqused_k
+    rows = range(len(stored)) if case.cache_rows is None else case.cache_rows
+    for entry, row in enumerate(rows):
+        ids = inputs.layout["block_table"][row].tolist()
+        last = stored[entry] + (0 if case.new is None else case.new[entry])
+        num_used = -(-last // case.page)
+        num_given_away = min(case.first_key(entry) // case.page, num_used) if case.recycled else 0
+        assert len(ids) >= num_used + 2
+        for stale in (ids[:num_given_away], ids[num_used:]):
+            pages = [page for page in stale if 0 <= page < len(inputs.k)]
+            assert len(pages) <= -(-len(stale) // 5) and inputs.k[pages].isnan().all()
 
 
 @pytest.mark.parametrize("case", SM80_SERVES, ids=lambda case: case.id)

@@ -30,11 +30,39 @@ from valid_calls import (
 )
 
 from flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from flash_attn.interface import build_call
 
 
 @pytest.mark.parametrize("name", VALID)
 def test_valid_calls(name):
     call_of(VALID[name])
+
+
+NONE, ONE = i32(0), rand(2, 5, 1, 32)
+BORDERLINE = [
+    (DENSE, {"q": ONE[..., :1], "k": ONE[..., :1], "v": ONE}),
+    (DENSE, {"q": ONE, "k": ONE, "v": ONE, "alibi_slopes": rand(2)[::2]}),
+    (DENSE, {"q": Q[:1], "k": K[:1], "v": V[:1], "out": rand(1, 5, 4, 8).expand(3, 5, 4, 8)[:1]}),
+    (DENSE, {"q": rand(3, 0, 4, 32), "k": K[:1].expand(3, 7, 2, 32), "v": V[:1].expand(3, 7, 2, 8),
+             "out": rand(1, 0, 4, 8).expand(3, 0, 4, 8)}),
+    (VARLEN, {"q": Q[0, :0], "k": K[0, :0], "v": V[0, :0], "cu_seqlens_q": NONE, "cu_seqlens_k": NONE}),
+    (VARLEN, {"scheduler_metadata": i32(0, 1, 1)}),
+    (PACKED_APPEND, {"cache_seqlens": 14}),
+    (PACKED_APPEND, {"cache_seqlens": 16, "cu_seqlens_k_new": i32(0, 0, 0), "k": rand(0, 2, 32), "v": rand(0, 2, 8)}),
+    (PAGED_CACHE, {"cache_seqlens": 16}),
+    (METADATA, {"headdim": 1}),
+    (METADATA, {"headdim": 576, "headdim_v": 512}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("valid, changes", BORDERLINE, ids=[" ".join(changes) for _, changes in BORDERLINE])
+def test_what_is_just_allowed(valid, changes):
+    call_of(valid, changes)
+
+
+def test_results_may_go_where_gradients_are_off():
+    with torch.no_grad():
+        call_of(COMBINE, {"out": grad(rand(2, 5, 4, 8)), "out_partial": grad(rand(3, 2, 5, 4, 8))})
 
 
 def same(left, right):
@@ -56,6 +84,8 @@ def same(left, right):
     ],
 )
 def test_window_forms(window, canonical):
+    call = build_call(flash_attn_func, Q, K, V, window_size=window)
+    assert (call.window_left, call.window_right) == canonical
     same(flash_attn_func(Q, K, V, window_size=window), flash_attn_func(Q, K, V, window_size=canonical))
 
 
@@ -81,6 +111,7 @@ def test_numpy_scalars():
         ),
         flash_attn_func(Q, K, V, window_size=(2, 1), softmax_scale=0.5),
     )  # fmt: skip
+    assert type(build_call(flash_attn_func, Q, K, V, softmax_scale=numpy.float32(0.5)).softmax_scale) is float
 
 
 class Three:
@@ -116,6 +147,75 @@ def test_hints_change_nothing():
     for content in (0, -5, 10**6):
         metadata = torch.full((17,), content, dtype=torch.int32)
         same(function(**arguments, scheduler_metadata=metadata), function(**arguments))
+
+
+# ---- What the ops are told ----
+
+
+@pytest.mark.parametrize(
+    "options, features",
+    [
+        ({"num_splits": 1}, set()),
+        ({"num_splits": 2}, {"num_splits"}),
+        ({"return_attn_probs": True}, set()),
+        ({"dropout_p": 0.5}, {"dropout"}),
+        ({"dropout_p": 0.5, "return_attn_probs": True}, {"dropout", "attn_probs"}),
+        ({"out": rand(2, 5, 4, 8)}, {"out"}),
+        ({"v": grad(V)}, {"backward"}),
+        ({"s_aux": grad(rand(4))}, {"sinks", "backward"}),
+    ],
+    ids=lambda value: " ".join(sorted(value)),
+)
+def test_features_of_options(options, features):
+    """test_cases.py has those of declared cases."""
+    function, arguments = DENSE
+    assert build_call(function, **arguments | options).features == {"dense", "gqa"} | features
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_torch_may_ask_for_determinism_of_gradients(needs_grad):
+    q = grad(Q) if needs_grad else Q
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert build_call(flash_attn_func, q, K, V).deterministic is needs_grad
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert build_call(flash_attn_func, q, K, V).deterministic is False
+
+
+@pytest.mark.parametrize(
+    "valid, changes, longest",
+    [
+        (VARLEN, {}, (3, 4)),
+        (VARLEN, {"max_seqlen_q": 5, "max_seqlen_k": 6}, (5, 6)),
+        (VARLEN, {"cu_seqlens_q": NONE, "cu_seqlens_k": NONE}, (0, 0)),
+        (VARLEN, {"cu_seqlens_q": i32(0, 5), "cu_seqlens_k": i32(0, 7)}, (5, 7)),
+        (PAGED, {}, (3, 2 * 3)),
+        (PAGED, {"max_seqlen_k": 5}, (3, 5)),
+        (DENSE, {}, (0, 0)),
+    ],
+)
+def test_longest_lengths_are_known_where_probabilities_need_them(valid, changes, longest):
+    function, arguments = valid
+    call = build_call(function, **arguments | changes, dropout_p=0.5, return_attn_probs=True)
+    assert (call.max_seqlen_q, call.max_seqlen_k) == longest
+
+
+@pytest.mark.parametrize(
+    "valid, changes, lengths",
+    [(CACHE, {}, None), (CACHE, {"cache_seqlens": 5}, [5, 5]), (PAGED_CACHE, {}, [16, 16])],
+    ids=["whole", "int", "pages"],
+)
+def test_lengths_of_a_cache(valid, changes, lengths):
+    function, arguments = valid
+    call = build_call(function, **arguments | changes)
+    assert call.max_seqlen_q == call.max_seqlen_k == 0
+    if lengths is None:
+        assert call.seqused_k is None
+    else:
+        assert call.seqused_k.dtype == torch.int32 and call.seqused_k.tolist() == lengths
+        there = {name: value.to("meta") for name, value in arguments.items()}
+        assert build_call(function, **there | changes).seqused_k.is_meta
 
 
 # ---- Results ----
@@ -221,6 +321,8 @@ def test_nothing_is_read_from_a_device():
     pages = {name: None if value is None else value.to("meta") for name, value in arguments.items()}
     assert function(**pages).shape == (5, 4, 8)
     assert function(**{**pages, "seqused_k": None, "cu_seqlens_k": cu}).shape == (5, 4, 8)
+    for options in ({"dropout_p": 0.1}, {"return_attn_probs": True, "return_softmax_lse": True}):
+        function(**pages, **options)
     with pytest.raises(ValueError, match="max_seqlen_q must be an int for return_attn_probs with dropout"):
         function(**pages, dropout_p=0.1, return_attn_probs=True)
     for function, arguments in (ROTARY, PACKED_APPEND, PAGED_CACHE):

@@ -65,12 +65,14 @@ CASES = [
     (QKV, {"qkv": NESTED}, Value, "qkv must not be a nested tensor"),
     (VARLEN_KV, {"kv": rand(7, 2, 2, 32).to_sparse()}, Value, "kv must be a strided tensor"),
     (VARLEN, {"v": V[0].to_sparse()}, Value, "v must be a strided tensor, got layout torch.sparse_coo"),
+    (VARLEN, {"k": K[0].to_sparse()}, Value, "k must be a strided tensor, got layout torch.sparse_coo"),
     (DENSE, {"q": Q[0]}, Value, "q must have the shape (batch, seqlen_q, num_heads, head_dim), got (5, 4, 32)"),
     (DENSE, {"k": K[0]}, Value, "k must have the shape (batch, seqlen_k, num_heads_k, head_dim), got (7, 2, 32)"),
     (DENSE, {"v": V[0]}, Value, "v must have the shape (batch, seqlen_k, num_heads_k, head_dim_v), got (7, 2, 8)"),
     (DENSE, {"q": rand(2, 5, 4, 577)}, Value, "q must have a head_dim from 1 to 576, got 577"),
     (DENSE, {"q": rand(2, 5, 4, 0)}, Value, "q must have a head_dim from 1 to 576, got 0"),
     (DENSE, {"v": rand(2, 7, 2, 513)}, Value, "v must have a head_dim_v from 1 to 512, got 513"),
+    (DENSE, {"v": rand(2, 7, 2, 0)}, Value, "v must have a head_dim_v from 1 to 512, got 0"),
     (DENSE, {"k": rand(2, 7, 2, 16)}, Value, "k must have q's head_dim 32, got shape (2, 7, 2, 16)"),
     (DENSE, {"v": V[:, :6]}, Value, "v must have k's shape (2, 7, 2, 32) but for the last dimension, got (2, 6, 2, 8)"),
     (DENSE, {"q": rand(2, 5, 3, 32)}, Value, "q must have a multiple of k's num_heads_k heads, at least one, "
@@ -111,6 +113,8 @@ CASES = [
     (DENSE, {"window_size": i32(1, 2, 3)}, Value, "window_size must have two elements (left, right), got shape (3,)"),
     (DENSE, {"window_size": torch.tensor([1.0, 2.0])}, Type,
      "window_size must have an integer dtype, got torch.float32"),
+    (DENSE, {"window_size": torch.tensor([1j, 2j])}, Type,
+     "window_size must have an integer dtype, got torch.complex64"),
     (DENSE, {"window_size": meta(2, dtype=torch.int32)}, Value, "window_size must be a pair of ints"),
     (DENSE, {"num_splits": -1}, Value, "num_splits must be in [0, 256] (0 chooses), got -1"),
     (DENSE, {"num_splits": 257}, Value, "num_splits must be in [0, 256] (0 chooses), got 257"),
@@ -158,6 +162,7 @@ CASES = [
     (VARLEN, {"cu_seqlens_q": i32()}, Value, "cu_seqlens_q must have batch + 1 elements, at least one, got none"),
     (VARLEN, {"cu_seqlens_q": i32(0, 9, 2, 9, 5)[::2]}, Value, "cu_seqlens_q must be contiguous, got stride (2,)"),
     (VARLEN, {"cu_seqlens_k": i32(0, 7)}, Value, "cu_seqlens_k must have the shape (batch + 1,) = (3,), got (2,)"),
+    (VARLEN, {"cu_seqlens_k": i32(0, 9, 3, 9, 7)[::2]}, Value, "cu_seqlens_k must be contiguous, got stride (2,)"),
     (VARLEN, {"cu_seqlens_k": None}, Value, "cu_seqlens_k must be given when block_table is not, got None"),
     (VARLEN, {"max_seqlen_q": -1}, Value, "max_seqlen_q must be at least 0, got -1"),
     (VARLEN, {"max_seqlen_q": 2**31}, Value, "max_seqlen_q must be at most 2147483647, got 2147483648"),
@@ -165,7 +170,9 @@ CASES = [
     (VARLEN, {"max_seqlen_k": 7.0}, Type, "max_seqlen_k must be an int, got 7.0"),
     (VARLEN, {"max_seqlen_q": CU_Q}, Value, "max_seqlen_q must be an int, None or an integer tensor of one element, "
      "got shape (3,)"),
-    (VARLEN, {"max_seqlen_q": torch.tensor(3.0)}, Value, "max_seqlen_q must be an int, None or an integer tensor"),
+    (VARLEN, {"max_seqlen_q": torch.tensor(3.0)}, Value, "integer tensor of one element, got shape (), dtype "
+     "torch.float32"),
+    (VARLEN, {"max_seqlen_q": torch.tensor(3j)}, Value, "got shape (), dtype torch.complex64"),
     (VARLEN, {"seqused_q": i32(1)}, Value, "seqused_q must have the shape (batch,) = (2,), got (1,)"),
     (VARLEN, {"seqused_k": i32(1, 2).long()}, Value, "seqused_k must have dtype torch.int32, got torch.int64"),
     (VARLEN, {"leftpad_k": i32(1, 2, 3)}, Value, "leftpad_k must have the shape (batch,) = (2,), got (3,)"),
@@ -196,6 +203,8 @@ CASES = [
     (QKV, {"qkv": None}, Type, "qkv must be a torch.Tensor, got NoneType"),
     (QKV, {"qkv": QKV[1]["qkv"].int()}, Value, "qkv must have dtype float16, bfloat16, float32 or float64"),
     (QKV, {"qkv": Q}, Value, "qkv must have the shape (batch, seqlen, 3, num_heads, head_dim), got (2, 5, 4, 32)"),
+    (QKV, {"qkv": rand(5, 3, 4, 32)}, Value, "qkv must have the shape (batch, seqlen, 3, num_heads, head_dim), "
+     "got (5, 3, 4, 32)"),
     (QKV, {"qkv": rand(2, 5, 2, 4, 32)}, Value, "qkv must have the shape (batch, seqlen, 3, num_heads, head_dim), "
      "got (2, 5, 2, 4, 32)"),
     (QKV, {"qkv": rand(2, 5, 3, 4, 600)}, Value, "qkv must have a head_dim from 1 to 576, got 600"),
@@ -207,10 +216,14 @@ CASES = [
     (VARLEN_QKV, {"cu_seqlens": CU_Q.to("meta")}, Value, "cu_seqlens must be on qkv's device cpu, got meta"),
     (VARLEN_QKV, {"max_seqlen": -2}, Value, "max_seqlen must be at least 0, got -2"),
     (VARLEN_KV, {"kv": rand(7, 3, 2, 32)}, Value, "kv must have the shape (total_k, 2, num_heads_k, head_dim)"),
+    (VARLEN_KV, {"kv": rand(7, 2, 2, 16)}, Value, "kv must have q's head_dim 32, got shape (7, 2, 16)"),
     (VARLEN_KV, {"cu_seqlens_k": None}, Value, "cu_seqlens_k must be given"),
     # the cache
     (CACHE, {"k_cache": K}, Value, "v_cache must have k_cache's shape (2, 7, 2, 32) but for the last dimension"),
-    (CACHE, {"q": rand(3, 1, 4, 32)}, Value, "k_cache must have q's batch size 3 when cache_batch_idx is not given"),
+    (CACHE, {"k_cache": K[0]}, Value, "k_cache must have the shape (batch_cache, seqlen_cache, num_heads_k, head_dim), "
+     "got (7, 2, 32)"),
+    (CACHE, {"q": rand(3, 1, 4, 32)}, Value, "k_cache must have q's batch size 3 when cache_batch_idx is not given, "
+     "got shape (2, 16, 2, 32)"),
     (CACHE, {"q": Q[0]}, Value, "q must have the shape (batch, seqlen_q, num_heads, head_dim), got (5, 4, 32)"),
     (CACHE, {"cu_seqlens_q": CU_Q}, Value, "q must have the shape (total_q, num_heads, head_dim), got (2, 5, 4, 32)"),
     (CACHE, {"cache_seqlens": 17}, Value, "cache_seqlens must be at least 0 and leave room for the 0 new tokens in a "
@@ -228,6 +241,11 @@ CASES = [
     (CACHE, {"scheduler_metadata": i32(0)}, Value,
      "scheduler_metadata must have at least 1 + batch = 3 elements, got 1"),
     (CACHE, {"max_seqlen_q": -1}, Value, "max_seqlen_q must be at least 0, got -1"),
+    (PACKED_APPEND, {"cu_seqlens_q": i32()}, Value,
+     "cu_seqlens_q must have batch + 1 elements, at least one, got none"),
+    (PAGED_CACHE, {"k_cache": K[0]}, Value,
+     "k_cache must have the shape (num_pages, page_size, num_heads_k, head_dim), got (7, 2, 32)"),
+    (PAGED_CACHE, {"cache_seqlens": 17}, Value, "room for the 0 new tokens in a cache of 16, got 17"),
     (PAGED_CACHE, {"block_table": TABLE[:1]}, Value, "block_table must have one row for each of the 2 batch entries"),
     (PAGED_CACHE, {"k_cache": rand(4, 0, 2, 32), "v_cache": rand(4, 0, 2, 8)}, Value,
      "k_cache must have a page_size of at least 1, got shape (4, 0, 2, 32)"),
@@ -242,9 +260,13 @@ CASES = [
     (APPEND, {"k": rand(2, 3, 2, 32).to_sparse()}, Value, "k must be a strided tensor"),
     (APPEND, {"v": None}, Value, "v must be given with k, got None"),
     (APPEND, {"k": 1}, Type, "k must be a torch.Tensor, got int"),
+    (APPEND, {"v": 1}, Type, "v must be a torch.Tensor, got int"),
     (APPEND, {"k": meta(2, 3, 2, 32)}, Value, "k must be on q's device cpu, got meta"),
     (APPEND, {"v": rand(2, 3, 2, 8).half()}, Value, "v must have q's dtype torch.float32, got torch.float16"),
-    (APPEND, {"k": rand(3, 2, 32)}, Value, "k must have the shape (batch, seqlen_new, num_heads_k, head_dim)"),
+    (APPEND, {"k": rand(3, 2, 32)}, Value, "k must have the shape (batch, seqlen_new, num_heads_k, head_dim), "
+     "got (3, 2, 32)"),
+    (APPEND, {"k": torch.tensor(1.0)}, Value, "k must have the shape (batch, seqlen_new, num_heads_k, head_dim), "
+     "got ()"),
     (APPEND, {"k": rand(1, 3, 2, 32)}, Value, "k must have the shape (batch, seqlen_new, num_heads_k, head_dim) = "
      "(2, 3, 2, 32), got (1, 3, 2, 32)"),
     (APPEND, {"v": rand(2, 4, 2, 8)}, Value, "v must have the shape (batch, seqlen_new, num_heads_k, head_dim_v) = "
@@ -276,6 +298,7 @@ CASES = [
     (COMBINE, {"out_partial": rand(3, 2, 5, 4, 8).to_sparse()}, Value, "out_partial must be a strided tensor"),
     (COMBINE, {"lse_partial": rand(3, 2, 5, 4).to_sparse()}, Value, "lse_partial must be a strided tensor"),
     (COMBINE, {"out": rand(2, 5, 4, 8).to_sparse()}, Value, "out must be a strided tensor"),
+    (COMBINE, {"lse_partial": None}, Type, "lse_partial must be a torch.Tensor, got NoneType"),
     (COMBINE, {"lse_partial": meta(3, 2, 5, 4)}, Value, "lse_partial must be on out_partial's device cpu, got meta"),
     (COMBINE, {"lse_partial": rand(3, 2, 5, 4).half()}, Value, "lse_partial must have dtype torch.float32"),
     (COMBINE, {"lse_partial": rand(3, 2, 4, 5)}, Value,
@@ -294,11 +317,16 @@ CASES = [
     (COMBINE, {"out": rand(2, 5, 4, 8), "out_dtype": HALF}, Value, "out must have out_dtype's dtype torch.float16, "
      "got torch.float32"),
     (COMBINE, {"out": grad(rand(2, 5, 4, 8))}, Value, "out must not be given when a gradient is needed"),
+    (COMBINE, {"out": rand(2, 5, 4, 8), "out_partial": grad(rand(3, 2, 5, 4, 8))}, Value, "out must not be given when"),
+    (COMBINE, {"out": rand(2, 5, 4, 8), "lse_partial": grad(rand(3, 2, 5, 4))}, Value, "out must not be given when"),
+    (COMBINE, {"out": 1}, Type, "out must be a torch.Tensor, got int"),
+    (COMBINE, {"out": torch.ones(2, 5, 4, 8, dtype=torch.int32)}, Value, "out must have dtype float16"),
     # metadata
     (METADATA, {"batch_size": -1}, Value, "batch_size must be in [0, 2147483647], got -1"),
     (METADATA, {"batch_size": 2.0}, Type, "batch_size must be an int, got 2.0"),
     (METADATA, {"num_heads_q": 3}, Value, "num_heads_q must be a multiple of num_heads_kv 2, got 3"),
     (METADATA, {"num_heads_kv": 0}, Value, "num_heads_kv must be in [1, 2147483647], got 0"),
+    (METADATA, {"num_heads_q": 0}, Value, "num_heads_q must be in [1, 2147483647], got 0"),
     (METADATA, {"headdim": 577}, Value, "headdim must be in [1, 576], got 577"),
     (METADATA, {"headdim_v": 0}, Value, "headdim_v must be in [1, 512], got 0"),
     (METADATA, {"qkv_dtype": torch.int8}, Value,
