@@ -92,16 +92,16 @@ def test_transformer_engine_context_parallel(packed):
     assert_same((out, lse, *grads), public(*tensors))
 
 
-@pytest.mark.parametrize("length, kept", [(5, "view"), (5, "copy"), (4, "view")])
+@pytest.mark.parametrize("length, kept", [(5, "view"), (5, "copy"), (4, "view"), (4, "as it was")])
 def test_diffusers(length, kept):
     """A dropout that drops nothing, since FlashAttention-2 gives LSE and S_dmask with dropout only. LSE comes back
     transposed: as a view, also where there are as many rows as heads, or (for its hub kernels) a copy."""
     q = Q[:, :length]
     arguments = (1e-30, 0.2, True, -1, -1, 0.0, None)
     out, lse, _, rng_state = fi._wrapped_flash_attn_forward(q, K, V, *arguments, True)
-    transposed = lse.permute(0, 2, 1) if kept == "view" else lse.permute(0, 2, 1).contiguous()
+    views = {"view": lse.permute(0, 2, 1), "copy": lse.permute(0, 2, 1).contiguous(), "as it was": lse}
     grads = [torch.empty_like(tensor) for tensor in (q, K, V)]
-    fi._wrapped_flash_attn_backward(out, q, K, V, out, transposed, *grads, *arguments, False, rng_state)
+    fi._wrapped_flash_attn_backward(out, q, K, V, out, views[kept], *grads, *arguments, False, rng_state)
     torch.testing.assert_close((out, lse, *grads), tuple(x.detach() for x in public(q, K, V)))
 
 
@@ -180,3 +180,5 @@ def test_gen_must_be_a_generator_on_the_device():
     meta = tuple(x.to("meta") if isinstance(x, torch.Tensor) else x for x in raw)
     with pytest.raises(ValueError, match="gen must be on q's device meta, got cpu"):
         flash_attn_2_cuda.fwd(*meta, torch.Generator())
+    with pytest.raises(TypeError, match="gen must be a torch.Generator or None, got int"):
+        flash_attn_2_cuda.bwd(OUT, Q, K, V, OUT, LSE, None, None, None, *raw[4:11], False, 3, None)

@@ -19,7 +19,7 @@ from checks import (
 from harness import build, device_of, on_path
 from tolerance import assert_same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
-from valid_calls import K, Q, V, grad, i32, rand
+from valid_calls import CU_K, CU_Q, K, Q, V, grad, i32, rand
 
 import flash_attn
 import flash_attn_2_cuda
@@ -187,13 +187,17 @@ def test_kernels_write_given_memory_themselves(path):
         assert ("backward_out.default" in ops) == (path != "cpu") == ("copy_.default" not in ops)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("asked", ["argument", "torch", None])
-def test_deterministic(asked):
-    out, lse, *_ = fi._flash_attn_forward(Q, K, V, *PLAIN, False)
+def test_deterministic(asked, packed):
+    tensors, lengths = ((Q[0], K[0], V[0]), (CU_Q, CU_K, 3, 4)) if packed else ((Q, K, V), ())
+    forward = fi._flash_attn_varlen_forward if packed else fi._flash_attn_forward
+    backward = fi._flash_attn_varlen_backward if packed else fi._flash_attn_backward
+    out, lse, *_ = forward(*tensors, *lengths, *PLAIN, False)
     try:
         torch.use_deterministic_algorithms(asked == "torch")
         with RecordOps() as record:
-            fi._flash_attn_backward(out, Q, K, V, out, lse, None, None, None, *PLAIN, asked == "argument")
+            backward(out, *tensors, out, lse, None, None, None, *lengths, *PLAIN, asked == "argument")
     finally:
         torch.use_deterministic_algorithms(False)
     assert record.arguments["cpu_backward.default"][-1] is (asked is not None)

@@ -1,5 +1,6 @@
 """What the public functions accept, what the forms of an argument mean, and which results come back."""
 
+import inspect
 import math
 
 import numpy as np
@@ -29,7 +30,7 @@ from valid_calls import (
     rand,
 )
 
-from flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from flash_attn import _ops, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from flash_attn.interface import build_call
 
 
@@ -170,6 +171,55 @@ def test_features_of_options(options, features):
     """test_cases.py has those of declared cases."""
     function, arguments = DENSE
     assert build_call(function, **arguments | options).features == {"dense", "gqa"} | features
+
+
+SLOPES, SINKS = rand(4), rand(4)
+# Option -> its value and the fields of the call that come of it.
+OPTIONS = {
+    "dropout_p": (0.5, {"dropout_p": 0.5}),
+    "softmax_scale": (0.3, {"softmax_scale": 0.3}),
+    "causal": (True, {"window_left": -1, "window_right": 0}),
+    "window_size": ((2, 1), {"window_left": 2, "window_right": 1}),
+    "softcap": (3.0, {"softcap": 3.0}),
+    "alibi_slopes": (SLOPES, {"alibi_slopes": SLOPES}),
+    "deterministic": (True, {"deterministic": True}),
+    "return_attn_probs": (True, {"return_attn_probs": True}),
+    "return_softmax_lse": (True, {"return_softmax_lse": True}),
+    "s_aux": (SINKS, {"s_aux": SINKS}),
+    "num_splits": (3, {"num_splits": 3}),
+    "pack_gqa": (True, {"pack_gqa": True}),
+    "max_seqlen_q": (9, {"max_seqlen_q": 9}),
+    "max_seqlen_k": (8, {"max_seqlen_k": 8}),
+    "max_seqlen": (7, {"max_seqlen_q": 7, "max_seqlen_k": 7}),
+}
+TAKEN = [
+    (name, option)
+    for name, (function, _) in VALID.items()
+    if name not in ("combine", "metadata")
+    for option in OPTIONS
+    if option in inspect.signature(function).parameters
+]
+
+
+@pytest.mark.parametrize("name, option", TAKEN)
+def test_every_option_reaches_the_call(name, option, monkeypatch):
+    """The one that runs and the one that is explained."""
+    function, arguments = VALID[name]
+    value, fields = OPTIONS[option]
+    run = []
+    monkeypatch.setattr(_ops, "forward", lambda path, call: run.append(call) or (Q, Q))
+    call_of(VALID[name], {option: value})
+    for call in (*run, build_call(function, **arguments, **{option: value})):
+        assert {field: getattr(call, field) for field in fields} == fields
+    default = build_call(function, **arguments)
+    assert len(run) == 1 and {field: getattr(default, field) for field in fields} != fields
+
+
+def test_only_attention_functions_have_calls():
+    with pytest.raises(
+        ValueError, match="function must be an attention function of flash_attn, got <built-in function"
+    ):
+        build_call(print, Q)
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -323,7 +373,10 @@ def test_nothing_is_read_from_a_device():
     assert function(**{**pages, "seqused_k": None, "cu_seqlens_k": cu}).shape == (5, 4, 8)
     for options in ({"dropout_p": 0.1}, {"return_attn_probs": True, "return_softmax_lse": True}):
         function(**pages, **options)
+    probs = {"dropout_p": 0.1, "return_attn_probs": True}
     with pytest.raises(ValueError, match="max_seqlen_q must be an int for return_attn_probs with dropout"):
-        function(**pages, dropout_p=0.1, return_attn_probs=True)
+        function(**pages, **probs)
+    with pytest.raises(ValueError, match="max_seqlen_k must be an int for return_attn_probs with dropout"):
+        flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, max_seqlen_q=3, **probs)
     for function, arguments in (ROTARY, PACKED_APPEND, PAGED_CACHE):
         assert function(**{name: value.to("meta") for name, value in arguments.items()}).is_meta

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from valid_calls import CU_K, CU_Q, TABLE, K, Q, V, grad, i32, rand
 
 from flash_attn import (
     _ops,
+    _plain,
     flash_attn_combine,
     flash_attn_func,
     flash_attn_with_kvcache,
@@ -106,10 +108,11 @@ def test_opcheck_attn_probs():
         arguments = forward_arguments(*FORWARD[name][:5], RNG, FORWARD[name][6:10], FORWARD[name][10:13])
         _, lse = ops.cpu_forward(*arguments)
         q, k = arguments[:2]
-        opcheck(
-            ops.cpu_attn_probs.default,
-            (q, k, lse, *arguments[4:13], *score(dropout_p=0.5, longest=(5, 7))),
-        )
+        for longest in ((5, 7), (129, 256)):  # hints but for packed sequences; the result's sizes are multiples of 128
+            opcheck(
+                ops.cpu_attn_probs.default,
+                (q, k, lse, *arguments[4:13], *score(dropout_p=0.5, longest=longest)),
+            )
 
 
 @pytest.mark.parametrize("rotary", [False, True])
@@ -180,6 +183,21 @@ def test_only_needed_gradients_come_back():
     q, s_aux = grad(Q), grad(SINKS)
     flash_attn_func(q, K, V, s_aux=s_aux).sum().backward()
     assert q.grad.shape == q.shape and s_aux.grad.shape == (4,)
+
+
+def test_no_gradient_comes_of_none():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dout):
+            return None
+
+    q = grad(Q)
+    Stop.apply(flash_attn_func(q, K, V)).sum().backward()
+    assert q.grad is None
 
 
 def test_gradient_of_the_lse_alone():
@@ -253,3 +271,49 @@ def test_written_tensors_change_their_version(direct):
     arguments = (cache, rand(2, 16, 2, 8), K[:, :3], V[:, :3], None, None, i32(4, 6), None, None, None, True)
     _ops.append_kv("cpu", arguments) if direct else ops.cpu_append_kv(*arguments)
     assert out._version > versions[0] and cache._version > versions[1]
+
+
+# ---- What goes straight to what computes ----
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return op(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+WATCHED = {
+    "mode": Watching,
+    "profiler": torch.profiler.profile,
+    "forward mode": torch.autograd.forward_ad.dual_level,
+}
+NOT_PLAIN = {"subclass": Q.as_subclass(Subclass), "negative": torch._neg_view(Q)}
+
+
+@pytest.mark.parametrize("watched", WATCHED)
+def test_a_watched_call_is_not_plain(watched):
+    with WATCHED[watched]():
+        assert not _plain.is_plain(Q)
+    assert _plain.is_plain(Q)
+
+
+def test_a_transformed_call_is_not_plain():
+    found = []
+    torch.vmap(lambda x: found.append(_plain.is_plain(Q)) or x)(Q)
+    assert found == [False]
+
+
+@pytest.mark.parametrize("tensor", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_a_call_of_other_tensors_is_not_plain(tensor):
+    assert _plain.is_plain(Q, K, torch.nn.Parameter(V))
+    assert _plain.is_plain(tensor) is _plain.is_plain(Q, tensor) is _plain.is_plain(Q, K, tensor) is False
+
+
+def test_a_call_without_gradients_is_plain():
+    assert _plain.is_plain_without_grad(Q, K) and not _plain.is_plain_without_grad(Q, grad(K))
+    with torch.no_grad():
+        assert _plain.is_plain_without_grad(Q, grad(K))
+        assert not _plain.is_plain_without_grad(Q, torch._neg_view(K))
