@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +10,11 @@ import torch
 
 from flash_attn import __main__ as main_module
 from flash_attn import _dispatch
-from flash_attn.bench import check, cpu_path, gradients, impls, measure, report, runner, suites
+from flash_attn.bench import check, cpu_path, impls, measure, report, runner, suites
 
 TINY = suites.Case("fwd", 2, 4, 2, 24, 24, 16, 16, "fp32", causal=True)
 PACKED = suites.Case("varlen", 3, 4, 2, 20, 20, 16, 8, "fp32", causal=True, lengths=(5, 20, 1))
+BACKWARD = dataclasses.replace(TINY, suite="bwd", backward=True)
 BY_DEVICE = [(name, device) for device in ("cuda", "cpu") for name in suites.suites_for(device) if name != "cpu"]
 
 
@@ -40,6 +40,26 @@ def test_declared_cases(name, device):
         most_queries = case.seqlen_k if name == "prefill" else 1
         assert not case.cached or (case.seqlen_q <= most_queries and not case.backward)
     assert set(suite.also) | set(suite.only) <= set(impls.NAMES)
+
+
+@pytest.mark.parametrize(
+    "changes, title",
+    [
+        ({}, "b2 h4/2 q24 k24 d16/16 causal fp32"),
+        ({"causal": False, "window": (4, -1), "seqlen_q": 9}, "b2 h4/2 q9 k24 d16/16 full w4,-1 fp32"),
+        ({"alibi": True, "sinks": True, "softcap": 30.0}, "b2 h4/2 q24 k24 d16/16 causal softcap30 alibi sinks fp32"),
+        ({"dropout_p": 0.1, "backward": True}, "b2 h4/2 q24 k24 d16/16 causal dropout0.1 bwd fp32"),
+        ({"cached": True, "head_dim_v": 8}, "b2 h4/2 q24 k24 d16/8 causal cache fp32"),
+        ({"cached": True, "page": 16}, "b2 h4/2 q24 k24 d16/16 causal page16 fp32"),
+        ({"batch": 3, "lengths": (5, 20, 1)}, "b3 h4/2 1..20 of 26 d16/16 causal fp32"),
+    ],
+)
+def test_titles_tell_every_parameter(changes, title):
+    assert dataclasses.replace(TINY, **changes).title == title
+
+
+def test_every_skewed_length_occurs_once():
+    assert sorted(suites.skewed_lengths(8, 512, 0.7, 60)) == [60, 60, 86, 122, 175, 250, 358, 512]
 
 
 def test_lengths_are_skewed():
@@ -72,132 +92,6 @@ def test_flops_by_counting(seqlens, window):
 
 def test_flops_of_packed_sequences():
     assert PACKED.flops == 2 * 4 * (16 + 8) * sum(n * (n + 1) // 2 for n in PACKED.lengths)
-
-
-# ---- Checks ------------------------------------------------------------------------------------------------------
-
-OPTIONS = (
-    {},
-    {"heads_k": 4},
-    {"causal": False},
-    {"causal": False, "window": (3, 2)},
-    {"window": (4, 0)},
-    {"softcap": 2.0},
-    {"alibi": True},
-    {"sinks": True},
-    {"seqlen_q": 9},
-)
-
-
-def outputs_of(case, name):
-    inputs = check.make_inputs(case, "cpu")
-    prepared = impls.load(name).prepare(case, inputs)
-    return prepared.in_our_layout(prepared.call()), check.make_reference(case, inputs)
-
-
-# A packed case is of self-attention: its keys have no length of their own.
-PACKED_OPTIONS = [options for options in OPTIONS if "seqlen_q" not in options]
-LAYOUTS = [("dense", options) for options in OPTIONS] + [("packed", options) for options in PACKED_OPTIONS]
-
-
-@pytest.mark.parametrize("name", ["ours", "sdpa"])
-@pytest.mark.parametrize("layout,options", LAYOUTS, ids=str)
-def test_implementations_are_right(layout, options, name):
-    case = dataclasses.replace(PACKED if layout == "packed" else TINY, **options)
-    if name == "sdpa" and (case.softcap or case.sinks):
-        with pytest.raises(impls.Unsupported, match="softcap|sinks"):
-            outputs_of(case, name)
-        return
-    out, reference = outputs_of(case, name)
-    verdict = reference.judge(out)
-    assert verdict.wrong is None and verdict.error < 1e-6
-
-
-def test_reference_has_the_longest_entry_and_distant_heads():
-    reference = check.make_reference(PACKED, check.make_inputs(PACKED, "cpu"))
-    assert reference.entry == 1 and reference.heads == (0, 3) and reference.out.shape == (20, 2, 8)
-
-
-@pytest.mark.parametrize("case", [TINY, PACKED], ids=["dense", "packed"])
-def test_wrong_outputs_are_seen(case):
-    out, reference = outputs_of(case, "ours")
-    entry = slice(5, 25) if case.lengths else 1
-    for damage, words in ((1.001, "relative error"), (math.nan, "relative error nan")):
-        wrong = out.clone()
-        wrong[entry] *= damage
-        assert words in reference.judge(wrong).wrong
-    wrong = out.clone()
-    wrong[entry][-1] *= 1 + 4.5e-5  # too little for the norm of all rows
-    assert "row" in reference.judge(wrong).wrong
-    assert "shape" in reference.judge(out[..., :-1]).wrong
-    later = outputs_of(dataclasses.replace(case, causal=False), "ours")[0]
-    assert reference.judge(later).wrong, "another mask"
-
-
-def test_dropout_is_judged_by_its_noise():
-    case = suites.Case("score", 1, 2, 2, 256, 256, 64, 64, "fp32", causal=True, dropout_p=0.1)
-    torch.manual_seed(0)
-    out, reference = outputs_of(case, "ours")
-    assert reference.judge(out).wrong is None
-    assert "scales" in reference.judge(out * 0.9).wrong, "not divided by 1 - p"
-    inputs = check.make_inputs(case, "cpu")
-    undropped = impls.load("ours").prepare(dataclasses.replace(case, dropout_p=0.0), inputs).call()
-    assert "noise" in reference.judge(undropped).wrong
-    assert reference.judge(torch.full_like(out, math.nan)).wrong
-
-
-BACKWARD = dataclasses.replace(TINY, suite="bwd", backward=True)
-
-
-def gradients_of(case, name):
-    inputs = check.make_inputs(case, "cpu")
-    with torch.enable_grad():
-        prepared = impls.backward_of(impls.load(name).prepare(case, inputs), inputs)
-    return prepared.in_our_layout(prepared.call()), gradients.make_gradient_reference(case, inputs)
-
-
-@pytest.mark.parametrize("name", ["ours", "det", "sdpa"])
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": (4, 0)}, {"alibi": True}], ids=str)
-def test_gradients_of_implementations_are_right(options, packed, name):
-    case = dataclasses.replace(PACKED if packed else TINY, backward=True, **options)
-    found, reference = gradients_of(case, name)
-    verdict = reference.judge(found)
-    assert verdict.wrong is None and verdict.error < 2e-6
-    assert [tuple(x.shape) for x in reference.exact] == [(20 if packed else 24, n, d) for n, d in
-                                                         ((4, 16), (2, 16), (2, 8 if packed else 16))]  # fmt: skip
-
-
-@pytest.mark.parametrize("index", range(3))
-def test_wrong_gradients_are_seen(index):
-    found, reference = gradients_of(BACKWARD, "ours")
-    for damage, words in ((1.001, "relative error"), (math.nan, "relative error nan")):
-        wrong = [x.clone() for x in found]
-        wrong[index][1] *= damage
-        assert words in reference.judge(wrong).wrong and gradients.NAMES[index] in reference.judge(wrong).wrong
-    assert "torch.float64" in reference.judge([x.double() for x in found]).wrong
-
-
-def test_flops_of_the_backward_pass():
-    assert BACKWARD.flops * 2 == TINY.flops * 5
-
-
-@pytest.mark.parametrize("page", [0, 1, 7, 16])
-def test_steps_from_a_cache_are_right(page):
-    case = suites.Case("paged", 2, 4, 2, 1, 40, 16, 8, "fp32", causal=True, cached=True, page=page)
-    out, reference = outputs_of(case, "ours")
-    verdict = reference.judge(out)
-    assert verdict.wrong is None and verdict.error < 1e-6
-    assert case.kv_bytes == 2 * 40 * 2 * (16 + 8) * 4
-    if page:
-        with pytest.raises(impls.Unsupported, match="page"):
-            outputs_of(case, "sdpa")
-
-
-def test_pages_lie_in_random_order():
-    case = suites.Case("paged", 2, 4, 2, 1, 256, 16, 16, "fp32", causal=True, cached=True, page=16)
-    table = check.make_inputs(case, "cpu").block_table
-    assert sorted(table.flatten().tolist()) == list(range(32)) and not (table.diff() == 1).all()
 
 
 # ---- Running -----------------------------------------------------------------------------------------------------
@@ -362,6 +256,63 @@ def test_failure_while_timing_is_recorded():
     row = runner.run_case(TINY, [once], runner.Settings("cpu", 0.1, 2), lambda what: None)
     figure = row["results"]["once"]
     assert "StopIteration" in figure["failed"] and "ms" not in figure
+
+
+def test_failure_in_a_later_round_leaves_no_time(monkeypatch):
+    times = iter([1.0])
+    monkeypatch.setattr(measure, "time_ms", lambda *arguments: next(times))
+    row = runner.run_case(TINY, [impls.load("ours")], runner.Settings("cpu", 0.1, 2), lambda what: None)
+    figure = row["results"]["ours"]
+    assert figure["round_ms"] == [1.0] and figure["failed"] == "StopIteration: " and "ms" not in figure
+
+
+def test_a_long_message_is_cut():
+    def fail(case, inputs):
+        raise ValueError(" " + "x" * 1000)
+
+    one = impls.Implementation("one", fail)
+    row = runner.run_case(TINY, [one], runner.Settings("cpu", 0.1, 1), lambda what: None)
+    assert row["results"]["one"]["failed"] == "ValueError: " + "x" * 300
+
+
+@pytest.mark.parametrize("case", [TINY, BACKWARD], ids=["forward", "backward"])
+def test_a_run_tells_what_it_does_and_records_no_gradients_unless_asked(case, monkeypatch):
+    said, modes = [], []
+
+    def prepare(case, inputs):
+        prepared = impls.load("ours").prepare(case, inputs)
+        modes.append(torch.is_grad_enabled())
+        return prepared
+
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, device: 1234)
+    monkeypatch.setattr(measure, "time_ms", lambda call, device, rep_ms: 2.0)
+    one = impls.Implementation("one", prepare)
+    row = runner.run_case(case, [one], runner.Settings("cpu", 0.1, 2), said.append)
+    assert said == [f"{case.title}: one, {what}" for what in ("check", "round 1 of 2", "round 2 of 2")]
+    assert modes == [case.backward] and row["results"]["one"]["peak_bytes"] == 1234
+
+
+@pytest.mark.parametrize(
+    "suite, how", [("fwd", "time_ms"), ("tiny", "overhead_ms"), ("latency", "graph_ms"), ("paged", "graph_ms")]
+)
+def test_suites_are_timed_as_they_say(suite, how, monkeypatch):
+    for name in ("time_ms", "overhead_ms", "graph_ms"):
+        monkeypatch.setattr(measure, name, lambda *arguments, name=name: name)
+    case, prepared = dataclasses.replace(TINY, suite=suite), impls.Prepared(lambda: None)
+    assert runner._time_ms(prepared, case, runner.Settings("cpu", 0.1, 1)) == how
+
+
+def test_a_gpu_is_freed_after_a_failure_or_is_lost(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty_cache"))
+    with runner._failures_in(runner.Figure(), "cuda"):
+        raise ValueError("no such kernel")
+    assert done == ["synchronize", "empty_cache"]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: next(iter(())))
+    with pytest.raises(runner.DeviceLost, match="the GPU is lost, after ValueError: no such kernel: "):
+        with runner._failures_in(runner.Figure(), "cuda"):
+            raise ValueError("no such kernel")
 
 
 def test_cpu_suite_takes_the_scripts_cases(tmp_path, capsys, no_cuda):

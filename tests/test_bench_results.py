@@ -47,6 +47,7 @@ def test_summary_tells_what_it_leaves_out():
     wrong = result_of(*(("fwd", case, {"flash": figure(1.0, wrong="error")}) for case in "ab"))
     assert summary.problems([wrong]) == ["# flash, 2 case(s), first fwd a: wrong: error"]
     assert summary.problems([wrong], only_ours=True) == []
+    assert summary.problems([wrong, result], only_ours=True) == summary.problems([result])
 
 
 def test_steps_table():
@@ -59,6 +60,8 @@ def test_steps_table():
         row("paged", 16, ours80=figure(0.01, gb_s=3400.0)),
         row("latency", 64, ours80=figure(0.0123)),
         row("pages", 1, ours80=figure(0.01, gb_s=9.0, wrong="error")),
+        row("pages", 8, ours=figure(0.01, gb_s=9.0)),
+        row("prefill", 32, ours80=figure(0.01)),
     )
     for listed in result["rows"]:
         listed["parameters"] = listed["results"].pop("parameters")
