@@ -56,7 +56,8 @@ def flash_attn_with_kvcache(
     v_cache : Tensor, as k_cache, with head_dim_v
     k, v : Tensor, (batch, seqlen_new, num_heads_k, head_dim or head_dim_v), optional
         (total_k_new, num_heads_k, head_dim or head_dim_v) with cu_seqlens_k_new.
-        New tokens. Token t of entry b goes to position cache_seqlens[b] + t, which must exist in the cache.
+        New tokens, in memory of their own, not the cache's. Token t of entry b goes to position cache_seqlens[b] + t,
+        which must exist in the cache.
     rotary_cos, rotary_sin : Tensor, (seqlen_rotary, rotary_dim / 2), q's dtype, optional
         Rotary embedding (RoPE) of q, and of k before it is stored; it needs k and v. rotary_dim is a multiple of
         16 up to head_dim, and seqlen_rotary covers every position used. New key t of entry b is at position

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import math
 import sys
 
@@ -74,9 +73,10 @@ def test_steps_table():
 
 def test_summary_refuses_other_files(tmp_path, capsys):
     file = tmp_path / "other.json"
-    file.write_text(json.dumps([]))
-    assert main_module.main(["bench", "--summary", str(file)]) == 2
-    assert "no result of this benchmark" in capsys.readouterr().err
+    for content, words in ((b"[]", "no result of this benchmark"), (b"x", "no JSON"), (b"\xff", "no JSON")):
+        file.write_bytes(content)
+        assert main_module.main(["bench", "--summary", str(file)]) == 2
+        assert f"{file} is {words}" in capsys.readouterr().err
 
 
 # ---- Plots -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary
 
@@ -50,6 +51,15 @@ def test_embedding_keeps_its_tables():
     layer._update_cos_sin_cache(3, device="cpu", dtype=torch.bfloat16)
     assert layer._cos_cached.dtype == torch.bfloat16
     assert "inv_freq" not in layer.state_dict()
+
+
+def test_embedding_after_a_fake_call():
+    """Tools that ask for shapes call a model on tensors without memory first: what they leave is no table."""
+    layer, qkv = RotaryEmbedding(HEAD_DIM), torch.randn(BATCH, SEQLEN, 3, HEADS, HEAD_DIM)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer(mode.from_tensor(qkv))
+    expected = RotaryEmbedding(HEAD_DIM)(qkv.clone())
+    assert torch.equal(layer(qkv), expected)
 
 
 def test_compiled_embedding_that_has_its_tables():

@@ -190,7 +190,10 @@ def write_json(file: Path, result: dict[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    result = json.loads(file.read_text())
+    try:
+        result = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise ValueError(f"{file} is no result of this benchmark (format {FORMAT})")
     return result

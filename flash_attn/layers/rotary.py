@@ -266,7 +266,7 @@ class RotaryEmbedding(torch.nn.Module):
         """Makes tables of at least `seqlen` positions, unless those at hand will do."""
         cached = self._cos_cached
         if (
-            cached is not None
+            type(cached) is Tensor  # not a FakeTensor, of a mode that has ended
             and seqlen <= self._seq_len_cached
             and (device is None or cached.device == torch.device(device))
             and (dtype is None or cached.dtype == dtype)
