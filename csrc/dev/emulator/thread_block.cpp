@@ -186,6 +186,7 @@ void run_blocks(const Launch& launch, const std::function<void()>& thread) {
   grid_dim = dim3(launch.num_blocks);
   block_dim = dim3(launch.num_threads);
   const int num_threads = launch.cluster_blocks * launch.num_threads;
+  if (launch.num_blocks < 1) throw std::runtime_error("emulated kernel: is launched without a thread block");
   if (launch.cluster_blocks > kMaxClusterBlocks || launch.num_blocks % launch.cluster_blocks != 0 ||
       num_threads > kMaxThreads) {
     throw std::runtime_error("emulated kernel: has clusters that the emulator, or its grid, can't have");

@@ -126,7 +126,7 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
       .box = {},
       .swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? Swizzle::k128 : Swizzle::k64,
   };
-  if (!is_unit_of_16_bytes(descriptor.base)) return CUDA_ERROR_INVALID_VALUE;
+  if (base == nullptr || !is_unit_of_16_bytes(descriptor.base)) return CUDA_ERROR_INVALID_VALUE;
   if (box[0] * kElementBytes != static_cast<uint32_t>(descriptor.swizzle)) return CUDA_ERROR_INVALID_VALUE;
   for (int dim = 0; dim < kRank; ++dim) {
     if (sizes[dim] == 0 || sizes[dim] > kMaxSize || box[dim] == 0 || box[dim] > kMaxBox) {
