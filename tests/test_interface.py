@@ -112,7 +112,7 @@ def test_numpy_scalars():
         ),
         flash_attn_func(Q, K, V, window_size=(2, 1), softmax_scale=0.5),
     )  # fmt: skip
-    assert type(build_call(flash_attn_func, Q, K, V, softmax_scale=numpy.float32(0.5)).softmax_scale) is float
+    assert type(build_call(flash_attn_func, Q, K, V, softmax_scale=np.float32(0.5)).softmax_scale) is float
 
 
 class Three:
