@@ -116,6 +116,8 @@ def test_errors(call, message):
     "call, message",
     [
         (lambda x: unpad_input([1.0], MASK), "hidden_states must be a torch.Tensor, got list"),
+        (lambda x: index_first_axis([1.0], ROWS), "input must be a torch.Tensor, got list"),
+        (lambda x: index_put_first_axis([1.0], ROWS, 6), "values must be a torch.Tensor, got list"),
         (lambda x: index_put_first_axis(x, ROWS, None), "first_axis_dim must be an int, got None"),
         (lambda x: pad_input(x, ROWS, 1.0, 6), "batch must be an int, got 1.0"),
         (lambda x: pad_input(x, ROWS, True, 6), "batch must be an int, got True"),
@@ -156,12 +158,16 @@ def test_compiled_round_trip():
 def test_names_of_einops(monkeypatch):
     """A stand-in where einops isn't installed: what counts is that the name leads there, and that import fails well."""
     einops = types.ModuleType("einops")
-    einops.rearrange = lambda *_: "rearranged"
+    einops.rearrange, einops.nothing = lambda *_: "rearranged", None
     monkeypatch.setitem(sys.modules, "einops", einops)
     from flash_attn.bert_padding import rearrange
 
     assert rearrange is einops.rearrange
+    with pytest.raises(AttributeError, match="module 'flash_attn.bert_padding' has no attribute 'nothing'"):
+        bert_padding.nothing  # noqa: B018
     monkeypatch.setitem(sys.modules, "einops", None)
+    with pytest.raises(AttributeError, match="flash_attn.bert_padding.repeat is einops.repeat, and einops can't be"):
+        bert_padding.repeat  # noqa: B018
     with pytest.raises(ImportError):
         from flash_attn.bert_padding import repeat  # noqa: F401
     assert not hasattr(bert_padding, "rearrange") and not hasattr(bert_padding, "nothing")

@@ -207,6 +207,8 @@ def test_positions_without_a_row():
         apply_rotary(x, cos, sin, far)
     with pytest.raises(ValueError, match="got -1 of 40"):
         apply_rotary(x, cos, sin, far.clamp(max=0) - 1)
+    for last in (0, ROWS - SEQLEN):
+        apply_rotary(x, cos, sin, torch.full((BATCH,), last))
     empty, lengths = torch.randn(0, HEADS, HEAD_DIM), torch.zeros(1, dtype=torch.int32)
     assert apply_rotary(empty, *tables(HEAD_DIM, rows=0), cu_seqlens=lengths).shape == empty.shape
 
@@ -220,6 +222,7 @@ def test_positions_without_a_row_that_nobody_reads():
     places = {token: at for token, at in positions_of(False, far).items() if 0 <= at < ROWS}
     assert 0 < len(places) < BATCH * SEQLEN
     torch.testing.assert_close(rotate(x, cos, sin, far), expected(x, cos, sin, places, False))
+    assert torch.equal(rotate(x, cos[:0], sin[:0], far), x)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -254,6 +257,7 @@ ERRORS = [
         ValueError,
         r"seqlen_offsets must have the shape \(batch,\) = \(3,\), got \(2,\)",
     ),
+    ({"seqlen_offsets": OFFSETS.to("meta")}, ValueError, "seqlen_offsets must be on x's device cpu, got meta"),
     ({"seqlen_offsets": OFFSETS.float()}, ValueError, "seqlen_offsets must have dtype int32 or int64, got torch.float"),
     ({"max_seqlen": 7}, ValueError, "max_seqlen must not be given without cu_seqlens, got 7"),
     ({"x": X[0], "cu_seqlens": CU_SEQLENS, "max_seqlen": 41}, ValueError, "for the positions below 41, got 40 rows"),
@@ -276,6 +280,32 @@ def test_errors(changed, error, message):
         apply_rotary(**{"x": X, "cos": COS, "sin": SIN, **changed})
 
 
+def test_gradient_with_tables_of_the_keys():
+    tables_k = tables(HEAD_DIM, torch.float32, ROWS + 1)
+    leaf, dout = torch.randn(BATCH, SEQLEN, 3, HEADS, HEAD_DIM).requires_grad_(), torch.randn(3, 7, 3, 2, HEAD_DIM)
+    rotary.apply_rotary_emb_qkv_(leaf * 1, COS, SIN, *(-table for table in tables_k), seqlen_offsets=3).backward(dout)
+    back = [apply_rotary(dout[:, :, 0], COS, SIN, 3, conjugate=True)]
+    back += [-apply_rotary(dout[:, :, 1], *tables_k, 3, conjugate=True), dout[:, :, 2]]
+    torch.testing.assert_close(leaf.grad, torch.stack(back, dim=2))
+
+
+@pytest.mark.parametrize("place", (0, 1))
+def test_keys_may_have_one_table_of_their_own(place):
+    both, one = [COS, SIN], [None, None]
+    both[place] = one[place] = -[COS, SIN][place]
+    qkv = torch.randn(BATCH, SEQLEN, 3, HEADS, HEAD_DIM)
+    ours, theirs = (rotary.apply_rotary_emb_qkv_(qkv.clone(), COS, SIN, *keys) for keys in (one, both))
+    assert torch.equal(ours, theirs) and not torch.equal(ours, rotary.apply_rotary_emb_qkv_(qkv, COS, SIN))
+
+
+@pytest.mark.parametrize("heads", (0, HEADS))
+def test_queries_or_keys_may_have_no_heads(heads):
+    x = X.clone()
+    assert rotary.apply_rotary_emb_qkv_(x, COS, SIN, num_heads_q=heads) is x
+    keys = apply_rotary(X[:, :, :1], COS, SIN)
+    assert torch.equal(x, torch.cat((keys, X[:, :, 1:]), dim=2) if heads == 0 else apply_rotary(X, COS, SIN))
+
+
 @pytest.mark.parametrize("shape, heads", QKV_SHAPES, ids=("5d", "4d"))
 def test_qkv_and_kv(shape, heads):
     qkv = torch.randn(shape)
@@ -295,8 +325,17 @@ def test_qkv_and_kv(shape, heads):
 def test_errors_of_qkv_and_kv():
     with pytest.raises(ValueError, match=r"qkv must have the shape \(batch, seqlen, 3, num_heads, head_dim\)"):
         rotary.apply_rotary_emb_qkv_(X, COS, SIN)
-    with pytest.raises(ValueError, match="num_heads_q must leave an even number of qkv's 2 heads, got 1"):
-        rotary.apply_rotary_emb_qkv_(X, COS, SIN, num_heads_q=1)
+    with pytest.raises(ValueError, match=r"qkv must have the shape .*, got \(7, 2, 3, 24\)"):
+        rotary.apply_rotary_emb_qkv_(torch.zeros(7, 2, 3, 24), COS, SIN)
+    for heads in (1, -2, 4):
+        with pytest.raises(ValueError, match=f"num_heads_q must leave an even number of qkv's 2 heads, got {heads}"):
+            rotary.apply_rotary_emb_qkv_(X, COS, SIN, num_heads_q=heads)
+    with pytest.raises(TypeError, match="num_heads_q must be an int, got 2.0"):
+        rotary.apply_rotary_emb_qkv_(X, COS, SIN, num_heads_q=2.0)
+    stacked = torch.stack((X, X, X), dim=2)
+    for function, packed in ((rotary.apply_rotary_emb_qkv_, stacked), (rotary.apply_rotary_emb_kv_, stacked[:, :, :2])):
+        with pytest.raises(TypeError, match="interleaved must be a bool, got 1"):
+            function(packed, COS, SIN, interleaved=1)
     with pytest.raises(ValueError, match=r"kv must have the shape \(batch, seqlen, 2, num_heads_k, head_dim\)"):
         rotary.apply_rotary_emb_kv_(X, COS, SIN)
 

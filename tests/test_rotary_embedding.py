@@ -81,6 +81,32 @@ def test_embedding_whose_buffer_is_rounded_or_missing(make):
     assert torch.equal(layer._cos_cached, exact._cos_cached) and torch.equal(layer._sin_cached, exact._sin_cached)
 
 
+def test_embedding_whose_frequencies_a_model_scales():
+    layer = RotaryEmbedding(HEAD_DIM)
+    layer.inv_freq /= 2
+    layer._update_cos_sin_cache(ROWS, dtype=torch.float64)
+    angles = torch.outer(torch.arange(ROWS, dtype=torch.float32), layer.inv_freq)
+    assert torch.equal(layer._cos_cached[:ROWS], angles.cos().double())
+    assert torch.equal(layer._sin_cached[:ROWS], angles.sin().double())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_xpos_tables(dtype):
+    """Their scale is 1 in the middle of the sequence (arXiv:2212.10554), and the keys' is one by the queries'."""
+    layer, plain = RotaryEmbedding(HEAD_DIM, scale_base=4.0), RotaryEmbedding(HEAD_DIM)
+    for each in (layer, plain):
+        each._update_cos_sin_cache(9, device="cpu", dtype=torch.float32)
+    pairs = torch.arange(0, HEAD_DIM, 2) / HEAD_DIM
+    scale = ((pairs + 0.4) / 1.4) ** ((torch.arange(9) - 4) / 4.0)[:, None]
+    layer._update_cos_sin_cache(9, device="cpu", dtype=dtype)
+    for name in ("cos", "sin"):
+        table = getattr(plain, f"_{name}_cached")[:9]
+        torch.testing.assert_close(getattr(layer, f"_{name}_cached"), (table * scale).to(dtype))
+        torch.testing.assert_close(getattr(layer, f"_{name}_k_cached"), (table / scale).to(dtype))
+    torch.testing.assert_close(layer.scale, (pairs + 0.4) / 1.4)
+    assert plain.scale is None and not layer.state_dict()
+
+
 def test_xpos_scores_depend_on_distance():
     """The scales of a query and of a key cancel but for their distance, in the frequencies' way."""
     layer = RotaryEmbedding(HEAD_DIM, scale_base=4.0)
@@ -107,6 +133,10 @@ def test_errors_of_embedding():
         RotaryEmbedding(7)
     with pytest.raises(TypeError, match="device must be a torch.device, got True"):
         RotaryEmbedding(8, 10000.0, False, None, True)
+    with pytest.raises(TypeError, match="pos_idx_in_fp32 must be a bool, got 1"):
+        RotaryEmbedding(8, pos_idx_in_fp32=1)
+    with pytest.raises(TypeError, match="qkv must be a torch.Tensor, got list"):
+        RotaryEmbedding(8)([1.0])
     with pytest.raises(NotImplementedError, match="pos_idx_in_fp32=False is not supported"):
         RotaryEmbedding(8, pos_idx_in_fp32=False)
 

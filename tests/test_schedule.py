@@ -86,8 +86,47 @@ def test_left_padding_does_not_count():
     assert splits([2560], plan, leftpad=torch.tensor([2304], dtype=torch.int32)) == [1]
 
 
+def test_more_padding_than_keys_counts_as_none():
+    assert splits([10, 2560], PLAN | {"target_slots": 16}, leftpad=torch.tensor([5000, 0])) == [1, 10]
+
+
 def test_a_window_hides_keys():
     assert splits([8192], PLAN | {"target_slots": 1000}, window_left=255) == [1]
+
+
+# 20 tiles of keys in parts of as many as `target_slots` has them: 64 keys to a tile, 16 packed rows to a tile.
+IN_PARTS = PLAN | {"min_tiles": 1, "packed_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "lengths, changes, target, parts",
+    [
+        ([1280], {}, 20, [20]),
+        ([1281], {}, 21, [21]),
+        ([1280], {}, 10, [10]),
+        ([1280], {}, 9, [7]),  # parts of 3 tiles: 7 are enough
+        ([1280], {"longest_q": 4}, 20, [20]),  # 16 rows
+        ([1280], {"longest_q": 5}, 20, [10]),  # 20 rows: two tiles of rows for each part
+        ([1280], {"longest_q": 0}, 20, [20]),  # unknown: one
+        ([1280] * 2, {"cu_seqlens_q": torch.tensor([0, 0, 1])}, 20, [1, 20]),  # no query sees a key
+        ([1280] * 2, {"cu_seqlens_q": torch.tensor([0, 4, 9])}, 60, [20, 20]),
+        ([1280] * 2, {"cu_seqlens_q": torch.tensor([0, 4, 9])}, 59, [10, 10]),
+        ([1280], {"window_left": 62}, 20, [1]),  # of the last query's 63 keys the first is in the last tile
+        ([1280], {"window_left": 63}, 20, [1]),
+        ([1280], {"window_left": 64}, 20, [2]),
+        ([1280], {"window_left": 62, "longest_q": 3}, 20, [2]),
+        ([100], {"window_left": 1000}, 20, [2]),
+        ([64 * 600], {}, 600, [256]),
+    ],
+)
+def test_parts_by_hand(lengths, changes, target, parts):
+    assert splits(lengths, IN_PARTS | {"target_slots": target}, **changes) == parts
+
+
+def test_the_longest_lengths_do_not_overflow():
+    longest = step([2**31 - 1], longest_q=2**10)
+    found = _schedule._by_lengths(longest, PLAN | {"target_slots": 2**16, "packed_heads": 4})
+    assert found.dtype == torch.int32 and found.tolist() == [256]
 
 
 def test_the_cpu_path_does_not_split():
