@@ -48,7 +48,9 @@ def test_use_path_names_the_paths(name):
             pass
 
 
-@pytest.mark.parametrize("function", [len, None, [], flash_attn.flash_attn_combine], ids=str)
+@pytest.mark.parametrize(
+    "function", [len, None, [], flash_attn.flash_attn_combine], ids=["len", "None", "list", "combine"]
+)
 def test_explain_takes_attention_alone(function):
     with pytest.raises(ValueError, match="function must be an attention function of flash_attn, got"):
         flash_attn.explain(function)
