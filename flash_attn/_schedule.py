@@ -122,7 +122,6 @@ def _by_lengths(step: Step, plan: dict[str, Any]) -> Tensor:
     keys = step.seqlens_k.to(torch.int64)
     if step.leftpad is not None:
         keys = keys - step.leftpad
-    keys = keys.clamp(min=0)
     longest_q = torch.full_like(keys, max(step.longest_q, 1))
     queries = longest_q if step.cu_seqlens_q is None else step.cu_seqlens_q.diff().to(torch.int64)
     first = torch.zeros_like(keys) if step.window_left < 0 else (keys - queries - step.window_left).clamp(min=0)

@@ -75,6 +75,7 @@ def test_indexing():
     placed = index_put_first_axis(rows, indices, 6)
     torch.testing.assert_close(placed[[4, 0, 5]], rows, rtol=0, atol=0)
     assert placed[[1, 2, 3]].count_nonzero() == 0
+    assert index_put_first_axis(torch.ones(3), indices, 6).tolist() == [1, 0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,10 @@ def test_indexing():
         (
             lambda x: index_put_first_axis(x, ROWS, 5),
             r"indices must be at least 0 and below the result's 5 rows, got 5",
+        ),
+        (
+            lambda x: index_put_first_axis(x[0, 0, 0], ROWS, 6),
+            r"values must have at least 1 dimensions, got shape \(\)",
         ),
         (lambda x: pad_input(x, ROWS, 1, 5), r"indices must be at least 0 and below the result's 5 rows, got 5"),
         (lambda x: pad_input(x, ROWS, 0, 5), r"indices must be at least 0 and below the result's 0 rows, got 5"),

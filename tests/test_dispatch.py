@@ -118,6 +118,9 @@ def test_refusal_names_the_head_dims_that_have_gradients(path):
 def test_refusal_names_the_compute_capability(path, capability, said):
     found = _dispatch._capability_objections(_dispatch.PATHS[path], capability, "cuda:0")
     assert found == ([] if said is None else [said])
+    several = dataclasses.replace(_dispatch.PATHS["sm80"], capability=((8, 0), (8, 9)))
+    (reason,) = _dispatch._capability_objections(several, (9, 0), "cuda:0")
+    assert reason == "needs compute capability 8.0 to 8.9, and cuda:0 has 9.0"
 
 
 def test_every_path_serves_only_known_features():

@@ -117,6 +117,11 @@ IN_PARTS = PLAN | {"min_tiles": 1, "packed_heads": 4}
         ([1280], {"window_left": 62, "longest_q": 3}, 20, [2]),
         ([100], {"window_left": 1000}, 20, [2]),
         ([64 * 600], {}, 600, [256]),
+        ([64 * 200] + [0] * 40, {}, 25, [25] + [1] * 40),  # nothing fits, so that parts are of 200 / 25 tiles
+        ([64 * 19, 64 * 6], {}, 5, [4, 1]),  # 5 tiles need 6 slots, 6 need 5
+        ([64 * 53, 64 * 51], {}, 7, [3, 3]),  # 15 need 8, 18 need 6
+        ([64 * 54, 64, 128], {}, 3, [1, 1, 1]),  # the fourth length fits
+        ([64 * 9, 64 * 5, 64 * 53, 64 * 8], {}, 4, [1, 1, 3, 1]),  # none of four does
     ],
 )
 def test_parts_by_hand(lengths, changes, target, parts):
@@ -127,6 +132,31 @@ def test_the_longest_lengths_do_not_overflow():
     longest = step([2**31 - 1], longest_q=2**10)
     found = _schedule._by_lengths(longest, PLAN | {"target_slots": 2**16, "packed_heads": 4})
     assert found.dtype == torch.int32 and found.tolist() == [256]
+
+
+@pytest.mark.parametrize("batch, size", [(0, 1), (1, 17), (4, 17), (5, 33)])
+def test_metadata_has_room_for_four_numbers_of_each_entry(batch, size):
+    made = flash_attn.get_scheduler_metadata(batch, 1, 8192, 32, 8, 128, torch.zeros(batch, dtype=torch.int32))
+    assert made.tolist() == [0] + [1] * batch + [0] * (size - 1 - batch)
+
+
+@pytest.mark.parametrize(
+    "changes, q, k, longest_q, table",
+    [
+        ({"longest_q": 3}, (2, 3), (2, 8192), 3, None),
+        ({"longest_q": 0, "longest_k": 0}, (2, 1), (2, 2**20), 0, None),
+        ({"cu_seqlens_q": torch.tensor([0, 1, 4], dtype=torch.int32), "longest_q": 3}, (6,), (2, 8192), 3, None),
+        ({"page_size": 16}, (2, 1), (1, 16), 1, (2, 512)),
+        ({"page_size": 16, "longest_k": 17}, (2, 1), (1, 16), 1, (2, 2)),
+    ],
+)
+def test_the_call_that_is_planned(changes, q, k, longest_q, table):
+    """No tensor is larger than a row or a page; SM90's kernels take no pages whose rows have a stride of 0."""
+    call = _schedule._call(step([70, 9], **changes, head_dim_v=64, has_softcap=True, num_splits=3))
+    assert call.q.shape == (*q, 32, 128) and call.k.shape == (*k, 8, 128) and call.v.shape == (*k, 8, 64)
+    assert (call.k.stride(1) != 0) == (table is not None) and call.k.untyped_storage().nbytes() <= 16 * 128 * 2
+    assert call.max_seqlen_q == longest_q and call.softcap > 0 and call.num_splits == 3 and "causal" in call.features
+    assert table is None if call.block_table is None else call.block_table.shape == table
 
 
 def test_the_cpu_path_does_not_split():
