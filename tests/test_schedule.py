@@ -79,6 +79,11 @@ def test_new_tokens_count(monkeypatch, new):
     assert flash_attn.get_scheduler_metadata(2, 1, 8192, 32, 8, 128, lengths, **new)[1:3].tolist() == [2, 1]
 
 
+def test_a_number_that_the_plan_has_serves_all(monkeypatch):
+    monkeypatch.setattr(_schedule, "_plan", lambda step: PLAN | {"num_splits": 5})
+    assert _schedule.num_splits(step([8192, 1])) == 5
+
+
 def test_left_padding_does_not_count():
     plan = PLAN | {"target_slots": 1000}
     assert splits([256], plan) == [1]
@@ -87,7 +92,8 @@ def test_left_padding_does_not_count():
 
 
 def test_more_padding_than_keys_counts_as_none():
-    assert splits([10, 2560], PLAN | {"target_slots": 16}, leftpad=torch.tensor([5000, 0])) == [1, 10]
+    changes = {"leftpad": torch.tensor([5000, 0])}
+    assert splits([10, 64 * 200], PLAN | {"target_slots": 10}, **changes) == [1, 8]
 
 
 def test_a_window_hides_keys():
@@ -111,6 +117,7 @@ IN_PARTS = PLAN | {"min_tiles": 1, "packed_heads": 4}
         ([1280] * 2, {"cu_seqlens_q": torch.tensor([0, 0, 1])}, 20, [1, 20]),  # no query sees a key
         ([1280] * 2, {"cu_seqlens_q": torch.tensor([0, 4, 9])}, 60, [20, 20]),
         ([1280] * 2, {"cu_seqlens_q": torch.tensor([0, 4, 9])}, 59, [10, 10]),
+        ([1280], {"window_left": 0}, 20, [1]),
         ([1280], {"window_left": 62}, 20, [1]),  # of the last query's 63 keys the first is in the last tile
         ([1280], {"window_left": 63}, 20, [1]),
         ([1280], {"window_left": 64}, 20, [2]),
@@ -146,6 +153,7 @@ def test_metadata_has_room_for_four_numbers_of_each_entry(batch, size):
         ({"longest_q": 3}, (2, 3), (2, 8192), 3, None),
         ({"longest_q": 0, "longest_k": 0}, (2, 1), (2, 2**20), 0, None),
         ({"cu_seqlens_q": torch.tensor([0, 1, 4], dtype=torch.int32), "longest_q": 3}, (6,), (2, 8192), 3, None),
+        ({"cu_seqlens_q": torch.tensor([0, 1, 4], dtype=torch.int32), "longest_q": 0}, (2,), (2, 8192), 0, None),
         ({"page_size": 16}, (2, 1), (1, 16), 1, (2, 512)),
         ({"page_size": 16, "longest_k": 17}, (2, 1), (1, 16), 1, (2, 2)),
     ],
