@@ -57,7 +57,7 @@ def flash_attn_varlen_func(
     max_seqlen_q, max_seqlen_k : int, integer Tensor of one element or None
         The lengths of the longest sequences, below 2**31: hints, which change no result. None means unknown, as do
         a tensor on a GPU and, inside torch.compile, any tensor. With return_attn_probs and dropout they are S_dmask's
-        lengths.
+        lengths, and no sequence may be longer.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As in `flash_attn_func`, with each sequence's own lengths.
     block_table : Tensor, (batch, max_pages), int32, optional

@@ -29,6 +29,7 @@ from valid_calls import (
 PAGED_APPEND = (PAGED_CACHE[0], {**APPEND[1], **PAGED_CACHE[1]})
 # Queries are rotated, so that cu_seqlens_q is read before the attention reads it.
 PACKED_ROTARY = (ROTARY[0], {**ROTARY[1], "q": Q[0], "cu_seqlens_q": CU_Q})
+S_DMASK = {"dropout_p": 0.1, "return_attn_probs": True}
 
 # (valid call, what is changed, message)
 CASES = [
@@ -37,6 +38,10 @@ CASES = [
     (VARLEN, {"cu_seqlens_k": i32(0, 5, 4)}, "cu_seqlens_k must not decrease, got 5 then 4 at index 2"),
     (VARLEN, {"cu_seqlens_q": i32(0, 2, 6)},
      "cu_seqlens_q (cu_seqlens) must end within the 5 tokens of q (qkv), got 6"),
+    (VARLEN, S_DMASK | {"max_seqlen_q": 2},
+     "max_seqlen_q (max_seqlen) must be at least the longest length 3 for return_attn_probs, got 2"),
+    (PAGED, S_DMASK | {"max_seqlen_k": 5},
+     "max_seqlen_k must be at least the longest length 6 for return_attn_probs, got 5"),
     (VARLEN_QKV, {"cu_seqlens": i32(0, 7)}, "(cu_seqlens) must end within the 5 tokens of q (qkv), got 7"),
     (VARLEN, {"seqused_q": i32(3, 3)}, "seqused_q must be between 0 and the capacity 2, got 3 at index 0"),
     (VARLEN, {"seqused_k": i32(3, -1)}, "seqused_k (cache_seqlens) must be between 0 and the capacity 4, got -1"),

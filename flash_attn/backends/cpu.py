@@ -245,10 +245,13 @@ def attn_probs(
     pieces = split(q, k, *layout, window_left, window_right)
     packed = cu_seqlens_q is not None
     batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
-    longest_q = max([max_seqlen_q if packed else q.shape[1]] + [p.first_row + p.keys.num_rows for p in pieces])
-    longest_k = max([max_seqlen_k] + [p.first_key + p.keys.num_keys for p in pieces])
-    if block_table is None and cu_seqlens_k is None:
-        longest_k = k.shape[1]
+    longest_q = max_seqlen_q if packed else q.shape[1]
+    longest_k = k.shape[1] if block_table is None and cu_seqlens_k is None else max_seqlen_k
+    used_q = max((piece.first_row + piece.keys.num_rows for piece in pieces), default=0)
+    used_k = max((piece.first_key + piece.keys.num_keys for piece in pieces), default=0)
+    for name, longest, used in (("max_seqlen_q (max_seqlen)", longest_q, used_q), ("max_seqlen_k", longest_k, used_k)):
+        if used > longest:
+            raise ValueError(f"{name} must be at least the longest length {used} for return_attn_probs, got {longest}")
     shape = (batch, q.shape[-2], -(-longest_q // 128) * 128, -(-longest_k // 128) * 128)
     probs = q.new_zeros(shape)
     for piece in pieces:
