@@ -20,6 +20,7 @@ _INFINITE_WINDOW = LARGEST_SIZE
 # Kernels and torch's products take factors as float32: what isn't one becomes infinite there, or a softcap 0.
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 _SMALLEST_FLOAT32 = torch.finfo(torch.float32).tiny
+_INF = float("inf")
 
 
 def require_tensor(name: str, value: Any) -> None:
@@ -119,16 +120,21 @@ def size_of(name: str, value: Any, least: int, largest: int = LARGEST_SIZE) -> i
 def as_float(name: str, value: Any) -> float:
     if type(value) is not float:
         value = _converted_float(name, value)
-    if not -_LARGEST_FLOAT32 <= value <= _LARGEST_FLOAT32:
+    # In two steps, since torch.compile fails to compare a NaN with the second pair.
+    if not -_INF < value < _INF or not -_LARGEST_FLOAT32 <= value <= _LARGEST_FLOAT32:
         raise ValueError(f"{name} must be finite as a float32, got {value!r}")
     return value
 
 
 def _converted_float(name: str, value: Any) -> float:
     """Of NumPy's scalars too; a tensor would have to be read."""
-    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+    if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    # torch.compile can't ask an int for attributes, and takes NumPy's scalars for arrays.
+    if isinstance(value, (bool, str, torch.Tensor)) or not (
+        isinstance(value, int)
+        or (hasattr(value, "__float__") and (torch.compiler.is_compiling() or isinstance(value, numbers.Real)))
+    ):
         raise TypeError(f"{name} must be a float, got {value!r}")
     try:
         return float(value)

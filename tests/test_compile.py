@@ -1,5 +1,6 @@
 """torch.compile without graph breaks, for sizes that change, and torch.export: the same bits as eager calls."""
 
+import numpy as np
 import pytest
 import torch
 from valid_calls import VALID, Q, grad, i32, rand
@@ -289,6 +290,14 @@ def test_a_compiled_call_writes_out_into_a_slice_of_two_dimensions(dynamic):
         buffer = rand(4, length, 3, 32)
         expected = attention(q, k, v, buffer.clone())
         torch.testing.assert_close(fast(q, k, v, buffer), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1, 0.5, np.float64(0.5), None], ids=repr)
+def test_compile_with_a_number_of_any_type(scale):
+    def attention(q, scale):
+        return flash_attn_func(q, q, q, softmax_scale=scale) + flash_attn_func(q, q, q, softcap=np.float32(2.5))
+
+    torch.testing.assert_close(compiled(attention)(Q, scale), attention(Q, scale), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["dense", "varlen", "paged", "append", "packed_append", "rotary", "paged_cache"])
