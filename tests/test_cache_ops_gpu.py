@@ -135,13 +135,12 @@ WILD = (-(2**31), 2**31 - 1, -7, 5000)
 
 
 @pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize("rotary", [None, (32, True)])
 @pytest.mark.parametrize("name, index", [("cache_seqlens", 6), ("cache_batch_idx", 8), ("block_table", 9)])
-def test_what_does_not_exist_is_not_written(name, index, page):
+def test_what_does_not_exist_is_not_written(name, index, rotary, page):
     if name == "block_table" and page is None:
         pytest.skip("no table without pages")
-    case = Append(
-        "wild", "wild metadata", starts=(3,) * 4, new=(5,) * 4, rows=(0, 1, 2, 3), page=page, rotary=(32, True)
-    )
+    case = Append("wild", "wild metadata", starts=(3,) * 4, new=(5,) * 4, rows=(0, 1, 2, 3), page=page, rotary=rotary)
     ours = arguments(case, DEVICE)
     target = ours[index][:4]
     first_past = {"cache_seqlens": case.capacity, "cache_batch_idx": case.num_rows, "block_table": len(ours[0])}[name]
@@ -159,6 +158,17 @@ def test_tokens_past_the_end_are_dropped():
     expected[0][0, 45:], expected[1][0, 45:] = expected[2][0, :3], expected[3][0, :3]
     expected[0][1, :5], expected[1][1, :5] = expected[2][1], expected[3][1]
     for index, name in enumerate(("k_cache", "v_cache")):
+        assert_same_bits(name, ours[index], expected[index])
+
+
+def test_tokens_past_the_rotary_tables_are_dropped():
+    case = Append("short", "tables that end within the new tokens", starts=(14, 0, 31), rotary=(32, True))
+    ours, expected = arguments(case, DEVICE), arguments(case, "cpu")
+    ours[4:6] = [table[:16] for table in ours[4:6]]
+    ops.append_kv(*ours)
+    ops.cpu_append_kv(*expected)
+    for index, name in enumerate(("k_cache", "v_cache")):
+        expected[index][:, 16:] = math.nan
         assert_same_bits(name, ours[index], expected[index])
 
 
