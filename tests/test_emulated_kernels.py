@@ -9,7 +9,14 @@ from repository import ROOT
 
 from build_support.emulator import build_emulator
 
-MODULES = ("emulated.py", "emulated_merge.py", "emulated_ops.py", "emulated_sm90.py", "test_cache_ops_gpu.py")
+MODULES = (
+    "emulated.py",
+    "emulated_addresses.py",
+    "emulated_merge.py",
+    "emulated_ops.py",
+    "emulated_sm90.py",
+    "test_cache_ops_gpu.py",
+)
 
 
 def test_emulated_kernels(compilers):
