@@ -112,6 +112,15 @@ def test_forward(valid, changes, message):
         call(ops.forward.default, valid | changes)
 
 
+def test_a_kernel_that_was_not_built():
+    wide = {"q": rand(2, 5, 4, 256), "k": rand(2, 7, 2, 256), "v": rand(2, 7, 2, 256)}
+    with pytest.raises(RuntimeError, match='the kernel for {.*"head_dim": 256.* was left out of this build by'):
+        call(ops.forward.default, DENSE | wide)
+    grads = {"out": wide["q"], "dout": wide["q"], "lse": torch.zeros(2, 4, 5)}
+    with pytest.raises(RuntimeError, match='the backward kernel for {.*"head_dim": 256.* was left out of this build'):
+        call(ops.backward.default, DENSE | wide | grads)
+
+
 @pytest.mark.parametrize("valid", [DENSE, VARLEN, PAGED, ROWS])
 def test_what_the_others_depart_from_is_right(valid):
     call(ops.forward.default, valid)

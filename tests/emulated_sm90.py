@@ -224,6 +224,11 @@ def test_few_rows_run_on_sm80_kernels(ran):
     assert ran == {80}
 
 
+def test_few_rows_run_on_sm90_kernels_where_sm80_has_none(ran):
+    checks.check_forward("sm90", replace(CASES["dim-512x512-bfloat16"], id="few-rows-512", lens_q=(3,), lens_k=(70,)))
+    assert ran == {90}
+
+
 def test_cache_without_entries(ran):
     """Its descriptors have one entry all the same: TMA knows no dimension of size 0."""
     q = torch.randn(2, 100, 4, 64).to(BF16)

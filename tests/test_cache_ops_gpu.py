@@ -256,3 +256,22 @@ def test_errors_name_the_argument():
         with pytest.raises(RuntimeError, match=message):
             ops.append_kv(*wrong)
     assert given[0].isnan().all()
+    table = int32([[0, 1], [2, 3], [4, 5]], DEVICE)
+    for case, index, bad, message in (
+        (Append("packed", "", packed=True), 7, int32((0, 5, 10), DEVICE), r"cu_seqlens_k_new must have shape \(4\)"),
+        (
+            Append("rows", "", rows=(4, 0, 2)),
+            8,
+            None,
+            "k_cache must have one row for each of the 3 batch entries, got 6",
+        ),
+        (Append("table", "", page=16), 9, table[:2], "block_table must have one row for each of the 3 batch entries"),
+        (Append("stride", "", page=16), 9, table.mT.contiguous().mT, "block_table must have rows of stride 1"),
+    ):
+        wrong = arguments(case, DEVICE)
+        wrong[index] = bad
+        with pytest.raises(RuntimeError, match=message):
+            ops.append_kv(*wrong)
+        assert wrong[0].isnan().all()
+    with pytest.raises(RuntimeError, match=r"offsets must have shape \(3\)"):
+        ops.rotary(given[2], *given[4:6], given[6][:2], None, True, True)
