@@ -1,4 +1,4 @@
-"""Attention as a citizen of autograd, on every path: modes, checkpoints, hooks, autocast, compilation, transforms."""
+"""Attention as a citizen of autograd, on every path: modes, checkpoints, hooks, autocast and compilation."""
 
 from dataclasses import replace
 
@@ -9,7 +9,6 @@ from checks import gradients_of_a_loss
 from harness import build, device_of, on_path
 from tolerance import assert_same_bits
 from torch.utils.checkpoint import checkpoint
-from valid_calls import APPEND, COMBINE, ROTARY
 
 import flash_attn
 
@@ -337,68 +336,7 @@ def test_compiled_packed_sequences(path):
         on_path(path, case.features | {"backward"}, inputs, run)
 
 
-# ---- Transforms -------------------------------------------------------------------------------------------------
-
-TRANSFORMS = {
-    "grad": lambda attention, q: torch.func.grad(lambda x: attention(x).float().sum())(q),
-    "jvp": lambda attention, q: torch.func.jvp(attention, (q,), (q,)),
-    "jacrev": lambda attention, q: torch.func.jacrev(attention)(q),
-    "vmap": lambda attention, q: torch.vmap(attention)(torch.stack((q, q))),
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_are_refused(path, transform):
-    inputs = build(SMALL, device_of(path))
-
-    def run():
-        what = "vmap" if transform == "vmap" else "torch.func"
-        with pytest.raises(NotImplementedError, match=f"attention.*{what}|no batching rule for torch.{what}"):
-            TRANSFORMS[transform](lambda q: _attend(q, inputs.k, inputs.v), inputs.q)
-        return True
-
-    on_path(path, SMALL.features, inputs, run)
-
-
-def test_forward_mode_is_refused(path):
-    inputs = build(SMALL, device_of(path))
-
-    def run():
-        with torch.autograd.forward_ad.dual_level():
-            q = torch.autograd.forward_ad.make_dual(inputs.q, inputs.q)
-            with pytest.raises(NotImplementedError, match="forward-mode"):
-                _attend(q, inputs.k, inputs.v)
-        return True
-
-    on_path(path, SMALL.features, inputs, run)
-
-
-def _forward_mode(function, x):
-    with torch.autograd.forward_ad.dual_level():
-        return function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
-
-
-@pytest.mark.parametrize("transform", [*TRANSFORMS, "forward-mode"])
-@pytest.mark.parametrize(
-    "valid, name, written",
-    [(COMBINE, "out_partial", ()), (COMBINE, "lse_partial", ()), (APPEND, "k", ("k_cache", "v_cache"))]
-    + [(ROTARY, "q", ("k_cache", "v_cache"))],
-    ids=["combine", "combine-lse", "append", "rotary"],
-)
-def test_transforms_are_refused_by_all(valid, name, written, transform):
-    """None of these loses a tangent, and no cache is written before."""
-    function, arguments = valid
-    arguments = arguments | {name: arguments[name].clone() for name in written}
-    before = {name: arguments[name].clone() for name in written}
-
-    def call(x):
-        result = function(**{**arguments, name: x})
-        return result[0] if isinstance(result, tuple) else result
-
-    with pytest.raises(NotImplementedError):
-        TRANSFORMS.get(transform, _forward_mode)(call, arguments[name])
-    if (name, transform) != ("q", "vmap"):  # which k has no part in
-        assert all(torch.equal(arguments[name], cache) for name, cache in before.items())
+# ---- Others -------------------------------------------------------------------------------------------------------
 
 
 def test_slopes_gradient_is_refused(path):

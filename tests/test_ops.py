@@ -1,6 +1,6 @@
 """The torch ops: schemas, fakes, gradients, and what they refuse.
 
-test_compile.py has torch.compile, test_autograd.py modes, checkpoints and transforms.
+test_compile.py has torch.compile, test_autograd.py modes and checkpoints, test_transforms.py torch.func.
 """
 
 import re

@@ -2,13 +2,10 @@
 
 import pytest
 import torch
+from rotation_oracle import BATCH, HEAD_DIM, HEADS, OFFSETS, ROWS, SEQLEN, X
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary
-
-BATCH, SEQLEN, HEADS, HEAD_DIM, ROWS = 3, 7, 2, 24, 40
-OFFSETS = torch.tensor([5, 0, 21], dtype=torch.int32)
-X = torch.randn(BATCH, SEQLEN, HEADS, HEAD_DIM)
 
 
 def test_embedding_rotates_by_its_frequencies():
