@@ -152,8 +152,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
         return None, None, None, None
     saved = ctx.saved_tensors
     # A second differentiation has to meet the op, which refuses it.
-    given = [gradient for gradient in (dout, dlse) if gradient is not None]
-    direct = not torch.is_grad_enabled() and is_plain(*saved[:3], *given)
+    direct = not torch.is_grad_enabled() and is_plain(*saved[:7], dout, dlse)
     arguments = (dout, dlse, *saved, *ctx.options, *ctx.arch)
     if ctx.arch:
         grads = _run_kernel("backward", arguments) if direct else torch.ops.flash_attn.backward(*arguments)
@@ -300,7 +299,7 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
     arguments = call.op_arguments()
     if path != "cpu":
         arguments = (*arguments, _dispatch.PATHS[path].arch)
-    if is_plain(call.q, call.k, call.v) if out is None else is_plain(call.q, call.k, call.v, out):
+    if is_plain(call.q, call.k, call.v, out, call.s_aux, call.alibi_slopes):
         if out is not None:
             return out, _write_forward(path, arguments, out)
         if call.needs_grad:
@@ -356,7 +355,7 @@ def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:
 
 def append_kv(path: str, arguments: tuple[Any, ...]) -> Tensor:
     """Writes new keys and values into the caches, and returns how many the entries have then."""
-    direct = is_plain(*arguments[:4])
+    direct = is_plain(*arguments[:6])
     if not direct:
         refuse_transforms()
         fix_places(*arguments[:2])
@@ -370,7 +369,7 @@ def append_kv(path: str, arguments: tuple[Any, ...]) -> Tensor:
 
 def rotary(path: str, arguments: tuple[Any, ...]) -> Tensor:
     """The rotated queries."""
-    direct = is_plain_without_grad(arguments[0])
+    direct = is_plain_without_grad(*arguments[:3])
     if not direct:
         refuse_transforms()
     if path == "cpu":

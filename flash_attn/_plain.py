@@ -17,7 +17,7 @@ _is_tracing = torch._C._is_tracing
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
-def is_plain(tensor: Tensor, *others: Tensor) -> bool:
+def is_plain(tensor: Tensor, *others: Tensor | None) -> bool:
     """Whether no tracer, profiler, mode, subclass or transform would watch an op with these tensors, which are on one
     device, and their memory holds their values, not the negatives (torch.resolve_neg)."""
     if (
@@ -33,7 +33,7 @@ def is_plain(tensor: Tensor, *others: Tensor) -> bool:
     ):
         return False
     for other in others:
-        if type(other) not in _PLAIN_TYPES or other.is_neg():
+        if other is not None and (type(other) not in _PLAIN_TYPES or other.is_neg()):
             return False
     return True
 

@@ -134,6 +134,14 @@ def test_negative_views():
         for out in (None, torch.empty_like(q)):
             ours = flash_attn.flash_attn_func(q, k, torch._neg_view(v), causal=True, out=out)
             assert torch.equal(ours, flash_attn.flash_attn_func(q, k, -v, causal=True))
+        (cos, sine), lengths = torch.rand(2, 80, 16).bfloat16(), torch.zeros(1, dtype=torch.int32)
+        ours, expected = (
+            flash_attn.flash_attn_with_kvcache(
+                q, k * 0, v * 0, k, v, rotary_cos=cos, rotary_sin=sin, cache_seqlens=lengths, causal=True
+            )
+            for sin in (torch._neg_view(sine), -sine)
+        )
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (50, -1)])

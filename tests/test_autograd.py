@@ -278,6 +278,21 @@ def test_negative_views(path):
     on_path(path, SMALL.features | {"backward"}, inputs, run)
 
 
+@pytest.mark.parametrize("name", ["s_aux", "alibi_slopes"])
+def test_negative_views_of_scores(path, name):
+    inputs, leaves = _leaves(SMALL, path)
+    values = torch.linspace(0.2, 1.0, 4, device=device_of(path))
+
+    def run():
+        ours, expected = (_attend(*leaves, **{name: x}) for x in (torch._neg_view(values), -values))
+        assert torch.equal(ours, expected)
+        dout = torch.ones_like(ours)
+        _assert_same_gradients(*(torch.autograd.grad(out, leaves, dout) for out in (ours, expected)))
+        return True
+
+    on_path(path, SMALL.features | {"backward", {"s_aux": "sinks", "alibi_slopes": "alibi"}[name]}, inputs, run)
+
+
 # ---- Compilation ------------------------------------------------------------------------------------------------
 
 

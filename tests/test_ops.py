@@ -308,7 +308,7 @@ def test_a_transformed_call_is_not_plain():
 
 @pytest.mark.parametrize("tensor", NOT_PLAIN.values(), ids=NOT_PLAIN)
 def test_a_call_of_other_tensors_is_not_plain(tensor):
-    assert _plain.is_plain(Q, K, torch.nn.Parameter(V))
+    assert _plain.is_plain(Q, None, K, torch.nn.Parameter(V))
     assert _plain.is_plain(tensor) is _plain.is_plain(Q, tensor) is _plain.is_plain(Q, K, tensor) is False
 
 
