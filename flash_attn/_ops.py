@@ -14,7 +14,7 @@ from torch import Tensor
 from flash_attn import _dispatch, _extension
 from flash_attn._checks import NUM_OP_ARGUMENTS, ForwardCall
 from flash_attn._checks_backward import BackwardCall
-from flash_attn._plain import fix_places, is_plain, is_plain_without_grad, refuse_transforms
+from flash_attn._plain import fix_places, is_batch, is_plain, is_plain_without_grad, refuse_transforms
 from flash_attn.backends import cpu
 
 _Outputs = tuple[Tensor, Tensor]
@@ -152,7 +152,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
         return None, None, None, None
     saved = ctx.saved_tensors
     # A second differentiation has to meet the op, which refuses it.
-    direct = not torch.is_grad_enabled() and is_plain(*saved[:7], dout, dlse)
+    direct = not torch.is_grad_enabled() and is_plain(*saved[:7], dout, dlse) and not is_batch(dout, dlse)
     arguments = (dout, dlse, *saved, *ctx.options, *ctx.arch)
     if ctx.arch:
         grads = _run_kernel("backward", arguments) if direct else torch.ops.flash_attn.backward(*arguments)

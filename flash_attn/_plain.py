@@ -14,6 +14,7 @@ _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 _is_profiling = torch._C._autograd._profiler_enabled
 _is_tracing = torch._C._is_tracing
+_is_grads_batched = torch._C._functorch.is_legacy_batchedtensor
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
@@ -40,6 +41,11 @@ def is_plain(tensor: Tensor, *others: Tensor | None) -> bool:
 
 def is_plain_without_grad(*tensors: Tensor) -> bool:
     return is_plain(*tensors) and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def is_batch(*tensors: Tensor | None) -> bool:
+    """Whether one is a batch of torch.autograd.grad(is_grads_batched=True), which only an op takes apart."""
+    return any(tensor is not None and _is_grads_batched(tensor) for tensor in tensors)
 
 
 def refuse_transforms() -> None:

@@ -1,4 +1,4 @@
-"""Attention as a citizen of autograd, on every path: modes, checkpoints, hooks, autocast and compilation."""
+"""Attention as a citizen of autograd, on every path: modes, checkpoints, hooks and autocast."""
 
 from dataclasses import replace
 
@@ -78,6 +78,22 @@ def test_a_graph_can_be_used_twice(path):
         return True
 
     on_path(path, DROPOUT.features | {"backward"}, inputs, run)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("of", ["out", "lse"])
+def test_many_gradients_at_once(path, of):
+    inputs, leaves = _leaves(SMALL, path)
+
+    def run():
+        out = _attend(*leaves, return_attn_probs=True)[of == "lse"]
+        given = torch.randn(3, *out.shape, dtype=out.dtype, device=out.device)
+        ours = torch.autograd.grad(out, leaves, given, retain_graph=True, is_grads_batched=True)
+        expected = [torch.autograd.grad(out, leaves, one, retain_graph=True) for one in given]
+        _assert_same_gradients(ours, [torch.stack(grads) for grads in zip(*expected, strict=True)])
+        return True
+
+    on_path(path, SMALL.features | {"backward"}, inputs, run)
 
 
 def test_gradients_accumulate(path):
@@ -291,64 +307,6 @@ def test_negative_views_of_scores(path, name):
         return True
 
     on_path(path, SMALL.features | {"backward", {"s_aux": "sinks", "alibi_slopes": "alibi"}[name]}, inputs, run)
-
-
-# ---- Compilation ------------------------------------------------------------------------------------------------
-
-
-def _compiled(function):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_compiled_for_sizes_that_change(path, dropout_p):
-    """One graph, forward and backward, for all sizes; the same bits as eager calls."""
-    torch._dynamo.utils.counters.clear()
-
-    def attention(q, k, v):
-        return _attend(q, k, v, dropout_p=dropout_p, return_softmax_lse=True)
-
-    def results(function, leaves):
-        torch.manual_seed(3)
-        out, lse = function(*leaves)
-        return out, lse, *torch.autograd.grad(_loss(out) + lse.sum(), leaves)
-
-    fast = _compiled(attention)
-    for batch, length_q, length_k in ((3, 33, 50), (5, 64, 64), (6, 17, 130)):
-        case = replace(SMALL, id=f"compiled-{batch}", lens_q=(length_q,) * batch, lens_k=(length_k,) * batch,
-                       dropout_p=dropout_p)  # fmt: skip
-        inputs, leaves = _leaves(case, path)
-
-        def run(leaves=leaves):
-            expected = results(attention, leaves)  # first: a refusal is no NotImplementedError once it is compiled
-            for name, *pair in zip(("out", "lse", "dq", "dk", "dv"), results(fast, leaves), expected, strict=True):
-                assert_same_bits(name, *pair)
-            return True
-
-        if on_path(path, case.features | {"backward"}, inputs, run) is None:
-            return
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_compiled_packed_sequences(path):
-    def attention(q, k, v, cu_q, cu_k, longest):
-        return flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest, longest, causal=True, deterministic=True)
-
-    fast = _compiled(attention)
-    for lens_q, lens_k in (((17, 0, 33), (40, 5, 33)), ((100, 20), (90, 64)), ((3, 1, 4, 1), (5, 9, 2, 6))):
-        case = Case("compiled-varlen", "lengths change", "varlen", lens_q, lens_k, heads=(4, 2), causal=True)
-        inputs, leaves = _leaves(case, path)
-        packing = (inputs.layout["cu_seqlens_q"], inputs.layout["cu_seqlens_k"], 128)
-
-        def run(leaves=leaves, packing=packing):
-            ours, expected = (
-                torch.autograd.grad(_loss(function(*leaves, *packing)), leaves) for function in (fast, attention)
-            )
-            _assert_same_gradients(ours, expected)
-            return True
-
-        on_path(path, case.features | {"backward"}, inputs, run)
 
 
 # ---- Others -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The torch ops: schemas, fakes, gradients, and what they refuse.
 
-test_compile.py has torch.compile, test_autograd.py modes and checkpoints, test_transforms.py torch.func.
+test_compile.py and test_compiled_training.py have torch.compile, test_autograd.py modes and checkpoints,
+test_transforms.py torch.func.
 """
 
 import re
