@@ -109,12 +109,17 @@ KERNEL_FLAGS = [
     # CUTLASS names device functions in templates that nothing uses here.
     "-fpermissive",
 ]
+TRANSLATOR = Path(__file__).resolve().with_name("ptx.py")
+# PTX says itself what is rounded once.
+TRANSLATION_FLAGS = [f"-I{CSRC}", "-ffp-contract=off", "-fwrapv", *(["-mfma"] if "fma" in CPU_FLAGS else [])]
+MODULE = "_C.abi3.so"
+PTX_MODULE = f"ptx/{MODULE}"
 # To read CuTe takes g++ 5 s. It looks for PRECOMPILED in the build's folder, where it runs, before the source's.
 HEADER = "dev/emulator/precompiled.h"
 PRECOMPILED = f"{HEADER}.gch"
 
 
-def build_emulator(wanted: Build = FEW) -> Path:
+def build_emulator(wanted: Build = FEW, from_ptx: bool = False) -> Path:
     """The folder to put first on PYTHONPATH; ImportError where it can't be built."""
     compiler = _find_compiler(os.environ)
     includes = _find_headers(os.environ)
@@ -126,11 +131,12 @@ def build_emulator(wanted: Build = FEW) -> Path:
     build = wanted.folder
     chosen = _few_groups(wanted.variants) if wanted.variants else _all_groups(os.environ)
     generated = load_variants().write_files(chosen, build / "generated")
-    (build / "build.ninja").write_text(_ninja_file(compiler, includes, generated, wanted.flags))
+    (build / "build.ninja").write_text(_ninja_file(compiler, includes, generated, wanted, from_ptx))
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), "--quiet", f"-j{choose_jobs(os.environ)}"]
     subprocess.run(command, check=True, stdout=sys.stderr)
-    _assemble_package(build, chosen)
-    return build / "package"
+    package = build / ("package-ptx" if from_ptx else "package")
+    _assemble_package(package / "flash_attn", build / (PTX_MODULE if from_ptx else MODULE), chosen)
+    return package
 
 
 def _find_compiler(environ: Mapping[str, str]) -> str:
@@ -184,7 +190,7 @@ def _all_groups(environ: Mapping[str, str]) -> list[Group]:
     return load_variants().groups(options.archs, options.head_dims, options.dtypes)
 
 
-def _ninja_file(compiler: str, includes: list[Path], generated: list[Path], own_flags: tuple[str, ...]) -> str:
+def _ninja_file(compiler: str, includes: list[Path], generated: list[Path], wanted: Build, from_ptx: bool) -> str:
     from torch.utils import cpp_extension
 
     from build_support.kernels import TORCH_TARGET_VERSION
@@ -195,7 +201,7 @@ def _ninja_file(compiler: str, includes: list[Path], generated: list[Path], own_
     kernels = [file for file in generated if file.suffix == ".cu"]
     kernels += [*sorted((CSRC / "kernels" / "misc").glob("*.cu")), *sorted(EMULATOR.glob("*.cu"))]
     folders = [*includes, *cpp_extension.include_paths()]
-    flags = " ".join([*COMMON_FLAGS, *own_flags, *(f"-isystem {folder}" for folder in folders), "-DUSE_CUDA"])
+    flags = " ".join([*COMMON_FLAGS, *wanted.flags, *(f"-isystem {folder}" for folder in folders), "-DUSE_CUDA"])
     libraries = " ".join([*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"])
     lines = [
         f"rule compile\n  command = {compiler} -MMD -MF $out.d $flags {flags} -c $in -o $out\n"
@@ -216,20 +222,44 @@ def _ninja_file(compiler: str, includes: list[Path], generated: list[Path], own_
             objects.append(f"objects/{file.parent.name}_{file.name}.o")
             needed = f" | {PRECOMPILED}" if files is kernels else ""
             lines.append(f"build {objects[-1]}: compile {file}{needed}\n  flags = {' '.join(flags_of_files)}")
-    lines.append(f"build _C.abi3.so: link {' '.join(objects)}\n")
+    if from_ptx:
+        names = {f"ptx/{file.stem}": file for file in kernels if file.parent != EMULATOR}
+        lines += _translate_rules(names, includes[0], wanted.flags)
+        objects += [f"{name}.o" for name in names]
+    lines.append(f"build {PTX_MODULE if from_ptx else MODULE}: link {' '.join(objects)}\n")
     return "\n".join(lines)
 
 
-def _assemble_package(build: Path, chosen: list[Group]) -> None:
+def _translate_rules(names: Mapping[str, Path], cutlass: Path, own_flags: tuple[str, ...]) -> list[str]:
+    """For NAME.ptx, NAME.cpp and NAME.o of each kernel file."""
+    from build_support.kernels import NVCC_FLAGS
+
+    nvcc, looked_in = find_cuda_home(os.environ)
+    if nvcc is None:
+        raise ImportError("there is no nvcc; looked in " + ", ".join(looked_in))
+    flags = " ".join([*NVCC_FLAGS, *own_flags, f"-I{CSRC}", f"-isystem {cutlass}"])
+    lines = [
+        f"rule ptx\n  command = {nvcc}/bin/nvcc {flags} -arch=$arch -ptx -MD -MF $out.d $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc",
+        f"rule translate\n  command = {sys.executable} {TRANSLATOR} $in $out",
+    ]
+    for name, file in names.items():
+        arch = "compute_90a" if file.stem.endswith("_sm90") else "compute_80"
+        lines.append(f"build {name}.ptx: ptx {file}\n  arch = {arch}")
+        lines.append(f"build {name}.cpp: translate {name}.ptx | {TRANSLATOR}")
+        lines.append(f"build {name}.o: compile {name}.cpp\n  flags = {' '.join(TRANSLATION_FLAGS)}")
+    return lines
+
+
+def _assemble_package(package: Path, module: Path, chosen: list[Group]) -> None:
     """Links to the Python files that are installed, beside the emulated extension."""
-    package = build / "package" / "flash_attn"
     shutil.rmtree(package.parent, ignore_errors=True)
     package.mkdir(parents=True)
     (package.parent / "flash_attn_2_cuda.py").symlink_to(ROOT / "flash_attn_2_cuda.py")
     for file in (ROOT / "flash_attn").iterdir():
         if file.suffix == ".py" or (file.is_dir() and file.name != "__pycache__"):
             (package / file.name).symlink_to(file)
-    (package / "_C.abi3.so").symlink_to(build / "_C.abi3.so")
+    (package / "_C.abi3.so").symlink_to(module)
     info = {"version": "", "kernels_built": True, "reason": "", "cuda": "emulated", "torch": None}
     info["archs"] = sorted({group.arch for group in chosen})
     # Kernels for few rows have fewer buckets, which smaller head dims take: they tell nothing of what was asked for.
@@ -246,9 +276,11 @@ def main() -> None:
         ("--clusters", CLUSTERS, "CLUSTER_VARIANTS, whose thread blocks come in clusters of two"),
     ):
         chosen.add_argument(name, action="store_const", const=build, dest="build", help=what)
+    parser.add_argument("--ptx", action="store_true", help="kernels as nvcc compiles them, translated from their PTX")
     parser.set_defaults(build=FEW)
+    arguments = parser.parse_args()
     try:
-        print(build_emulator(parser.parse_args().build))
+        print(build_emulator(arguments.build, arguments.ptx))
     except ImportError as reason:
         sys.exit(f"the kernels can't be emulated: {reason}")
 

@@ -7,7 +7,7 @@ import torch
 
 from build_support.jobs import choose_jobs
 
-# The tests that take the fixture `compilers`.
+# The files with tests that take the fixture `compilers`.
 NUM_BUILDS = 2
 # With two more than that, everything else is done before the builds are.
 MOST_WORKERS = NUM_BUILDS + 2

@@ -14,6 +14,7 @@
 
 #include "dev/emulator/memory_check.h"
 #include "dev/emulator/thread_block.h"
+#include "dev/emulator/warp_instructions.h"
 
 namespace cute {
 
@@ -43,27 +44,6 @@ inline void __syncthreads() { flash_attn::emulator::sync_block(); }
 inline void __syncwarp(unsigned lanes = flash_attn::emulator::kAllLanes) { flash_attn::emulator::sync_warp(lanes); }
 inline void __threadfence() {}
 
-namespace flash_attn::emulator {
-
-// What lane `from` of the warp shows.
-template <class T>
-T show(unsigned lanes, T value, int from) {
-  struct Exchange {
-    T own;
-    T other;
-    int from;
-  } exchange{value, value, from};
-  if ((lanes >> from & 1) == 0) fail("a shuffle from a lane that isn't in its mask");
-  meet_with(lanes, exchange, [](unsigned lanes, auto lane_of) {
-    for (int lane = 0; lane < kWarpSize; ++lane) {
-      if (lanes >> lane & 1) lane_of(lane).other = lane_of(lane_of(lane).from).own;
-    }
-  });
-  return exchange.other;
-}
-
-}  // namespace flash_attn::emulator
-
 template <class T>
 T __shfl_sync(unsigned lanes, T value, int from) {
   return flash_attn::emulator::show(lanes, value, from);
@@ -77,23 +57,7 @@ T __shfl_up_sync(unsigned lanes, T value, int distance) {
   const int lane = flash_attn::emulator::lane();
   return flash_attn::emulator::show(lanes, value, lane < distance ? lane : lane - distance);
 }
-inline unsigned __ballot_sync(unsigned lanes, bool vote) {
-  struct Vote {
-    bool own;
-    unsigned all;
-  } ballot{vote, 0};
-  flash_attn::emulator::meet_with(lanes, ballot, [](unsigned lanes, auto lane_of) {
-    unsigned all = 0;
-    for (int lane = 0; lane < flash_attn::emulator::kWarpSize; ++lane) {
-      if (lanes >> lane & 1) all |= unsigned{lane_of(lane).own} << lane;
-    }
-    for (int lane = 0; lane < flash_attn::emulator::kWarpSize; ++lane) {
-      if (lanes >> lane & 1) lane_of(lane).all = all;
-    }
-  });
-  return ballot.all;
-}
-
+inline unsigned __ballot_sync(unsigned lanes, bool vote) { return flash_attn::emulator::ballot(lanes, vote); }
 inline bool __any_sync(unsigned lanes, bool vote) { return __ballot_sync(lanes, vote) != 0; }
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }

@@ -2,8 +2,8 @@
 #include <cstring>
 
 #include "dev/emulator/faulty_kernels.h"
+#include "dev/emulator/thread_block.h"
 #include "kernels/common/instructions.h"
-#include "kernels/common/start_kernel.h"
 #include "kernels/sm80/instructions.h"
 
 namespace flash_attn {
@@ -120,7 +120,7 @@ extern "C" const char* flash_attn_run_faulty_kernel(const char* name, float* out
   for (const FaultyKernel& faulty : kFaultyKernels) {
     if (std::strcmp(faulty.name, name) != 0) continue;
     return emulator::said_of(
-        [&] { start_kernel(faulty.kernel, {faulty.num_blocks, kNumThreads, sizeof(Storage), nullptr}, out); });
+        [&] { emulator::run_blocks({faulty.num_blocks, kNumThreads, sizeof(Storage)}, [&] { faulty.kernel(out); }); });
   }
   return "there is no such kernel";
 }

@@ -107,8 +107,8 @@ extern "C" const char* flash_attn_run_faulty_cluster_kernel(const char* name, vo
   if (describe(tensor, map) != cudaSuccess) return "the descriptor is refused";
   for (const FaultyKernel& faulty : kFaultyKernels) {
     if (std::strcmp(faulty.name, name) != 0) continue;
-    const KernelLaunch launch{kNumClusterBlocks, kNumThreads, sizeof(Storage), nullptr};
-    return emulator::said_of([&] { start_clusters(faulty.kernel, launch, kNumClusterBlocks, map); });
+    const emulator::Launch launch{kNumClusterBlocks, kNumThreads, sizeof(Storage), kNumClusterBlocks};
+    return emulator::said_of([&] { emulator::run_blocks(launch, [&] { faulty.kernel(map); }); });
   }
   return "there is no such kernel";
 }

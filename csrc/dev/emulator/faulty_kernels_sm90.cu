@@ -229,7 +229,8 @@ extern "C" const char* flash_attn_run_faulty_sm90_kernel(const char* name, void*
   if (describe(tensor, map) != cudaSuccess) return "the descriptor is refused";
   for (const FaultyKernel& faulty : kFaultyKernels) {
     if (std::strcmp(faulty.name, name) != 0) continue;
-    return emulator::said_of([&] { start_kernel(faulty.kernel, {1, kNumThreads, sizeof(Storage), nullptr}, map); });
+    return emulator::said_of(
+        [&] { emulator::run_blocks({1, kNumThreads, sizeof(Storage)}, [&] { faulty.kernel(map); }); });
   }
   return "there is no such kernel";
 }

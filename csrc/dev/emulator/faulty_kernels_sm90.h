@@ -2,8 +2,8 @@
 #pragma once
 
 #include "dev/emulator/faulty_kernels.h"
+#include "dev/emulator/thread_block.h"
 #include "kernels/common/instructions.h"
-#include "kernels/common/start_kernel.h"
 #include "kernels/sm90/barriers.h"
 #include "kernels/sm90/tensor_map.h"
 #include "kernels/sm90/wgmma.h"

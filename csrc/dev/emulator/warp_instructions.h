@@ -3,7 +3,44 @@
 
 #include <cstdint>
 
+#include "dev/emulator/thread_block.h"
+
 namespace flash_attn::emulator {
+
+// What lane `from` of the warp shows.
+template <class T>
+T show(unsigned lanes, T value, int from) {
+  struct Exchange {
+    T own;
+    T other;
+    int from;
+  } exchange{value, value, from};
+  if ((lanes >> from & 1) == 0) fail("a shuffle from a lane that isn't in its mask");
+  meet_with(lanes, exchange, [](unsigned lanes, auto lane_of) {
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      if (lanes >> lane & 1) lane_of(lane).other = lane_of(lane_of(lane).from).own;
+    }
+  });
+  return exchange.other;
+}
+
+// The lanes that vote for it.
+inline unsigned ballot(unsigned lanes, bool vote) {
+  struct Vote {
+    bool own;
+    unsigned all;
+  } own{vote, 0};
+  meet_with(lanes, own, [](unsigned lanes, auto lane_of) {
+    unsigned all = 0;
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      if (lanes >> lane & 1) all |= unsigned{lane_of(lane).own} << lane;
+    }
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      if (lanes >> lane & 1) lane_of(lane).all = all;
+    }
+  });
+  return own.all;
+}
 
 enum class MatrixOrder { kRows, kTransposed };
 
