@@ -109,7 +109,7 @@ KERNEL_FLAGS = [
     # CUTLASS names device functions in templates that nothing uses here.
     "-fpermissive",
 ]
-TRANSLATOR = Path(__file__).resolve().with_name("ptx.py")
+TRANSLATOR = [Path(__file__).resolve().with_name(name) for name in ("ptx.py", "ptx_instructions.py")]
 # PTX says itself what is rounded once.
 TRANSLATION_FLAGS = [f"-I{CSRC}", "-ffp-contract=off", "-fwrapv", *(["-mfma"] if "fma" in CPU_FLAGS else [])]
 MODULE = "_C.abi3.so"
@@ -232,21 +232,21 @@ def _ninja_file(compiler: str, includes: list[Path], generated: list[Path], want
 
 def _translate_rules(names: Mapping[str, Path], cutlass: Path, own_flags: tuple[str, ...]) -> list[str]:
     """For NAME.ptx, NAME.cpp and NAME.o of each kernel file."""
-    from build_support.kernels import NVCC_FLAGS
+    from build_support.kernels import EVERY_GPU, GENCODES, NVCC_FLAGS
 
     nvcc, looked_in = find_cuda_home(os.environ)
     if nvcc is None:
         raise ImportError("there is no nvcc; looked in " + ", ".join(looked_in))
     flags = " ".join([*NVCC_FLAGS, *own_flags, f"-I{CSRC}", f"-isystem {cutlass}"])
     lines = [
-        f"rule ptx\n  command = {nvcc}/bin/nvcc {flags} -arch=$arch -ptx -MD -MF $out.d $in -o $out\n"
+        f"rule ptx\n  command = {nvcc}/bin/nvcc {flags} $arch -ptx -MD -MF $out.d $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc",
-        f"rule translate\n  command = {sys.executable} {TRANSLATOR} $in $out",
+        f"rule translate\n  command = {sys.executable} {TRANSLATOR[0]} $in $out",
     ]
     for name, file in names.items():
-        arch = "compute_90a" if file.stem.endswith("_sm90") else "compute_80"
-        lines.append(f"build {name}.ptx: ptx {file}\n  arch = {arch}")
-        lines.append(f"build {name}.cpp: translate {name}.ptx | {TRANSLATOR}")
+        gencode = GENCODES.get(file.stem[-len("_sm80") :], EVERY_GPU)[0]  # arch=compute_90a,code=sm_90a
+        lines.append(f"build {name}.ptx: ptx {file}\n  arch = -{gencode.partition(',')[0]}")
+        lines.append(f"build {name}.cpp: translate {name}.ptx | {' '.join(map(str, TRANSLATOR))}")
         lines.append(f"build {name}.o: compile {name}.cpp\n  flags = {' '.join(TRANSLATION_FLAGS)}")
     return lines
 
