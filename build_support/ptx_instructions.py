@@ -1,8 +1,9 @@
 """PTX instructions in C++, in terms of csrc/dev/emulator/ptx.h: a row of a table for each, where a row can say it.
 
-In a row {0}, {1}, ... are the operands as values of the type that ends the instruction's name, and {i0}, {u0}, {l0},
-{f0}, {p0} as int32_t, uint32_t, uint64_t, float, bool; {s0} and {g0} are pointers to [operand] in shared and in global
-memory, {v0} is a std::array of the registers between braces, {r0} the register to assign to.
+In a row {0}, {1}, ... are the operands as values of the type that ends the instruction's name, and {i0}, {u0}, {f0},
+{p0} as int32_t, uint32_t, float, bool; {s0} and {g0} are pointers to [operand] in shared and in global
+memory, {in0} is the address itself; {v0} is a std::array of the registers between braces, {r0} the register to assign
+to; {map0} and {box0} are the two parts of [descriptor, {coordinates}], {label} is where to go.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ class _Translation:
             return self.operands[0]
         view, number = re.fullmatch(r"([a-z]+)(\d)", key).groups()
         operand = self.operands[int(number)]
-        kinds = {"i": "s32", "u": "u32", "l": "u64", "f": "f32", "p": "pred"}
+        kinds = {"i": "s32", "u": "u32", "f": "f32", "p": "pred"}
         if view in kinds:
             return self.value(operand, kinds[view])
         if view in ("map", "box"):  # [descriptor, {coordinates}]
