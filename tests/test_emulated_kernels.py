@@ -24,7 +24,7 @@ MODULES = (
 
 
 # The faults are in kernels of the emulator's own.
-@pytest.mark.parametrize(("from_ptx", "selected"), [(False, ""), (True, "not fault")], ids=["source", "ptx"])
+@pytest.mark.parametrize(("from_ptx", "selected"), [(False, ""), (True, "not test_a_fault")], ids=["source", "ptx"])
 def test_emulated_kernels(compilers, from_ptx, selected):
     try:
         package = build_emulator(from_ptx=from_ptx)
