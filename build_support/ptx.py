@@ -58,6 +58,8 @@ def _read_body(kernel: Kernel, body: str) -> None:
             kernel.statements.append(f"{_label(_rename(piece[:-1], scopes))}:;")
         else:
             _read_statement(kernel, _rename(" ".join(piece[:-1].split()), scopes))
+    if rest := body[position:].strip():
+        raise ValueError(f"a statement that does not end: {rest}")
 
 
 def _read_scope(body: str, number: int) -> Scope:

@@ -99,6 +99,11 @@ def test_what_is_unknown_is_refused(statement, named):
     assert named in str(refusal.value)
 
 
+def test_a_statement_without_end_is_refused():
+    with pytest.raises(ValueError, match=r"a statement that does not end: mov.u32 %r1, 1$"):
+        ptx.translate(KERNEL.format(body="mov.u32 %r2, 1;\nmov.u32 %r1, 1"))
+
+
 def test_functions_are_refused():
     with pytest.raises(ValueError, match=r"functions have no translation: .func helper"):
         ptx.translate(".visible .func helper()\n{\nret;\n}\n")
