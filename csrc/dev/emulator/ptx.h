@@ -17,6 +17,7 @@
 #include "dev/emulator/async_copies.h"
 #include "dev/emulator/barriers.h"
 #include "dev/emulator/cluster.h"
+#include "dev/emulator/kernels/common/instructions.h"
 #include "dev/emulator/memory_check.h"
 #include "dev/emulator/ordering.h"
 #include "dev/emulator/register_file.h"
@@ -145,7 +146,6 @@ inline uint32_t shift_of_highest_bit(uint32_t x) { return x == 0 ? ~0u : std::co
 // ---- floating point
 
 inline float flushed(float x) { return std::fabs(x) < FLT_MIN ? std::copysign(0.f, x) : x; }
-inline float exp2_flushing(float x) { return flushed(std::exp2(flushed(x))); }
 inline float reciprocal_flushing(float x) { return flushed(1.f / flushed(x)); }
 inline float saturated(float x) { return std::isnan(x) ? 0.f : x < 0.f ? 0.f : x > 1.f ? 1.f : x; }
 // The float next to an exact value on the side that a rounding mode asks for.
@@ -157,16 +157,6 @@ inline float round_to_zero(double exact) {
   const float nearest = static_cast<float>(exact);
   return std::fabs(nearest) > std::fabs(exact) ? std::nextafter(nearest, 0.f) : nearest;
 }
-// +0 is more than -0; NaN is no number, or is kept.
-inline float least(float a, float b) {
-  if (std::isnan(a) || (a == b && std::signbit(b))) return b;
-  return std::isnan(b) || a <= b ? a : b;
-}
-inline float greatest(float a, float b) {
-  if (std::isnan(a) || (a == b && std::signbit(a))) return b;
-  return std::isnan(b) || a >= b ? a : b;
-}
-inline float greatest_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : greatest(a, b); }
 template <class Half>
 uint16_t to_half(float x) {
   return Half(x).storage;
