@@ -153,6 +153,8 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
     saved = ctx.saved_tensors
     # A second differentiation has to meet the op, which refuses it.
     direct = not torch.is_grad_enabled() and is_plain(*saved[:7], dout, dlse) and not is_batch(dout, dlse)
+    if not direct:
+        refuse_transforms(*saved[:4], dout, dlse)
     arguments = (dout, dlse, *saved, *ctx.options, *ctx.arch)
     if ctx.arch:
         grads = _run_kernel("backward", arguments) if direct else torch.ops.flash_attn.backward(*arguments)
@@ -299,13 +301,14 @@ def forward(path: str, call: ForwardCall) -> _Outputs:
     arguments = call.op_arguments()
     if path != "cpu":
         arguments = (*arguments, _dispatch.PATHS[path].arch)
-    if is_plain(call.q, call.k, call.v, out, call.s_aux, call.alibi_slopes):
+    tensors = call.q, call.k, call.v, out, call.s_aux, call.alibi_slopes
+    if is_plain(*tensors):
         if out is not None:
             return out, _write_forward(path, arguments, out)
         if call.needs_grad:
             return _forward_with_gradient(*arguments)
         return cpu.forward(*arguments) if path == "cpu" else _run_kernel("forward", arguments)
-    refuse_transforms()
+    refuse_transforms(*tensors)
     ops = torch.ops.flash_attn
     if out is None:
         return (ops.cpu_forward if path == "cpu" else ops.forward)(*arguments)
@@ -329,6 +332,7 @@ def backward(path: str, call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         a.cu_seqlens_k, a.seqused_q, a.seqused_k, *a[_SCORE_ARGUMENTS], a.deterministic,
     )  # fmt: skip
     ops, given = torch.ops.flash_attn, (call.dq, call.dk, call.dv)
+    refuse_transforms(call.dout, a.q, a.k, a.v, call.out, call.lse, a.s_aux, *given)
     if path == "cpu":
         computed = ops.cpu_backward(*arguments)
     else:
@@ -353,11 +357,14 @@ def attn_probs(path: str, call: ForwardCall, lse: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def append_kv(path: str, arguments: tuple[Any, ...]) -> Tensor:
-    """Writes new keys and values into the caches, and returns how many the entries have then."""
+def append_kv(path: str, arguments: tuple[Any, ...], *used_next: Tensor | None) -> Tensor:
+    """Writes new keys and values into the caches, and returns how many the entries have then.
+
+    `used_next` are the attention's other tensors: what it would refuse is refused before anything is written.
+    """
     direct = is_plain(*arguments[:6])
     if not direct:
-        refuse_transforms()
+        refuse_transforms(*arguments[:6], *used_next)
         fix_places(*arguments[:2])
     if path == "cpu":
         return (cpu.append_kv if direct else torch.ops.flash_attn.cpu_append_kv)(*arguments)
@@ -371,7 +378,7 @@ def rotary(path: str, arguments: tuple[Any, ...]) -> Tensor:
     """The rotated queries."""
     direct = is_plain_without_grad(*arguments[:3])
     if not direct:
-        refuse_transforms()
+        refuse_transforms(*arguments[:3])
     if path == "cpu":
         return (cpu.rotary if direct else torch.ops.flash_attn.cpu_rotary)(*arguments)
     return _run_kernel("rotary", arguments) if direct else torch.ops.flash_attn.rotary(*arguments)
@@ -381,7 +388,7 @@ def combine(path: str, out_partial: Tensor, lse_partial: Tensor, out_dtype: torc
     arguments = out_partial, lse_partial, out_dtype
     direct = is_plain_without_grad(out_partial, lse_partial)
     if not direct:
-        refuse_transforms()
+        refuse_transforms(out_partial, lse_partial)
     if path == "cpu":
         return (cpu.combine if direct else torch.ops.flash_attn.cpu_combine)(*arguments)
     return _run_kernel("combine", arguments) if direct else torch.ops.flash_attn.combine(*arguments)

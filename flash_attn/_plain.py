@@ -48,17 +48,24 @@ def is_batch(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and _is_grads_batched(tensor) for tensor in tensors)
 
 
-def refuse_transforms() -> None:
+def refuse_transforms(*tensors: Tensor | None) -> None:
     """torch drops forward-mode tangents at a custom op, and fails on torch.func.grad in words about itself."""
     if torch.compiler.is_compiling():
         return
     transform = _innermost_transform()
     unsupported = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
-    if forward_ad._current_level >= 0 or (transform is not None and transform.key() in unsupported):
+    if _has_tangent(tensors) or (transform is not None and transform.key() in unsupported):
         raise NotImplementedError(
             "attention has no rule for torch.func.grad, torch.func.jvp and forward-mode differentiation; "
             "use torch.autograd"
         )
+
+
+def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Of forward-mode differentiation. Within its level, a frozen model's tensors have none."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def fix_places(*written: Tensor | None) -> None:

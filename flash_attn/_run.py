@@ -41,7 +41,8 @@ def run_kvcache(call: KvCacheCall) -> Result:
     forward = call.forward
     path = _dispatch.choose_path(forward.q, forward.head_dims, forward.features)
     if call.append is not None:
-        forward = forward.with_seqused_k(_ops.append_kv(path, call.append))
+        used_next = forward.q, forward.s_aux, forward.alibi_slopes, forward.out
+        forward = forward.with_seqused_k(_ops.append_kv(path, call.append, *used_next))
     if call.rotate_q:
         forward = forward._replace(q=_ops.rotary(path, call.rotary_arguments()))
     out, lse = _ops.forward(path, forward)

@@ -44,6 +44,41 @@ def test_forward_mode_is_refused(path):
     on_path(path, SMALL.features, inputs, run)
 
 
+def test_gradients_lose_no_tangent(path):
+    """Of the gradient that comes in: q, k and v have none."""
+    inputs = build(SMALL, device_of(path))
+
+    def run():
+        q = inputs.q.detach().requires_grad_()
+        out = flash_attn.flash_attn_func(q, inputs.k, inputs.v, causal=True)
+        with torch.autograd.forward_ad.dual_level():
+            dout = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                torch.autograd.grad(out, q, dout)
+        return True
+
+    on_path(path, SMALL.features | {"backward"}, inputs, run)
+
+
+def test_a_call_without_tangents_runs_within_forward_mode(path):
+    """As that of a frozen encoder, before the model that is differentiated."""
+    inputs = build(SMALL, device_of(path))
+
+    def run():
+        q = inputs.q.detach().requires_grad_()
+
+        def differentiated():
+            out = flash_attn.flash_attn_func(q, inputs.k, inputs.v, causal=True)
+            return out, *torch.autograd.grad(out, q, torch.ones_like(out))
+
+        expected = differentiated()
+        with torch.autograd.forward_ad.dual_level():
+            assert all(map(torch.equal, differentiated(), expected))
+        return True
+
+    on_path(path, SMALL.features | {"backward"}, inputs, run)
+
+
 def _forward_mode(function, x):
     with torch.autograd.forward_ad.dual_level():
         return function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
