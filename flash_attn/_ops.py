@@ -154,7 +154,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
     # A second differentiation has to meet the op, which refuses it.
     direct = not torch.is_grad_enabled() and is_plain(*saved[:7], dout, dlse) and not is_batch(dout, dlse)
     if not direct:
-        refuse_transforms(*saved[:4], dout, dlse)
+        refuse_transforms(dout, dlse)
     arguments = (dout, dlse, *saved, *ctx.options, *ctx.arch)
     if ctx.arch:
         grads = _run_kernel("backward", arguments) if direct else torch.ops.flash_attn.backward(*arguments)

@@ -217,6 +217,19 @@ def test_a_path_is_chosen_for_each_pass(monkeypatch):
     assert chosen == [{"dense", "gqa", "causal"}, {"dense", "gqa", "causal", "backward"}]
 
 
+@pytest.mark.parametrize("name", ["dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv"])
+def test_no_tangent_is_lost(name):
+    """Of what a backward pass is given. It has written nothing when it refuses."""
+    out, lse, *_ = fi._flash_attn_forward(Q, K, V, *PLAIN, False)
+    places = {"dq": torch.zeros_like(Q), "dk": torch.zeros_like(K), "dv": torch.zeros_like(V)}
+    tensors = {"dout": out, "q": Q, "k": K, "v": V, "out": out, "lse": lse} | places
+    with torch.autograd.forward_ad.dual_level():
+        tensors[name] = torch.autograd.forward_ad.make_dual(tensors[name], torch.ones_like(tensors[name]))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            fi._flash_attn_backward(*tensors.values(), *PLAIN, False)
+    assert not any(place.any() for place in places.values())
+
+
 @pytest.mark.parametrize("zero_tensors", [False, True])
 def test_rows_of_no_sequence(path, zero_tensors):
     """They get out 0, LSE -inf and gradients of 0, whatever they hold; zero_tensors asks for what always is."""

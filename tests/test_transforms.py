@@ -44,17 +44,19 @@ def test_forward_mode_is_refused(path):
     on_path(path, SMALL.features, inputs, run)
 
 
-def test_gradients_lose_no_tangent(path):
+@pytest.mark.parametrize("of", ["out", "lse"])
+def test_gradients_lose_no_tangent(path, of):
     """Of the gradient that comes in: q, k and v have none."""
     inputs = build(SMALL, device_of(path))
 
     def run():
         q = inputs.q.detach().requires_grad_()
-        out = flash_attn.flash_attn_func(q, inputs.k, inputs.v, causal=True)
+        out, lse = flash_attn.flash_attn_func(q, inputs.k, inputs.v, causal=True, return_softmax_lse=True)
+        result = {"out": out, "lse": lse}[of]
         with torch.autograd.forward_ad.dual_level():
-            dout = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+            incoming = torch.autograd.forward_ad.make_dual(torch.ones_like(result), torch.ones_like(result))
             with pytest.raises(NotImplementedError, match="forward-mode"):
-                torch.autograd.grad(out, q, dout)
+                torch.autograd.grad(result, q, incoming)
         return True
 
     on_path(path, SMALL.features | {"backward"}, inputs, run)
