@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from flash_attn import _dispatch, _extension
+from flash_attn import _dispatch, _extension, _flops
 from flash_attn._checks import NUM_OP_ARGUMENTS, ForwardCall
 from flash_attn._checks_backward import BackwardCall
 from flash_attn._plain import fix_places, is_batch, is_plain, is_plain_without_grad, refuse_transforms
@@ -257,7 +258,7 @@ def _in_place(name: str, mutated: tuple[int, ...]) -> Any:
 
 
 def _register(prefix: str, fakes: dict[str, Any], written: dict[str, tuple[int, ...]]) -> None:
-    """What torch has to know of defined ops to trace, differentiate and functionalise them."""
+    """What torch has to know of defined ops to trace, differentiate, functionalise and count them."""
     for name, fake in fakes.items():
         torch.library.register_fake(f"flash_attn::{prefix}{name}", fake, lib=_LIB)
     _register_autograd(prefix + "forward", _backward, _setup_backward)
@@ -267,6 +268,8 @@ def _register(prefix: str, fakes: dict[str, Any], written: dict[str, tuple[int, 
         torch.library.register_vmap(f"flash_attn::{prefix}{name}", _refuse_vmap(prefix + name), lib=_LIB)
     for name, mutated in written.items():
         _LIB.impl(prefix + name, _in_place(prefix + name, mutated), "ADInplaceOrView", with_keyset=True)
+    for name in _flops.FORMULAS.keys() & fakes.keys():
+        register_flop_formula(getattr(torch.ops.flash_attn, prefix + name), get_raw=True)(_flops.FORMULAS[name])
 
 
 def _register_autograd(name: str, backward: Any, setup_context: Any = None) -> None:

@@ -23,7 +23,7 @@ FOREIGN = ("torch", "ATen", "c10", "pybind11", "Python.h")
 
 # Lowest first. A module imports from its own layer or a lower one.
 PYTHON_LAYERS = (
-    ("version", "_extension", "_arguments", "_plain", "backends", "bert_padding"),
+    ("version", "_extension", "_arguments", "_flops", "_plain", "backends", "bert_padding"),
     ("_dispatch", "_checks", "_checks_backward", "_checks_kvcache", "_checks_packed"),
     ("_ops",),
     ("_run", "_schedule"),
