@@ -223,6 +223,10 @@ def _window_values(window: torch.Tensor) -> list[int]:
     return window.tolist()
 
 
+def batch_size_of(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+
+
 def max_seqlen_of(name: str, value: Any) -> int:
     """The longest sequence as the host knows it; 0 when it does not, so that no tensor is waited for."""
     if value is None:

@@ -281,7 +281,7 @@ def finish_call(
     shape_q, shape_k, shape_v = shapes
     num_heads, head_dim, head_dim_v = shape_q[-2], shape_q[-1], shape_v[-1]
     if alibi_slopes is not None:
-        batch = shape_q[0] if sequences.cu_seqlens_q is None else sequences.cu_seqlens_q.shape[0] - 1
+        batch = check.batch_size_of(q, sequences.cu_seqlens_q)
         check.alibi_slopes_of(alibi_slopes, q.device, batch, num_heads)
     if s_aux is not None:
         check.s_aux_of(s_aux, q.device, num_heads)

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from flash_attn._arguments import batch_size_of
+
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, alibi_slopes: Tensor | None, rng_state: Tensor | None,
@@ -19,12 +21,9 @@ def _forward(
     scheduler_metadata: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Of two products, Q K' and P V."""
-    rows = _lengths(_batch(q, cu_seqlens_q), _longest(q, cu_seqlens_q, max_seqlen_q), cu_seqlens_q, seqused_q)
-    capacity = _longest(k, cu_seqlens_k, max_seqlen_k)
-    if block_table is not None:
-        capacity *= block_table.shape[1]
-    keys = _lengths(len(rows), capacity, cu_seqlens_k, seqused_k, leftpad_k)
-    return 2 * q.shape[-2] * _pairs(rows, keys) * (q.shape[-1] + v.shape[-1])
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    pairs = _pairs(q, k, *lengths, max_seqlen_q, max_seqlen_k, leftpad_k, block_table)
+    return 2 * q.shape[-2] * pairs * (q.shape[-1] + v.shape[-1])
 
 
 def _backward(
@@ -34,13 +33,23 @@ def _backward(
     max_seqlen_q: int, max_seqlen_k: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Of five products: Q K' once more, dO V', P' dO, dS K and dS' Q."""
-    rows = _lengths(_batch(q, cu_seqlens_q), _longest(q, cu_seqlens_q, max_seqlen_q), cu_seqlens_q, seqused_q)
-    keys = _lengths(len(rows), _longest(k, cu_seqlens_k, max_seqlen_k), cu_seqlens_k, seqused_k)
-    return 2 * q.shape[-2] * _pairs(rows, keys) * (3 * q.shape[-1] + 2 * v.shape[-1])
+    pairs = _pairs(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
+    return 2 * q.shape[-2] * pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
-def _batch(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
-    return q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+def _pairs(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seqused_q: Tensor | None,
+    seqused_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+    leftpad_k: Tensor | None = None, block_table: Tensor | None = None,
+) -> int:  # fmt: skip
+    """Of a query and a key, over all batch entries."""
+    batch = batch_size_of(q, cu_seqlens_q)
+    longest_q, longest_k = _longest(q, cu_seqlens_q, max_seqlen_q), _longest(k, cu_seqlens_k, max_seqlen_k)
+    if block_table is not None:
+        longest_k *= block_table.shape[1]
+    rows = _lengths(batch, longest_q, cu_seqlens_q, seqused_q)
+    keys = _lengths(batch, longest_k, cu_seqlens_k, seqused_k, leftpad_k)
+    return sum(num_rows * num_keys for num_rows, num_keys in zip(rows, keys, strict=True))
 
 
 def _longest(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> int:
@@ -60,10 +69,6 @@ def _lengths(
         ends = [longest] * batch if cu_seqlens is None else cu_seqlens.diff().tolist()
     starts = [0] * batch if leftpad is None else leftpad.tolist()
     return [max(end - start, 0) for start, end in zip(starts, ends, strict=True)]
-
-
-def _pairs(rows: list[int], keys: list[int]) -> int:
-    return sum(row_count * key_count for row_count, key_count in zip(rows, keys, strict=True))
 
 
 # Op, without its prefix -> its formula. What has no matrix product is left out, and attn_probs, which is for debugging.

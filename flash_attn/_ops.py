@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flash_attn import _dispatch, _extension, _flops
+from flash_attn._arguments import batch_size_of
 from flash_attn._checks import NUM_OP_ARGUMENTS, ForwardCall
 from flash_attn._checks_backward import BackwardCall
 from flash_attn._plain import fix_places, is_batch, is_plain, is_plain_without_grad, refuse_transforms
@@ -103,7 +104,7 @@ def _fake_attn_probs(
     leftpad_k: Tensor | None, block_table: Tensor | None, cache_batch_idx: Tensor | None,
     max_seqlen_q: int, max_seqlen_k: int, *_: Any,
 ) -> Tensor:  # fmt: skip
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    batch = batch_size_of(q, cu_seqlens_q)
     rows = max_seqlen_q if cu_seqlens_q is not None else q.shape[1]
     columns = max_seqlen_k if cu_seqlens_k is not None or block_table is not None else k.shape[1]
     return q.new_empty((batch, q.shape[-2], (rows + 127) // 128 * 128, (columns + 127) // 128 * 128))
