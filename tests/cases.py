@@ -47,6 +47,12 @@ class Case:
     def differentiable(self):
         return self.layout != "kvcache" and self.page is None and self.leftpad is None
 
+    @property
+    def sides(self):
+        """How far left and right of the diagonal the mask reaches, None for an infinite side."""
+        left, right = self.window[0], 0 if self.causal else self.window[1]
+        return tuple(side if 0 <= side < 2**31 - 1 else None for side in (left, right))
+
     def first_key(self, entry):
         """The first cache row of an entry that the call may read."""
         first = 0 if self.leftpad is None else self.leftpad[entry]
@@ -64,12 +70,12 @@ class Case:
 
         Below the interface causal means that nothing right of the diagonal is seen, however it was asked for.
         """
-        left, right = self.window[0], 0 if self.causal else self.window[1]
+        left, right = self.sides
         wanted = {
             "varlen" if self.layout == "varlen" or self.varlen_q else "dense": True,
             "paged": self.page is not None,
             "causal": right == 0,
-            "window": left >= 0 or right > 0,
+            "window": left is not None or right not in (None, 0),
             "softcap": self.softcap > 0,
             "alibi": self.alibi is not None,
             "dropout": self.dropout_p > 0,
@@ -346,6 +352,8 @@ KVCACHE = [
            new=(3, 3), rotary=(16, False), window=(20, 4)),
     _cache("rotary-window-left", "a left side of 0 is local, too", (3, 3), 65, seqused_k=(50, 7), new=(3, 3),
            rotary=(32, True), window=(0, -1)),
+    _cache("rotary-window-infinite", "a side of 2**31 - 1 is infinite, so the call isn't local", (3, 3), 65,
+           seqused_k=(50, 7), new=(3, 3), rotary=(16, False), window=(-1, 2**31 - 1)),
     _cache("rotary-paged-gqa", "rotary, append and pages", (3, 3), 64, seqused_k=(15, 31), new=(3, 3),
            rotary=(32, True), page=16, heads=(4, 2), causal=True),
     _cache("rotary-leftpad", "positions are absolute cache indices", (2, 2), 65, seqused_k=(50, 7), new=(2, 2),

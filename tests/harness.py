@@ -118,7 +118,7 @@ class Inputs:
         q_rows = list(q.split(list(case.lens_q))) if case.varlen_q else list(q)
         k_rows, v_rows = (list(x.split(list(case.new))) if case.varlen_q else list(x) for x in (k, v))
         if case.rotary is not None:
-            advance = case.causal or any(side >= 0 for side in case.window)
+            advance = case.sides != (None, None)
             tables = [table.cpu().to(wide) for table in self.rotary]
             for b, start in enumerate(starts):
                 at_q = start + torch.arange(case.lens_q[b]) * int(advance)
