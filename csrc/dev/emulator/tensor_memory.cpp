@@ -7,13 +7,14 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 
 #include "variant/rounding.h"
 
 namespace flash_attn::emulator::tensor_memory {
 namespace {
 
-constexpr size_t kArenaBytes = size_t{1} << 38;  // of addresses: only what tensors use becomes memory
+constexpr size_t kArenaBytes = size_t{1} << 40;  // of addresses: only what tensors use becomes memory
 constexpr size_t kGapBytes = 64 * 1024;
 constexpr size_t kPageBytes = 4096;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating-point type
@@ -30,8 +31,11 @@ class Arena {
   void* allocate(size_t num_bytes) {
     const std::lock_guard lock(mutex_);
     const uintptr_t begin = next_ + kGapBytes;
-    next_ = round_up(begin + num_bytes, kPageBytes);
-    if (next_ > begin_ + kArenaBytes) throw std::bad_alloc();
+    const uintptr_t end = round_up(begin + num_bytes, kPageBytes);
+    if (end > begin_ + kArenaBytes) {
+      throw std::runtime_error("the emulator gives no address out twice, and has none left: make fewer calls in a run");
+    }
+    next_ = end;
     sizes_[begin] = num_bytes;
     return std::memset(reinterpret_cast<void*>(begin), kPoison, num_bytes);
   }
