@@ -56,12 +56,13 @@ class Case:
     def first_key(self, entry):
         """The first cache row of an entry that the call may read."""
         first = 0 if self.leftpad is None else self.leftpad[entry]
-        if not self.recycled or self.window[0] < 0:
+        left, _ = self.sides
+        if not self.recycled or left is None:
             return first
         num_rows = self.lens_q[entry] if self.seqused_q is None else self.seqused_q[entry]
         stored = self.lens_k[entry] if self.seqused_k is None else self.seqused_k[entry]
         last = stored + (0 if self.new is None else self.new[entry])
-        unseen = last - num_rows - self.window[0] if num_rows else last
+        unseen = last - num_rows - left if num_rows else last
         return max(first, min(unseen, stored))  # an append writes its rows, seen or not
 
     @property
