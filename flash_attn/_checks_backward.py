@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,9 @@ def backward_call(
         if grad is not None:
             _require_like_q(name, grad, q, tuple(tensor.shape), f"{name[1:]}'s")
             check.require_writable_rows(name, grad, grad.shape)
+    for (name, grad), (other_name, other) in combinations((("dq", dq), ("dk", dk), ("dv", dv)), 2):
+        if grad is not None and grad is other:
+            raise ValueError(f"{other_name} must not be the tensor given as {name}: both are written")
     return BackwardCall(forward, dout, out, lse, dq, dk, dv)
 
 

@@ -3,6 +3,7 @@
 From tests/, as emulated.py. test_cache_ops_gpu.py has the ops that move tokens.
 """
 
+import itertools
 import math
 
 import pytest
@@ -168,6 +169,22 @@ def test_backward_out(name):
     for wrong, message in ((grads[name][:, 1:], "the shape"), (grads[name].half(), "q's dtype")):
         with pytest.raises(RuntimeError, match=f"{name} must have {message}"):
             call(ops.backward_out.default, BACKWARD | grads | {name: wrong})
+
+
+def test_gradients_must_not_overlap():
+    """Those of a fused projection only interleave."""
+    queries = {"q": rand(2, 7, 2, 64), "dout": rand(2, 7, 2, 64), "out": rand(2, 7, 2, 64), "lse": torch.zeros(2, 2, 7)}
+    names, memory = ("dq", "dk", "dv"), rand(3, 2, 7, 2, 64)
+    fused = dict(zip(names, rand(2, 7, 2, 3, 64).unbind(3), strict=True))
+    call(ops.backward_out.default, BACKWARD | queries | fused)
+    for name, other in itertools.permutations(names, 2):
+        grads = dict(zip(names, memory, strict=True)) | {name: memory[names.index(other)]}
+        with pytest.raises(RuntimeError, match="dq, dk and dv must not overlap one another"):
+            call(ops.backward_out.default, BACKWARD | queries | grads)
+    for name, read in itertools.product(("dk", "dv"), ("q", "dout")):
+        with pytest.raises(RuntimeError, match="dk and dv must not overlap q or dout"):
+            call(ops.backward_out.default, BACKWARD | queries | fused | {name: queries[read]})
+    call(ops.backward_out.default, BACKWARD | queries | fused | {"dq": queries["dout"]})
 
 
 def test_attn_probs():

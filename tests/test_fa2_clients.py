@@ -131,6 +131,7 @@ BACKWARD |= {"deterministic": False}
 PACKED = {"q": Q[0], "k": K[0], "v": V[0], "cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K, "max_seqlen_q": 3}
 PACKED |= {"max_seqlen_k": 4}
 PACKED_OUT = {"dout": OUT[0], "out": OUT[0], "softmax_lse": LSE[0]}
+GRAD = torch.empty_like(V)
 ERRORS = [
     (FORWARD, {"k": K.half()}, "k must have q's dtype torch.float32, got torch.float16"),
     (FORWARD, {"window_size_left": 1.5}, "window_size_left must be an int, got 1.5"),
@@ -150,6 +151,7 @@ ERRORS = [
     (BACKWARD, {"dk": K.mT.contiguous().mT}, "dk must have stride 1 in its last dimension, got stride (448, 64, 1, 2)"),
     (BACKWARD, {"dv": V[:1].expand(2, -1, -1, -1)}, "dv must not overlap itself, got stride (0, 16, 8, 1)"),
     (BACKWARD, {"dv": V.to("meta")}, "dv must be on q's device cpu, got meta"),
+    (BACKWARD, {"q": Q[..., :8], "k": V, "dk": GRAD, "dv": GRAD}, "dv must not be the tensor given as dk"),
     (BACKWARD, {"deterministic": None}, "deterministic must be a bool, got None"),
     (BACKWARD, {"dropout_p": 0.5}, "rng_state must be what the forward pass returned when dropout_p > 0, got None"),
     (BACKWARD, {"dropout_p": 0.5, "rng_state": i32(1, 2)}, "rng_state must have dtype torch.int64, got torch.int32"),

@@ -35,7 +35,8 @@ void check_backward(const BackwardArgs& args, const Problem& problem) {
   if (args.dlse) check_same_shape("dlse", *args.dlse, args.lse, ScalarType::Float, "lse's");
 }
 
-Gradients make_gradients(const ForwardArgs& args, const std::optional<Gradients>& given) {
+Gradients make_gradients(const BackwardArgs& backward, const std::optional<Gradients>& given) {
+  const ForwardArgs& args = backward.forward;
   if (!given) {
     return {allocate_like(args.q, sizes_of(args.q)), allocate_like(args.k, sizes_of(args.k)),
             allocate_like(args.v, sizes_of(args.v))};
@@ -43,6 +44,15 @@ Gradients make_gradients(const ForwardArgs& args, const std::optional<Gradients>
   check_same_shape("dq", given->dq, args.q, args.q.scalar_type(), "q's");
   check_same_shape("dk", given->dk, args.k, args.q.scalar_type(), "q's");
   check_same_shape("dv", given->dv, args.v, args.q.scalar_type(), "q's");
+  const Extent dq(given->dq), dk(given->dk), dv(given->dv);
+  check(!dq.surely_overlaps(dk) && !dq.surely_overlaps(dv) && !dk.surely_overlaps(dv),
+        "dq, dk and dv must not overlap one another: all are written");
+  // dQ comes last; a block of keys writes its dK and dV while others read the queries.
+  for (const Tensor& read : {args.q, backward.dout.value_or(args.q)}) {
+    const Extent queries(read);
+    check(!dk.surely_overlaps(queries) && !dv.surely_overlaps(queries),
+          "dk and dv must not overlap q or dout, which are read while they are written");
+  }
   return *given;
 }
 
@@ -104,7 +114,7 @@ BackwardResult run_backward(const BackwardArgs& args, const std::optional<Gradie
         " was left out of this build by FLASH_ATTN_ARCHS, FLASH_ATTN_HEAD_DIMS or FLASH_ATTN_DTYPES");
 
   const torch::stable::accelerator::DeviceGuard guard(forward.q.get_device_index());
-  const Gradients returned = make_gradients(forward, grads);
+  const Gradients returned = make_gradients(args, grads);
   OutputTarget dq = output_target_of(returned.dq, Arch::kSm80);
   OutputTarget dk = output_target_of(returned.dk, Arch::kSm80);
   OutputTarget dv = output_target_of(returned.dv, Arch::kSm80);
