@@ -33,11 +33,12 @@ def backward_call(
     for name, tensor in (("dout", dout), ("out", out)):
         _require_like_q(name, tensor, q, shape_out, "q's with head_dim_v")
     lse = _lse_of(softmax_lse, q)
-    for name, grad, tensor in (("dq", dq, q), ("dk", dk, forward.k), ("dv", dv, forward.v)):
+    grads = (("dq", dq), ("dk", dk), ("dv", dv))
+    for (name, grad), tensor in zip(grads, (q, forward.k, forward.v), strict=True):
         if grad is not None:
             _require_like_q(name, grad, q, tuple(tensor.shape), f"{name[1:]}'s")
             check.require_writable_rows(name, grad, grad.shape)
-    for (name, grad), (other_name, other) in combinations((("dq", dq), ("dk", dk), ("dv", dv)), 2):
+    for (name, grad), (other_name, other) in combinations(grads, 2):
         if grad is not None and grad is other:
             raise ValueError(f"{other_name} must not be the tensor given as {name}: both are written")
     return BackwardCall(forward, dout, out, lse, dq, dk, dv)

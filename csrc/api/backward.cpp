@@ -35,24 +35,29 @@ void check_backward(const BackwardArgs& args, const Problem& problem) {
   if (args.dlse) check_same_shape("dlse", *args.dlse, args.lse, ScalarType::Float, "lse's");
 }
 
-Gradients make_gradients(const BackwardArgs& backward, const std::optional<Gradients>& given) {
-  const ForwardArgs& args = backward.forward;
-  if (!given) {
-    return {allocate_like(args.q, sizes_of(args.q)), allocate_like(args.k, sizes_of(args.k)),
-            allocate_like(args.v, sizes_of(args.v))};
-  }
-  check_same_shape("dq", given->dq, args.q, args.q.scalar_type(), "q's");
-  check_same_shape("dk", given->dk, args.k, args.q.scalar_type(), "q's");
-  check_same_shape("dv", given->dv, args.v, args.q.scalar_type(), "q's");
-  const Extent dq(given->dq), dk(given->dk), dv(given->dv);
+void check_gradients(const BackwardArgs& args, const Gradients& grads) {
+  const ForwardArgs& forward = args.forward;
+  check_same_shape("dq", grads.dq, forward.q, forward.q.scalar_type(), "q's");
+  check_same_shape("dk", grads.dk, forward.k, forward.q.scalar_type(), "q's");
+  check_same_shape("dv", grads.dv, forward.v, forward.q.scalar_type(), "q's");
+  const Extent dq(grads.dq), dk(grads.dk), dv(grads.dv);
   check(!dq.surely_overlaps(dk) && !dq.surely_overlaps(dv) && !dk.surely_overlaps(dv),
         "dq, dk and dv must not overlap one another: all are written");
   // dQ comes last; a block of keys writes its dK and dV while others read the queries.
-  for (const Tensor& read : {args.q, backward.dout.value_or(args.q)}) {
+  for (const Tensor& read : {forward.q, args.dout.value_or(forward.q)}) {
     const Extent queries(read);
     check(!dk.surely_overlaps(queries) && !dv.surely_overlaps(queries),
           "dk and dv must not overlap q or dout, which are read while they are written");
   }
+}
+
+Gradients make_gradients(const BackwardArgs& args, const std::optional<Gradients>& given) {
+  const ForwardArgs& forward = args.forward;
+  if (!given) {
+    return {allocate_like(forward.q, sizes_of(forward.q)), allocate_like(forward.k, sizes_of(forward.k)),
+            allocate_like(forward.v, sizes_of(forward.v))};
+  }
+  check_gradients(args, *given);
   return *given;
 }
 
