@@ -172,6 +172,18 @@ def test_tokens_past_the_rotary_tables_are_dropped():
         assert_same_bits(name, ours[index], expected[index])
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("index", [(4, 5), (9,)], ids=["rotary", "block_table"])
+def test_tables_without_a_place_for_any_token(index, packed):
+    """An empty tensor has no address, and isn't one that was left out."""
+    case = Append("empty", "no positions, or no pages", page=16, rotary=(32, True), packed=packed)
+    ours = arguments(case, DEVICE)
+    for i in index:
+        ours[i] = ours[i][:0] if i < 9 else ours[i][:, :0]
+    ops.append_kv(*ours)
+    assert ours[0].isnan().all() and ours[1].isnan().all()
+
+
 @pytest.mark.parametrize("cu_seqlens", [WILD, (0, 100, 2**31 - 1, 50), (9, 3, 1, 0)])
 def test_wild_cu_seqlens_write_no_foreign_memory(cu_seqlens):
     case = Append("wild-cu", "wild offsets", new=(4, 0, 9), packed=True, rotary=(32, True))

@@ -85,6 +85,7 @@ CachePlaces cache_places_of(const Tensor& k_cache, const Tensor& cache_seqlens,
   CachePlaces places{.cache_seqlens = int_pointer(cache_seqlens),
                      .cache_batch_idx = int_pointer(cache_batch_idx),
                      .block_table = int_pointer(block_table),
+                     .has_pages = block_table.has_value(),
                      .num_pages = k_cache.size(0),
                      .page_size = k_cache.size(1)};
   if (block_table) {

@@ -19,10 +19,10 @@ __device__ TokenPlace find_place(const AppendParams& params, const TokenCoord& t
   if (token.entry < 0) return kNone;
   const CachePlaces& places = params.places;
   const int64_t position = places.cache_seqlens[token.entry] + token.row;
-  const bool paged = places.block_table != nullptr;
+  const bool paged = places.has_pages;
   const int64_t capacity = (paged ? places.pages_per_row : 1) * places.page_size;
   if (position < 0 || position >= capacity) return kNone;
-  if (params.rotary.cos != nullptr && !has_position(params.rotary, position)) return kNone;
+  if (params.rotary.half_dim > 0 && !has_position(params.rotary, position)) return kNone;
   const int64_t row = places.cache_batch_idx == nullptr ? token.entry : places.cache_batch_idx[token.entry];
   if (row < 0 || row >= (paged ? places.num_table_rows : places.num_pages)) return kNone;
   if (!paged) return {true, row, position, position};
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kTokenThreads)
     for_each_piece<kColumns>(params.num_heads, params.head_dim, [&](int head_idx, int column) {
       const auto from = row_of<Element>(params.k, token.source_batch_idx, token.source_row, head_idx);
       const auto to = row_of<Element>(params.k_cache, place.page_idx, place.row, head_idx);
-      store_vector(to.at(column), params.rotary.cos == nullptr
+      store_vector(to.at(column), params.rotary.half_dim == 0
                                       ? load_vector<kColumns>(from.at(column))
                                       : rotated<kColumns>(from, column, params.rotary, place.position));
     });

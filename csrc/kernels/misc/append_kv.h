@@ -14,7 +14,8 @@ namespace flash_attn {
 struct CachePlaces {
   const int* cache_seqlens;    // position of each entry's first new token
   const int* cache_batch_idx;  // row of the cache, or of the table, of each entry; null: its own
-  const int* block_table;      // null: no pages
+  const int* block_table;      // if has_pages; null also where it has no element
+  bool has_pages;
   int64_t table_stride;
   int64_t num_table_rows;
   int64_t pages_per_row;

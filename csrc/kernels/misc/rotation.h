@@ -15,12 +15,12 @@ enum class RotaryPairs { kNeighbours, kHalves };
 
 // Tables of (position, pair) in the tokens' dtype, pairs contiguous. Columns from 2 * half_dim on stay as they are.
 struct RotaryParams {
-  const void* cos;  // null: nothing is rotated
+  const void* cos;
   const void* sin;
   int64_t cos_stride;
   int64_t sin_stride;
   int64_t num_positions;
-  int half_dim;
+  int half_dim;  // 0: nothing is rotated
   RotaryPairs pairs;
 };
 
