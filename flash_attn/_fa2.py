@@ -160,7 +160,8 @@ def _backward(
         forward = forward._replace(rng_state=rng_state)
     deterministic = forward.deterministic or torch.are_deterministic_algorithms_enabled()
     call = backward_call(forward._replace(deterministic=deterministic), dout, out, softmax_lse, dq, dk, dv)
-    return *run_backward(call), _softmax_d(dout, out, call.lse)
+    softmax_d = _softmax_d(dout, out, call.lse)  # first: dq may lie where one of the two does
+    return *run_backward(call), softmax_d
 
 
 def _softmax_d(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:

@@ -127,6 +127,29 @@ def test_backward_into_given_memory(path, case):
     torch.testing.assert_close(softmax_d.cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dout", "out"])
+def test_dq_in_the_place_of_what_was_read(path, name):
+    """softmax_d is of what lay there before."""
+    case = Case("fa2-in-place", "memory that is used twice", "dense", (33, 33), (50, 50), causal=True)
+    inputs = build(case, device_of(path))
+    dout, _ = output_gradients(inputs)
+
+    def run():
+        out, lse, _, rng_state = forward(inputs)
+        both = []
+        for places in ("apart", "together"):
+            read = {"dout": dout.to(out.device, copy=True), "out": out.clone()}
+            dq = torch.empty_like(inputs.q) if places == "apart" else read[name]
+            both.append((backward(inputs, *read.values(), lse, (dq, None, None), rng_state), dq))
+        return both
+
+    result = on_path(path, case.features | {"backward"}, inputs, run)
+    if result is None:
+        return
+    for what, apart, together in zip(("softmax_d", "dq"), *result, strict=True):
+        assert_same_bits(what, together, apart)
+
+
 @by_id
 @pytest.mark.parametrize("given", [(), ("dk",)], ids=["none", "dk"])
 def test_backward_into_new_memory(path, case, given):
