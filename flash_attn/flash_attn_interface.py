@@ -146,8 +146,8 @@ def _flash_attn_backward(
         What the forward pass returned. If k and v are a part of the keys, out and softmax_lse over all parts make
         dq, dk and dv this part's share. softmax_lse may also be transposed, as diffusers has it.
     dq, dk, dv : Tensor, of the shapes of q, k and v, q's dtype, optional
-        Receive the gradients; their last dimension has stride 1. No two may overlap, nor dk or dv q or dout. One that
-        is None is computed in vain.
+        Receive the gradients; their last dimension has stride 1. No two may overlap, nor dk or dv q, k, v or dout. One
+        that is None is computed in vain.
     deterministic : bool
         As in `flash_attn_func`.
     rng_state : Tensor, (2,), int64

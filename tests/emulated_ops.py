@@ -181,9 +181,10 @@ def test_gradients_must_not_overlap():
         grads = dict(zip(names, memory, strict=True)) | {name: memory[names.index(other)]}
         with pytest.raises(RuntimeError, match="dq, dk and dv must not overlap one another"):
             call(ops.backward_out.default, BACKWARD | queries | grads)
-    for name, read in itertools.product(("dk", "dv"), ("q", "dout")):
-        with pytest.raises(RuntimeError, match="dk and dv must not overlap q or dout"):
-            call(ops.backward_out.default, BACKWARD | queries | fused | {name: queries[read]})
+    given = BACKWARD | queries | fused
+    for name, read in itertools.product(("dk", "dv"), ("q", "k", "v", "dout")):
+        with pytest.raises(RuntimeError, match="dk and dv must not overlap q, k, v or dout"):
+            call(ops.backward_out.default, given | {name: given[read]})
     call(ops.backward_out.default, BACKWARD | queries | fused | {"dq": queries["dout"]})
 
 

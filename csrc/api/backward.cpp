@@ -43,11 +43,12 @@ void check_gradients(const BackwardArgs& args, const Gradients& grads) {
   const Extent dq(grads.dq), dk(grads.dk), dv(grads.dv);
   check(!dq.surely_overlaps(dk) && !dq.surely_overlaps(dv) && !dk.surely_overlaps(dv),
         "dq, dk and dv must not overlap one another: all are written");
-  // dQ comes last; a block of keys writes its dK and dV while others read the queries.
-  for (const Tensor& read : {forward.q, args.dout.value_or(forward.q)}) {
-    const Extent queries(read);
-    check(!dk.surely_overlaps(queries) && !dv.surely_overlaps(queries),
-          "dk and dv must not overlap q or dout, which are read while they are written");
+  // dQ comes last; a block of keys writes its dK and dV while others read the queries, and, where two blocks share the
+  // columns, the same keys.
+  for (const Tensor& tensor : {forward.q, forward.k, forward.v, args.dout.value_or(forward.q)}) {
+    const Extent read(tensor);
+    check(!dk.surely_overlaps(read) && !dv.surely_overlaps(read),
+          "dk and dv must not overlap q, k, v or dout, which are read while they are written");
   }
 }
 
