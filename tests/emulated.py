@@ -250,10 +250,20 @@ def test_combine():
         torch.ops.flash_attn.combine(parts, lse, torch.int32)
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_found(name):
+def said_of(faulty_kernel):
     library = ctypes.CDLL(flash_attn._C.__file__)
     library.flash_attn_run_faulty_kernel.restype = ctypes.c_char_p
     out = torch.zeros(64)
-    said = library.flash_attn_run_faulty_kernel(name.encode(), ctypes.c_void_p(out.data_ptr())).decode()
-    assert re.search(FAULTS[name], said)
+    return library.flash_attn_run_faulty_kernel(faulty_kernel.encode(), ctypes.c_void_p(out.data_ptr())).decode()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(name):
+    assert re.search(FAULTS[name], said_of(name))
+
+
+def test_what_a_later_block_reads_is_found(monkeypatch):
+    """Where blocks run one after the other; side by side both may read first."""
+    monkeypatch.setenv("FLASH_ATTN_EMULATOR_SEED", "4")
+    said = said_of("write_what_a_later_block_reads")
+    assert re.search("reads global memory at .* of block 0 wrote in this launch", said)

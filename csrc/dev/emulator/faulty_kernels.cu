@@ -75,6 +75,12 @@ void read_what_another_block_writes(float* out) {
   out[1 + blockIdx.x] = out[blockIdx.x];
 }
 
+void write_what_a_later_block_reads(float* out) {
+  const float read = out[1 - blockIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) out[blockIdx.x] = read;
+}
+
 void shuffle_with_a_lane_that_left(float* out) {
   if (threadIdx.x == 0) return;
   out[threadIdx.x] = __shfl_xor_sync(~0u, 1.f, 1);
@@ -107,6 +113,7 @@ constexpr FaultyKernel kFaultyKernels[] = {
     {"write_past_shared_memory", &write_past_shared_memory},
     {"write_what_another_block_writes", &write_what_another_block_writes, kNumBlocks},
     {"read_what_another_block_writes", &read_what_another_block_writes, kNumBlocks},
+    {"write_what_a_later_block_reads", &write_what_a_later_block_reads, 2},
     {"shuffle_with_a_lane_that_left", &shuffle_with_a_lane_that_left},
     {"wait_for_a_later_block", &wait_for_a_later_block, kNumBlocks},
 };
