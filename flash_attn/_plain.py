@@ -50,15 +50,20 @@ def is_batch(*tensors: Tensor | None) -> bool:
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
     """torch drops forward-mode tangents at a custom op, and fails on torch.func.grad in words about itself."""
-    if torch.compiler.is_compiling():
-        return
-    transform = _innermost_transform()
-    unsupported = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
-    if _has_tangent(tensors) or (transform is not None and transform.key() in unsupported):
+    if _has_tangent(tensors) or _is_differentiated():
         raise NotImplementedError(
             "attention has no rule for torch.func.grad, torch.func.jvp and forward-mode differentiation; "
             "use torch.autograd"
         )
+
+
+def _is_differentiated() -> bool:
+    """By torch.func. What torch.compile traces may not ask, and torch refuses there by itself."""
+    if torch.compiler.is_compiling():
+        return False
+    transform = _innermost_transform()
+    unsupported = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return transform is not None and transform.key() in unsupported
 
 
 def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:

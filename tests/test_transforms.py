@@ -31,6 +31,25 @@ def test_transforms_are_refused(path, transform):
     on_path(path, SMALL.features, inputs, run)
 
 
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd"])
+def test_compiled_forward_mode_is_refused(path, transform):
+    """torch would make the tangent 0."""
+    inputs = build(SMALL, device_of(path))
+
+    def differentiated(q):
+        def attention(x):
+            return flash_attn.flash_attn_func(x, inputs.k, inputs.v, causal=True)
+
+        return torch.func.jvp(attention, (q,), (q,)) if transform == "jvp" else torch.func.jacfwd(attention)(q)
+
+    def run():
+        with pytest.raises(Exception, match="attention has no rule for torch.func.grad, torch.func.jvp"):
+            torch.compile(differentiated, backend="eager")(inputs.q)
+        return True
+
+    on_path(path, SMALL.features, inputs, run)
+
+
 def test_forward_mode_is_refused(path):
     inputs = build(SMALL, device_of(path))
 
