@@ -56,14 +56,15 @@ def _lse_of(lse: Any, q: Tensor) -> Tensor:
     """Checks LSE and returns it with queries last.
 
     diffusers passes a transposed view of what the forward pass gave it: FlashAttention-2 reads LSE's memory, whatever
-    its shape is. Where both numbers are the same, the stride tells.
+    its shape is. Where both numbers are the same, the strides tell.
     """
     check.require_tensor("softmax_lse", lse)
     check.require_strided("softmax_lse", lse)
     check.require_device("softmax_lse", lse, q.device)
     check.require_dtype("softmax_lse", lse, torch.float64 if q.dtype == torch.float64 else torch.float32)
     *batch, num_rows, num_heads = q.shape[:-1]
-    if tuple(lse.shape) == (*batch, num_rows, num_heads) and (num_rows != num_heads or lse.stride(-1) != 1):
+    is_transposed = num_rows != num_heads or (lse.stride(-1) != 1 and lse.stride(-2) == 1)
+    if tuple(lse.shape) == (*batch, num_rows, num_heads) and is_transposed:
         lse = lse.transpose(-1, -2)
     layout = "(batch, num_heads, seqlen_q)" if batch else "(num_heads, total_q)"
     check.require_shape("softmax_lse", lse, (*batch, num_heads, num_rows), layout)

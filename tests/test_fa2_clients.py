@@ -92,14 +92,16 @@ def test_transformer_engine_context_parallel(packed):
     assert_same((out, lse, *grads), public(*tensors))
 
 
-@pytest.mark.parametrize("length, kept", [(5, "view"), (5, "copy"), (4, "view"), (4, "as it was")])
+@pytest.mark.parametrize("length, kept", [(5, "view"), (5, "copy"), (4, "view"), (4, "as it was"), (4, "apart")])
 def test_diffusers(length, kept):
     """A dropout that drops nothing, since FlashAttention-2 gives LSE and S_dmask with dropout only. LSE comes back
-    transposed: as a view, also where there are as many rows as heads, or (for its hub kernels) a copy."""
+    transposed: as a view, also where there are as many rows as heads, or (for its hub kernels) a copy. What isn't
+    transposed stays so, though other numbers lie between its own."""
     q = Q[:, :length]
     arguments = (1e-30, 0.2, True, -1, -1, 0.0, None)
     out, lse, _, rng_state = fi._wrapped_flash_attn_forward(q, K, V, *arguments, True)
     views = {"view": lse.permute(0, 2, 1), "copy": lse.permute(0, 2, 1).contiguous(), "as it was": lse}
+    views["apart"] = torch.stack((lse, torch.full_like(lse, torch.nan)), dim=-1)[..., 0]
     grads = [torch.empty_like(tensor) for tensor in (q, K, V)]
     fi._wrapped_flash_attn_backward(out, q, K, V, out, views[kept], *grads, *arguments, False, rng_state)
     torch.testing.assert_close((out, lse, *grads), tuple(x.detach() for x in public(q, K, V)))
