@@ -195,7 +195,8 @@ ERRORS = [
     ({"sin": SIN[1:]}, ValueError, r"sin must have the shape cos's = \(40, 12\), got \(39, 12\)"),
     ({"sin": SIN.to("meta")}, ValueError, "sin must be on x's device cpu, got meta"),
     ({"x": X[..., :22]}, ValueError, "cos must have at most head_dim / 2 columns of 22 / 2, got 12"),
-    ({"seqlen_offsets": -1}, ValueError, "seqlen_offsets must be at least 0, got -1"),
+    ({"seqlen_offsets": -1}, ValueError, r"seqlen_offsets must be in \[0, 2147483647\], got -1"),
+    ({"x": X[0], "cu_seqlens": CU_SEQLENS, "seqlen_offsets": 2**32}, ValueError, "seqlen_offsets must be in"),
     ({"seqlen_offsets": 34}, ValueError, "cos and sin must have rows for the positions below 41, got 40 rows"),
     ({"seqlen_offsets": 1.5}, TypeError, "seqlen_offsets must be an int, got 1.5"),
     (

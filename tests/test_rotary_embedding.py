@@ -69,7 +69,14 @@ def test_compiled_embedding_that_has_its_tables():
 
 
 @pytest.mark.parametrize(
-    "make", (lambda: RotaryEmbedding(HEAD_DIM).to(torch.bfloat16), lambda: RotaryEmbedding(HEAD_DIM, device="meta"))
+    "make",
+    (
+        lambda: RotaryEmbedding(HEAD_DIM).to(torch.bfloat16),
+        lambda: RotaryEmbedding(HEAD_DIM).half().float(),
+        lambda: RotaryEmbedding(HEAD_DIM, device="meta"),
+        lambda: torch.nn.Sequential(RotaryEmbedding(HEAD_DIM, device="meta")).to_empty(device="cpu")[0],
+    ),
+    ids=("rounded", "rounded-before", "missing", "missing-before"),
 )
 def test_embedding_whose_buffer_is_rounded_or_missing(make):
     layer, exact = make(), RotaryEmbedding(HEAD_DIM)

@@ -113,9 +113,7 @@ def _check(
         if longest < 0:
             raise ValueError(f"max_seqlen must be at least 0, got {max_seqlen}")
     if not isinstance(seqlen_offsets, Tensor):
-        offset = check.as_int("seqlen_offsets", seqlen_offsets)
-        if offset < 0:
-            raise ValueError(f"seqlen_offsets must be at least 0, got {offset}")
+        offset = check.size_of("seqlen_offsets", seqlen_offsets, 0)
         if longest is not None and offset + longest > cos.shape[0]:
             raise ValueError(
                 f"{names.cos} and {names.sin} must have rows for the positions below {offset + longest}, "

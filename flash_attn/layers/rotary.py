@@ -134,7 +134,7 @@ def apply_rotary_emb_qkv_(
     Returns
     -------
     Tensor
-        qkv itself.
+        qkv; where it requires a gradient a new tensor in its memory, through which alone the gradient comes back.
 
     Raises
     ------
@@ -168,9 +168,9 @@ def apply_rotary_emb_qkv_(
 def apply_rotary_emb_kv_(
     kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: int | Tensor = 0
 ) -> Tensor:
-    """Rotates the keys of kv, (batch, seqlen, 2, num_heads_k, head_dim), in place and returns kv.
+    """Rotates the keys of kv, (batch, seqlen, 2, num_heads_k, head_dim), in place.
 
-    Parameters and errors are those of `apply_rotary`.
+    Parameters and errors are those of `apply_rotary`, and the result is as that of `apply_rotary_emb_qkv_`.
     """
     tables = _tables_of_keys(kv, cos, sin, interleaved, seqlen_offsets)
     return rotated(kv, _KEYS, interleaved, True, tables)
@@ -251,6 +251,14 @@ class RotaryEmbedding(torch.nn.Module):
         self._cos_k_cached: Tensor | None = None
         self._sin_k_cached: Tensor | None = None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
+        """Casts or moves the module. A cast to 16 bits rounds the frequencies, and the meta device has none."""
+        was_meta = self.inv_freq.is_meta
+        super()._apply(fn, recurse)
+        if not self.inv_freq.is_meta and (was_meta or self.inv_freq.dtype != torch.float32):
+            self.inv_freq = self._compute_inv_freq(self.inv_freq.device)
+        return self
+
     def _fractions(self, device: Any) -> Tensor:
         """2 i / dim of each pair i."""
         return torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
@@ -277,7 +285,7 @@ class RotaryEmbedding(torch.nn.Module):
         if self.scale_base is None:  # XPos depends on the length
             seqlen = (seqlen + _ROWS_AT_A_TIME - 1) // _ROWS_AT_A_TIME * _ROWS_AT_A_TIME
         positions = torch.arange(seqlen, device=device, dtype=torch.float32)
-        # A model that was cast to 16 bits has rounded its buffers, and one made on the meta device has none.
+        # A module may stay on the meta device while its inputs lie elsewhere.
         kept = self.inv_freq.dtype == torch.float32 and not self.inv_freq.is_meta
         inv_freq = self.inv_freq.to(positions.device) if kept else self._compute_inv_freq(positions.device)
         angles = torch.outer(positions, inv_freq)
@@ -322,7 +330,7 @@ class RotaryEmbedding(torch.nn.Module):
         Returns
         -------
         Tensor or (Tensor, Tensor)
-            qkv itself; with kv both.
+            qkv, with kv both, as from `apply_rotary_emb_qkv_`: in training use what is returned.
 
         Raises
         ------
